@@ -1,0 +1,304 @@
+"""Operation definitions: one place for all there is to know about an op.
+
+A definition is a class with up to four static methods whose *Python signatures are the op's
+signature*: positional parameters are operands, keyword-only parameters are attributes.
+
+    @define("softmax", REDUCTION)
+    class Softmax:
+        \"\"\"exp(x - max) / sum over `axis`.\"\"\"
+
+        @staticmethod
+        def infer(x: TensorType, *, axis: int) -> TensorType:
+            normalize_axis(axis, x.rank)
+            return x
+
+        @staticmethod
+        def evaluate(x: Tensor, *, axis: int) -> Tensor:
+            return torch.softmax(x, axis)
+
+        @staticmethod
+        def decompose(b: Builder, x: Value, *, axis: int) -> Value: ...
+
+`x: TensorType | None = None` is an optional operand and `*xs: TensorType` a variadic one; an
+attribute with a default may be left out of the text. Printing, parsing, verification, the
+interpreter, the op sweep and the docs page are derived from this.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+
+from accel.errors import OptionError, TypeInferenceError
+from accel.ir.types import TensorType
+
+# What an attribute may hold. Shapes are tuples of int and sympy.Expr.
+Attribute: TypeAlias = (
+    bool | int | float | complex | str | torch.dtype | sympy.Expr | tuple[Any, ...] | None
+)
+
+
+class Trait(enum.Flag):
+    """What passes may ask of an op. They never keep lists of op names."""
+
+    NONE = 0
+    PURE = enum.auto()  # no effect but its results; may be removed, merged, moved
+    ELEMENTWISE = enum.auto()  # output element i depends on input elements i (after broadcasting)
+    COMMUTATIVE = enum.auto()  # the first two operands may be swapped
+    REDUCTION = enum.auto()  # combines elements along an axis
+    VIEW = enum.auto()  # moves elements, computes none; an index map of its first operand
+    RANDOM = enum.auto()  # draws from a random state (never merged)
+    CONSTANT = enum.auto()  # no operands, value known at compile time
+    COMPOSITE = enum.auto()  # keeps meaning; has a decomposition into primitives
+    CONTRACTION = enum.auto()  # multiplies and sums: matmul, conv, attention
+    DECODE = enum.auto()  # turns stored compressed weights into a dense tensor
+    OPAQUE = enum.auto()  # typed from outside: `accel.aten`, kernels and calls
+    TERMINATOR = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class OperandSpec:
+    name: str
+    optional: bool = False
+    variadic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttributeSpec:
+    name: str
+    annotation: str
+    default: Any = inspect.Parameter.empty
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Aten:
+    """A meaning given by one ATen overload, for which a runtime needs no definition.
+
+    `args` and `kwargs` name the definition's operands and attributes; `Lit` wraps a literal.
+    """
+
+    overload: str
+    args: tuple[str | Lit, ...] = ()
+    kwargs: Mapping[str, str | Lit] = field(default_factory=dict)
+
+    def bind(self, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        def get(a: str | Lit) -> Any:
+            return a.value if isinstance(a, Lit) else values[a]
+
+        return [get(a) for a in self.args], {k: get(a) for k, a in self.kwargs.items()}
+
+    def resolve(self) -> Callable[..., Any]:
+        namespace, _, rest = self.overload.partition("::")
+        name, _, overload = rest.partition(".")
+        found: Callable[..., Any] = getattr(
+            getattr(getattr(torch.ops, namespace), name), overload or "default"
+        )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Lit:
+    value: Any
+
+
+def aten(overload: str, *args: str | Lit, **kwargs: str | Lit) -> Aten:
+    """`aten("topk", "x", "k", "axis")`: the namespace `aten::` is implied."""
+    return Aten(f"aten::{overload}", args, kwargs)
+
+
+@dataclass(eq=False)
+class OpDefinition:
+    """Everything known about one op. Made by `define`; looked up with `definition(name)`."""
+
+    name: str
+    traits: Trait
+    operands: tuple[OperandSpec, ...]
+    attributes: tuple[AttributeSpec, ...]
+    infer: Callable[..., TensorType | Sequence[TensorType]] | None
+    evaluate: Callable[..., Any] | None
+    decompose: Callable[..., Any] | None
+    aten: Aten | None
+    doc: str
+    group: str = ""
+
+    def has(self, trait: Trait) -> bool:
+        return bool(self.traits & trait)
+
+    @property
+    def needs_segments(self) -> bool:
+        """Whether operand groups cannot be told apart by their number alone."""
+        return sum(o.optional or o.variadic for o in self.operands) > 1
+
+    def default_segments(self, count: int) -> tuple[int, ...]:
+        """Sizes of the operand groups for `count` operands, when that is unambiguous."""
+        required = sum(not (o.optional or o.variadic) for o in self.operands)
+        spare = count - required
+        sizes = []
+        for o in self.operands:
+            if o.variadic:
+                sizes.append(spare)
+            elif o.optional:
+                sizes.append(spare)
+                if spare not in (0, 1):
+                    raise TypeInferenceError(f"accel.{self.name} got {count} operands")
+            else:
+                sizes.append(1)
+        if spare < 0 or sum(sizes) != count:
+            raise TypeInferenceError(
+                f"accel.{self.name} takes {len(self.operands)} operands, got {count}"
+            )
+        return tuple(sizes)
+
+    def group_operands(self, operands: Sequence[Any], segments: tuple[int, ...] | None) -> list:
+        """Arguments for `infer`/`evaluate`/`decompose`: None for a missing optional operand.
+
+        A variadic group is spliced in place: it is always the last one.
+        """
+        sizes = segments if segments is not None else self.default_segments(len(operands))
+        if len(sizes) != len(self.operands) or sum(sizes) != len(operands):
+            raise TypeInferenceError(
+                f"accel.{self.name}: operand_segments {sizes} do not fit {len(operands)} operands"
+            )
+        result: list[Any] = []
+        position = 0
+        for spec, size in zip(self.operands, sizes):
+            if spec.variadic:
+                result.extend(operands[position : position + size])
+            elif size > 1 or (size == 0 and not spec.optional):
+                raise TypeInferenceError(
+                    f"accel.{self.name}: operand '{spec.name}' has {size} values"
+                )
+            else:
+                result.append(operands[position] if size else None)
+            position += size
+        return result
+
+    def complete_attributes(self, given: Mapping[str, Attribute]) -> dict[str, Any]:
+        """The given attributes with defaults filled in; unknown or missing ones are errors."""
+        known = {a.name: a for a in self.attributes}
+        for name in given:
+            if name not in known:
+                raise TypeInferenceError(
+                    f"accel.{self.name} has no attribute '{name}'",
+                    advice=f"it has: {', '.join(known) or 'none'}",
+                )
+        result: dict[str, Any] = {}
+        for spec in self.attributes:
+            if spec.name in given:
+                result[spec.name] = given[spec.name]
+            elif spec.required:
+                raise TypeInferenceError(f"accel.{self.name} needs the attribute '{spec.name}'")
+            else:
+                result[spec.name] = spec.default
+        return result
+
+    def infer_types(
+        self,
+        types: Sequence[TensorType],
+        attributes: Mapping[str, Attribute],
+        segments: tuple[int, ...] | None = None,
+    ) -> tuple[TensorType, ...]:
+        """Result types. Raises TypeInferenceError for operands or attributes that do not fit."""
+        if self.infer is None:
+            raise TypeInferenceError(f"accel.{self.name} carries its own result types")
+        args = self.group_operands(types, segments)
+        result = self.infer(*args, **self.complete_attributes(attributes))
+        return (result,) if isinstance(result, TensorType) else tuple(result)
+
+
+_REGISTRY: dict[str, OpDefinition] = {}
+
+
+def _signature(function: Callable[..., Any], skip: int = 0) -> tuple[list, list]:
+    operands: list[OperandSpec] = []
+    attributes: list[AttributeSpec] = []
+    for p in list(inspect.signature(function).parameters.values())[skip:]:
+        if p.kind is inspect.Parameter.VAR_POSITIONAL:
+            operands.append(OperandSpec(p.name, variadic=True))
+        elif p.kind is inspect.Parameter.KEYWORD_ONLY:
+            attributes.append(AttributeSpec(p.name, str(p.annotation), p.default))
+        else:
+            operands.append(OperandSpec(p.name, optional=p.default is None))
+    return operands, attributes
+
+
+def register(definition: OpDefinition) -> OpDefinition:
+    if definition.name in _REGISTRY:
+        raise OptionError(f"op '{definition.name}' is defined twice")
+    _REGISTRY[definition.name] = definition
+    return definition
+
+
+def define(name: str, traits: Trait = Trait.NONE) -> Callable[[type], OpDefinition]:
+    """Class decorator that registers an op definition (see the module docstring).
+
+    `evaluate` may be an `Aten` instead of a function; then a runtime can call it by name.
+    """
+
+    def wrap(cls: type) -> OpDefinition:
+        infer = getattr(cls, "infer", None)
+        evaluate = getattr(cls, "evaluate", None)
+        decompose = getattr(cls, "decompose", None)
+        source = infer or evaluate
+        if source is None:
+            raise OptionError(f"op '{name}' has neither infer nor evaluate")
+        operands, attributes = _signature(source)
+        overload = evaluate if isinstance(evaluate, Aten) else None
+        if overload is not None:
+            evaluate = _evaluate_aten(overload, operands)
+        full = traits | (Trait.COMPOSITE if decompose is not None else Trait.NONE)
+        return register(
+            OpDefinition(
+                name,
+                full,
+                tuple(operands),
+                tuple(attributes),
+                infer,
+                evaluate,
+                decompose,
+                overload,
+                inspect.cleandoc(cls.__doc__ or ""),
+                cls.__module__.rsplit(".", 1)[-1],
+            )
+        )
+
+    return wrap
+
+
+def _evaluate_aten(overload: Aten, operands: Sequence[OperandSpec]) -> Callable[..., Any]:
+    function: list[Callable[..., Any]] = []
+
+    def evaluate(*args: Any, **attributes: Any) -> Any:
+        if not function:
+            function.append(overload.resolve())
+        values: dict[str, Any] = dict(attributes)
+        for i, spec in enumerate(operands):
+            values[spec.name] = list(args[i:]) if spec.variadic else args[i]
+        bound, kwargs = overload.bind(values)
+        return function[0](*bound, **kwargs)
+
+    return evaluate
+
+
+def definition(name: str) -> OpDefinition:
+    """The definition of `accel.<name>`; KeyError if there is none."""
+    return _REGISTRY[name]
+
+
+def has_definition(name: str) -> bool:
+    return name in _REGISTRY
+
+
+def definitions() -> Iterator[OpDefinition]:
+    """All definitions, by name."""
+    return iter(sorted(_REGISTRY.values(), key=lambda d: d.name))

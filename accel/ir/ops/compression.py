@@ -1,0 +1,189 @@
+"""Encoded weights and activations: data plus a decode op.
+
+A pass encodes a weight and writes one of these in front of its users; nothing else in the compiler
+knows about formats. `gather` on a codebook (in `index`) is the decode of weight clustering.
+
+Groups: `scale` (and `zero`) have the operand's shape with `axis` divided by `group`. group = 0
+means one group for all of `axis`; `axis = none` means one scale for the whole tensor (0-d).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from accel.errors import TypeInferenceError
+from accel.ir.op import Trait, define
+from accel.ir.types import SUB_BYTE_BITS, Shape, TensorType, normalize_axis, same_shape
+
+if TYPE_CHECKING:
+    from accel.ir.builder import Builder
+    from accel.ir.module import Value
+
+
+def quantized_range(dtype: torch.dtype) -> tuple[float, float]:
+    """Smallest and largest representable value."""
+    if dtype in SUB_BYTE_BITS:
+        bits = SUB_BYTE_BITS[dtype]
+        if str(dtype).startswith("torch.uint"):
+            return 0, 2**bits - 1
+        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    return float(info.min), float(info.max)
+
+
+def scale_shape(shape: Shape, axis: int | None, group: int) -> Shape:
+    """The shape of the scales of a tensor of `shape`."""
+    if axis is None:
+        return ()
+    size = shape[axis]
+    if group and isinstance(size, int) and size % group:
+        raise TypeInferenceError(f"axis {axis} of size {size} is not a multiple of group {group}")
+    return (*shape[:axis], size // group if group else 1, *shape[axis + 1 :])
+
+
+def _spread(parameter: Tensor, shape: tuple[int, ...], axis: int | None, group: int) -> Tensor:
+    if axis is None or group == 0:
+        return parameter
+    return parameter.repeat_interleave(group, axis)
+
+
+def _check(
+    name: str,
+    x: TensorType,
+    scale: TensorType,
+    zero: TensorType | None,
+    axis: int | None,
+    group: int,
+) -> None:
+    if axis is not None:
+        axis = normalize_axis(axis, x.rank)
+    wanted = scale_shape(x.shape, axis, group)
+    for t in (scale, zero):
+        if t is not None and not same_shape(t.shape, wanted):
+            raise TypeInferenceError(f"accel.{name}: parameters {t}, expected shape {wanted}")
+
+
+@define("dequantize", Trait.PURE | Trait.DECODE)
+class Dequantize:
+    """(q - zero) * scale, in scale's dtype; a missing zero is 0."""
+
+    @staticmethod
+    def infer(
+        q: TensorType,
+        scale: TensorType,
+        zero: TensorType | None = None,
+        *,
+        axis: int | None = None,
+        group: int = 0,
+    ) -> TensorType:
+        _check("dequantize", q, scale, zero, axis, group)
+        return q.with_dtype(scale.dtype)
+
+    @staticmethod
+    def evaluate(
+        q: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        *,
+        axis: int | None = None,
+        group: int = 0,
+    ) -> Tensor:
+        shape = tuple(q.shape)
+        value = q.to(scale.dtype)
+        if zero is not None:
+            value = value - _spread(zero.to(scale.dtype), shape, axis, group)
+        return value * _spread(scale, shape, axis, group)
+
+    @staticmethod
+    def decompose(
+        b: Builder,
+        q: Value,
+        scale: Value,
+        zero: Value | None = None,
+        *,
+        axis: int | None = None,
+        group: int = 0,
+    ) -> Value:
+        shape = q.shape
+
+        def grouped(v: Value) -> Value:
+            if axis is None or not group:
+                return v
+            return b.reshape(v, shape=(*v.shape[: axis + 1], 1, *v.shape[axis + 1 :]))
+
+        value = b.cast_to(q, scale.dtype)
+        if axis is not None and group:
+            split = (*shape[:axis], shape[axis] // group, group, *shape[axis + 1 :])
+            value = b.reshape(value, shape=split)
+        if zero is not None:
+            value = b.sub(value, grouped(b.cast_to(zero, scale.dtype)))
+        return b.reshape(b.mul(value, grouped(scale)), shape=shape)
+
+
+@define("quantize", Trait.PURE)
+class Quantize:
+    """round(x / scale) + zero, clamped to the range of `dtype` (halves to even)."""
+
+    @staticmethod
+    def infer(
+        x: TensorType,
+        scale: TensorType,
+        zero: TensorType | None = None,
+        *,
+        dtype: torch.dtype,
+        axis: int | None = None,
+        group: int = 0,
+    ) -> TensorType:
+        _check("quantize", x, scale, zero, axis, group)
+        return x.with_dtype(dtype)
+
+    @staticmethod
+    def evaluate(
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+        axis: int | None = None,
+        group: int = 0,
+    ) -> Tensor:
+        shape = tuple(x.shape)
+        value = x / _spread(scale, shape, axis, group).to(x.dtype)
+        if not dtype.is_floating_point:
+            value = torch.round(value)
+        if zero is not None:
+            value = value + _spread(zero.to(x.dtype), shape, axis, group)
+        low, high = quantized_range(dtype)
+        storage = dtype
+        if dtype in SUB_BYTE_BITS:
+            storage = torch.uint8 if str(dtype).startswith("torch.uint") else torch.int8
+        return value.clamp(low, high).to(storage)
+
+
+@define("unpack_n_of_m", Trait.PURE | Trait.DECODE)
+class UnpackNOfM:
+    """n of every m elements along the last axis are stored: values and their places in the group.
+
+    values and index are [..., K * n / m]; the result is [..., K] with zeros elsewhere
+    (Mishra et al., 2021). Index values lie in [0, m) and ascend inside a group.
+    """
+
+    @staticmethod
+    def infer(values: TensorType, index: TensorType, *, n: int, m: int) -> TensorType:
+        if not same_shape(values.shape, index.shape) or not 0 < n < m:
+            raise TypeInferenceError(f"accel.unpack_n_of_m: {values} with {index}, {n}:{m}")
+        last = values.shape[-1]
+        if isinstance(last, int) and last % n:
+            raise TypeInferenceError(f"accel.unpack_n_of_m: {last} is no multiple of n = {n}")
+        return values.with_shape((*values.shape[:-1], last // n * m))
+
+    @staticmethod
+    def evaluate(values: Tensor, index: Tensor, *, n: int, m: int) -> Tensor:
+        groups = values.shape[-1] // n
+        grouped = (*values.shape[:-1], groups, n)
+        out = torch.zeros(*values.shape[:-1], groups, m, dtype=values.dtype)
+        out.scatter_(-1, index.reshape(grouped).to(torch.int64), values.reshape(grouped))
+        return out.reshape(*values.shape[:-1], groups * m)

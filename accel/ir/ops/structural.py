@@ -1,0 +1,126 @@
+"""Constants, terminators, kernels, vendor calls and the visible ATen fallback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.ir.op import Attribute, Trait, define
+from accel.ir.types import Shape, TensorType
+
+
+@define("constant", Trait.PURE | Trait.CONSTANT | Trait.OPAQUE)
+class Constant:
+    """A tensor of the module's weight store. The result type is the stored one's."""
+
+    infer = None
+
+    @staticmethod
+    def evaluate(*, name: str) -> Tensor:
+        raise NotImplementedError("the interpreter reads the weight store")
+
+
+@define("full", Trait.PURE | Trait.CONSTANT)
+class Full:
+    """A tensor with one value everywhere; a scalar when `shape` is empty."""
+
+    @staticmethod
+    def infer(
+        *, value: bool | int | float | complex, dtype: torch.dtype, shape: Shape = ()
+    ) -> TensorType:
+        return TensorType(shape, dtype)
+
+    @staticmethod
+    def evaluate(
+        *, value: bool | int | float | complex, dtype: torch.dtype, shape: tuple[int, ...] = ()
+    ) -> Tensor:
+        return torch.full(shape, value, dtype=dtype)
+
+
+@define("return", Trait.TERMINATOR)
+class Return:
+    """Ends a function: its operands are the results."""
+
+    @staticmethod
+    def infer(*values: TensorType) -> tuple[TensorType, ...]:
+        return ()
+
+
+@define("yield", Trait.TERMINATOR)
+class Yield:
+    """Ends any other region: its operands are the region's results."""
+
+    @staticmethod
+    def infer(*values: TensorType) -> tuple[TensorType, ...]:
+        return ()
+
+
+@define("kernel", Trait.PURE | Trait.OPAQUE)
+class Kernel:
+    """One generated kernel. The region holds its meaning in tensor-level ops.
+
+    `backend` names the code generator, `kind` the template (pointwise, reduction, ...), and
+    `options` are the template's choices as (name, value) pairs.
+    """
+
+    infer = None
+
+    @staticmethod
+    def evaluate(
+        *inputs: Tensor, backend: str, kind: str, options: Attribute = ()
+    ) -> tuple[Tensor, ...]:
+        raise NotImplementedError("the interpreter runs the region")
+
+
+@define("call", Trait.PURE | Trait.OPAQUE)
+class Call:
+    """One call of a vendor library, e.g. `library = "onednn.linear"`.
+
+    The region holds the meaning in tensor-level ops (linear + gelu + add, say), so the interpreter,
+    the verifier and the cost model need to know nothing of libraries. `options` are the library's
+    parameters as (name, value) pairs.
+    """
+
+    infer = None
+
+    @staticmethod
+    def evaluate(*inputs: Tensor, library: str, options: Attribute = ()) -> tuple[Tensor, ...]:
+        raise NotImplementedError("the interpreter runs the region")
+
+
+@define("aten", Trait.OPAQUE)
+class AtenFallback:
+    """An ATen op without a definition: typed by FakeTensor, run by torch, shown in every report.
+
+    `args` is the positional argument template and `kwargs` (name, template) pairs, where
+    ("operand", i) stands for operand i and ("list", ...) for a list of templates; anything else is
+    a literal. `pure` says whether the op may be removed when unused.
+    """
+
+    infer = None
+
+    @staticmethod
+    def evaluate(
+        *inputs: Tensor,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: tuple[Any, ...] = (),
+        pure: bool = True,
+    ) -> tuple[Tensor, ...]:
+        namespace, _, rest = name.partition("::")
+        op_name, _, overload = rest.partition(".")
+        function = getattr(getattr(getattr(torch.ops, namespace), op_name), overload or "default")
+
+        def fill(template: Any) -> Any:
+            if isinstance(template, tuple) and template and template[0] == "operand":
+                return inputs[template[1]]
+            if isinstance(template, tuple) and template and template[0] == "list":
+                return [fill(t) for t in template[1:]]
+            return template
+
+        positional = [fill(a) for a in args]
+        named = {k: fill(v) for k, v in kwargs}
+        result = function(*positional, **named)
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)

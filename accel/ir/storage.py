@@ -1,0 +1,169 @@
+"""Weights of a module: name -> tensor, loaded when asked for, addressed by content hash.
+
+A tensor of a sub-byte dtype (say `torch.int4`) is stored packed: rows of the last axis, element 0
+in the lowest bits of byte 0, each row rounded up to whole bytes. In a running program the same
+tensor has one element per entry, in int8 or uint8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accel.errors import VerifyError
+from accel.ir.types import SUB_BYTE_BITS, TensorType
+
+_SIGNED = {d for d in SUB_BYTE_BITS if not str(d).startswith("torch.uint")}
+
+
+@dataclass
+class Weight:
+    """One stored tensor. `load` returns the *stored* form (packed for sub-byte dtypes)."""
+
+    type: TensorType
+    load: Callable[[], Tensor]
+    digest: str | None = None
+    origin: str = ""  # name in the user's model, if it came from there
+
+
+class WeightStore:
+    """Named constants. Tensors are shared between copies of a store and never written."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Weight] = {}
+
+    def add(self, name: str, tensor: Tensor, *, origin: str = "") -> str:
+        """Stores a tensor under a fresh name derived from `name`; returns the name."""
+        type = TensorType(tuple(tensor.shape), tensor.dtype)
+        return self.add_lazy(name, type, lambda: tensor, origin=origin)
+
+    def add_lazy(
+        self, name: str, type: TensorType, load: Callable[[], Tensor], *, origin: str = ""
+    ) -> str:
+        unique, n = name, 1
+        while unique in self._entries:
+            unique, n = f"{name}_{n}", n + 1
+        self._entries[unique] = Weight(type, load, origin=origin)
+        return unique
+
+    def add_sub_byte(self, name: str, values: Tensor, dtype: torch.dtype) -> str:
+        """Stores unpacked int8/uint8 `values` as packed `dtype`; exact, or VerifyError."""
+        packed = pack_sub_byte(values, dtype)
+        return self.add_lazy(name, TensorType(tuple(values.shape), dtype), lambda: packed)
+
+    def type(self, name: str) -> TensorType:
+        return self._entry(name).type
+
+    def stored(self, name: str) -> Tensor:
+        """The tensor as stored: packed bytes for sub-byte dtypes."""
+        return self._entry(name).load()
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as a program sees it: one element per entry."""
+        entry = self._entry(name)
+        tensor = entry.load()
+        if entry.type.dtype in SUB_BYTE_BITS:
+            shape = tuple(int(d) for d in entry.type.shape)
+            return unpack_sub_byte(tensor, entry.type.dtype, shape)
+        return tensor
+
+    def origin(self, name: str) -> str:
+        return self._entry(name).origin
+
+    def digest(self, name: str) -> str:
+        """sha256 over dtype, shape and bytes: equal weights have equal digests."""
+        entry = self._entry(name)
+        if entry.digest is None:
+            entry.digest = tensor_digest(entry.load(), str(entry.type))
+        return entry.digest
+
+    def remove(self, name: str) -> None:
+        del self._entries[name]
+
+    def copy(self) -> WeightStore:
+        new = WeightStore()
+        new._entries = dict(self._entries)
+        return new
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def nbytes(self) -> int:
+        return sum(int(w.type.nbytes()) for w in self._entries.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _entry(self, name: str) -> Weight:
+        if name not in self._entries:
+            raise VerifyError(f"the module has no weight named '{name}'")
+        return self._entries[name]
+
+
+def tensor_digest(tensor: Tensor, label: str = "") -> str:
+    """sha256 of a tensor's elements in C order, prefixed by `label`."""
+    hasher = hashlib.sha256(label.encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        hasher.update(flat.view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def pack_sub_byte(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 tensor [..., ceil(last * bits / 8)] of the int values [..., last].
+
+    Raises VerifyError if a value does not fit the dtype.
+    """
+    bits = SUB_BYTE_BITS[dtype]
+    half = 1 << (bits - 1)
+    low, high = (-half, half - 1) if dtype in _SIGNED else (0, 2 * half - 1)
+    wide = values.to(torch.int16)
+    if wide.numel() and (int(wide.min()) < low or int(wide.max()) > high):
+        raise VerifyError(f"values outside of [{low}, {high}] do not fit {dtype}")
+    unsigned = (wide & ((1 << bits) - 1)).to(torch.uint8)
+    if unsigned.dim() == 0:
+        return unsigned.reshape(1)
+    last = unsigned.shape[-1]
+    rows = unsigned.reshape(-1, last) if last else unsigned.reshape(-1, 0)
+    if bits in (1, 2, 4):
+        per = 8 // bits
+        padded = torch.nn.functional.pad(rows, (0, -last % per)).reshape(rows.shape[0], -1, per)
+        shifts = torch.arange(per, dtype=torch.uint8) * bits
+        packed = (padded << shifts).sum(-1, dtype=torch.int64).to(torch.uint8)
+    else:
+        stream = ((rows.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)) & 1).flatten(1)
+        stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8))
+        octets = stream.reshape(rows.shape[0], -1, 8)
+        packed = (octets << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.int64)
+        packed = packed.to(torch.uint8)
+    return packed.reshape(*unsigned.shape[:-1], packed.shape[-1])
+
+
+def unpack_sub_byte(packed: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The int8 (signed) or uint8 tensor of `shape` that `pack_sub_byte` packed."""
+    bits = SUB_BYTE_BITS[dtype]
+    last = shape[-1] if shape else 1
+    rows = packed.reshape(-1, packed.shape[-1]) if packed.numel() else packed.reshape(0, 1)
+    if bits in (1, 2, 4):
+        shifts = torch.arange(8 // bits, dtype=torch.uint8) * bits
+        wide = ((rows.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :last]
+    else:
+        stream = ((rows.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(1)
+        fields = stream[:, : last * bits].reshape(rows.shape[0], last, bits)
+        shifts = torch.arange(bits, dtype=torch.uint8)
+        wide = (fields << shifts).sum(-1, dtype=torch.int64).to(torch.uint8)
+    if dtype in _SIGNED:
+        sign = 1 << (bits - 1)
+        signed = (wide.to(torch.int16) ^ sign) - sign
+        return signed.to(torch.int8).reshape(shape)
+    return wide.contiguous().reshape(shape)

@@ -1,0 +1,165 @@
+"""What a pass is: a dataclass with a name, a contract and `run(module, context)`.
+
+    @register_pass
+    @dataclass
+    class DeadCode(Pass):
+        \"\"\"Removes pure ops without users. (paper; before/after in IR text)\"\"\"
+
+        name: ClassVar[str] = "dce"
+        contract: ClassVar[Contract] = EXACT
+
+        def run(self, module: Module, context: Context) -> None: ...
+
+Dataclass fields are the options: `--pass quantize{bits=4,group=64}` and recipes use their names.
+The pass manager (`accel.passes.manager`) verifies, compares, times and checks contracts; a pass
+only rewrites, and calls `context.rewrite(rule)` before each single rewrite (fuel and ledger).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from accel.errors import OptionError
+from accel.ir.module import Module, Op
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a pass promises.
+
+    `exact`: the same function over the reals. `stores_constants` says that the pass computes new
+    constants in float64 and rounds them once, so results may differ by that rounding.
+    `approximate`: lossy; `metric` on calibration inputs stays within `bound`.
+    """
+
+    kind: Literal["exact", "approximate"]
+    stores_constants: bool = False
+    metric: str = ""
+    bound: float = 0.0
+
+
+EXACT = Contract("exact")
+EXACT_CONSTANTS = Contract("exact", stores_constants=True)
+
+
+def approximate(metric: str, bound: float) -> Contract:
+    """Lossy within `bound` of `metric` (a name in `accel.passes.metrics`)."""
+    return Contract("approximate", metric=metric, bound=bound)
+
+
+class KernelGenerator(Protocol):
+    """A backend that generates kernels, as passes see it."""
+
+    name: str
+
+    def supports(self, op: Op) -> str | None:
+        """None if a kernel region may hold this op, else the reason why not."""
+
+
+class Library(Protocol):
+    """A vendor library's entry, as passes see it: which ops one call can take together."""
+
+    name: str
+
+    def match(self, op: Op) -> LibraryMatch | None:
+        """The call rooted at this op (a linear, say), its epilogue included; None if none fits."""
+
+
+@dataclass
+class LibraryMatch:
+    """Ops that one vendor call computes: `root` first, then the epilogue, in order.
+
+    The last op's result is the call's only result. `options` are stored on the `accel.call`.
+    """
+
+    library: str
+    ops: list[Op]
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass
+class Context:
+    """What passes may know besides the program. Made by the compiler, or by a test with defaults.
+
+    Attributes:
+        target: the target's description (`accel.compiler.targets.Target`), or None.
+        generator: the kernel generator for fusion planning, or None.
+        libraries: vendor calls in order of preference.
+        calibration: input tuples for lossy passes (weights-only ones may do without).
+        fuel: how many rewrites may still happen; None is without limit.
+        on_rewrite: called with (pass name, rule name, op) for every rewrite that happens.
+        on_miss: called with (rule, op, reason) where a rule nearly fired, for `accel explain`.
+    """
+
+    target: Any = None
+    generator: KernelGenerator | None = None
+    libraries: Sequence[Library] = ()
+    calibration: Sequence[Sequence[Tensor]] = ()
+    fuel: int | None = None
+    current_pass: str = ""
+    on_rewrite: Callable[[str, str, Op | None], None] | None = None
+    on_miss: Callable[[str, Op, str], None] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)  # facts a pass leaves for the ledger
+
+    def rewrite(self, rule: str, op: Op | None = None) -> bool:
+        """Whether one more rewrite may happen; counts it if so. Ask before changing anything."""
+        if self.fuel is not None:
+            if self.fuel <= 0:
+                return False
+            self.fuel -= 1
+        if self.on_rewrite is not None:
+            self.on_rewrite(self.current_pass, rule, op)
+        return True
+
+    def miss(self, rule: str, op: Op, reason: str) -> None:
+        """A rule nearly fired: say which attribute, second user or type stood in the way."""
+        if self.on_miss is not None:
+            self.on_miss(rule, op, reason)
+
+
+class Pass(ABC):
+    """Base of all passes; subclasses are dataclasses whose fields are the options."""
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract] = EXACT
+
+    @abstractmethod
+    def run(self, module: Module, context: Context) -> None:
+        """Rewrites the module in place."""
+
+    def options(self) -> dict[str, Any]:
+        if not dataclasses.is_dataclass(self):
+            return {}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        options = ",".join(f"{k}={v}" for k, v in self.options().items())
+        return f"{self.name}{{{options}}}" if options else self.name
+
+
+_PASSES: dict[str, type[Pass]] = {}
+
+
+def register_pass(cls: type[Pass]) -> type[Pass]:
+    """Class decorator: makes the pass known by its name to the CLI and to recipes."""
+    if cls.name in _PASSES:
+        raise OptionError(f"pass '{cls.name}' is registered twice")
+    _PASSES[cls.name] = cls
+    return cls
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The pass of this name; OptionError with near names if there is none."""
+    if name not in _PASSES:
+        raise OptionError(f"no pass named '{name}'", advice=f"known: {', '.join(sorted(_PASSES))}")
+    return _PASSES[name]
+
+
+def all_passes() -> dict[str, type[Pass]]:
+    return dict(sorted(_PASSES.items()))

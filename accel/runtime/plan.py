@@ -1,0 +1,127 @@
+"""The plan: what a compiled function does, as data. The artifact stores it, the executor runs it.
+
+A plan is a list of steps over numbered values. Sizes are JSON expressions: an int, a symbol's name,
+or a list such as ["*", "s0", 64]; so nothing here needs sympy, and nothing is evaluated as code.
+
+Values:
+    input    argument i of the call
+    weight   a tensor of the artifact's weight file (mmap'ed), by name
+    buffer   memory of the arena, planned by `accel.runtime.planner`; written by kernel steps
+    owned    allocated by a library or ATen step, freed after its last use
+    view     another value's memory under another shape/stride (a "view" step defines it)
+
+Steps:
+    kernel   a generated function of the host library: `symbol(inputs..., outputs..., dims...)`;
+             inputs are dense in C order (the executor makes them so), outputs are buffers
+    library  a registered vendor call (`accel.runtime.libraries`): returns its outputs
+    aten     an ATen overload by name, arguments from a template
+    view     reshape, permute, slice, expand: no computation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from accel.errors import ArtifactError
+
+SizeExpr = int | str | list[Any]
+ValueKind = Literal["input", "weight", "buffer", "owned", "view"]
+StepKind = Literal["kernel", "library", "aten", "view"]
+
+
+@dataclass
+class ValueSpec:
+    """One value: where it lives, its dtype, and its logical shape."""
+
+    kind: ValueKind
+    dtype: str  # torch's name without the prefix: "float32", "int4"
+    shape: list[SizeExpr]
+    name: str = ""  # weight name or a hint for people
+    index: int = 0  # argument number of an input
+
+
+@dataclass
+class Step:
+    """One step. `inputs` and `outputs` number values (-1: an absent optional operand).
+
+    kernel: name = symbol, dims = run-time sizes passed after the buffers.
+    library: name = library entry, options = its parameters.
+    aten: name = overload, e.g. "aten::topk.default"; options["args"], options["kwargs"] are
+        templates: {"operand": i}, {"size": expr}, {"dtype": "float32"}, {"list": [...]}, literals.
+    view: name = "reshape" | "permute" | "slice" | "expand"; options = its parameters.
+    `frees` lists owned values that die after this step. `source` is the IR op or the user's place.
+    """
+
+    kind: StepKind
+    name: str
+    inputs: list[int]
+    outputs: list[int]
+    options: dict[str, Any] = field(default_factory=dict)
+    dims: list[SizeExpr] = field(default_factory=list)
+    frees: list[int] = field(default_factory=list)
+    source: str = ""
+
+
+@dataclass
+class FunctionPlan:
+    """One entry point.
+
+    `inputs` and `outputs` number values; `symbols` maps a size's name to its [min, max] (max null:
+    no bound); `donates` maps result -> argument. `metadata` carries the calling convention
+    (argument names, pytree specs) for whoever wraps the executor.
+    """
+
+    name: str
+    values: list[ValueSpec]
+    inputs: list[int]
+    outputs: list[int]
+    steps: list[Step]
+    symbols: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    donates: dict[int, int] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate_size(expr: SizeExpr, symbols: Mapping[str, int]) -> int:
+    """The value of a size expression. Raises ArtifactError for anything malformed."""
+    if isinstance(expr, bool):
+        raise ArtifactError(f"bad size expression {expr!r}")
+    if isinstance(expr, int):
+        return expr
+    if isinstance(expr, str):
+        if expr not in symbols:
+            raise ArtifactError(f"size '{expr}' has no value")
+        return symbols[expr]
+    if not isinstance(expr, list) or not expr:
+        raise ArtifactError(f"bad size expression {expr!r}")
+    operator, *rest = expr
+    values = [evaluate_size(e, symbols) for e in rest]
+    if operator == "+" and values:
+        return sum(values)
+    if operator == "*" and values:
+        result = 1
+        for v in values:
+            result *= v
+        return result
+    if operator in ("//", "%") and len(values) == 2 and values[1] != 0:
+        return values[0] // values[1] if operator == "//" else values[0] % values[1]
+    if operator == "**" and len(values) == 2 and 0 <= values[1] < 64:
+        return int(values[0] ** values[1])
+    if operator in ("max", "min") and values:
+        return max(values) if operator == "max" else min(values)
+    raise ArtifactError(f"bad size expression {expr!r}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of a name from a manifest; ArtifactError if there is none."""
+    dtype = getattr(torch, name, None) if name.isidentifier() else None
+    if not isinstance(dtype, torch.dtype):
+        raise ArtifactError(f"unknown dtype '{name}'")
+    return dtype
