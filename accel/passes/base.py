@@ -21,11 +21,12 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from accel.errors import OptionError
+from accel.ir.capability import KernelGenerator, Library, LibraryMatch
 from accel.ir.module import Module, Op
 
 
@@ -51,36 +52,6 @@ EXACT_CONSTANTS = Contract("exact", stores_constants=True)
 def approximate(metric: str, bound: float) -> Contract:
     """Lossy within `bound` of `metric` (a name in `accel.passes.metrics`)."""
     return Contract("approximate", metric=metric, bound=bound)
-
-
-class KernelGenerator(Protocol):
-    """A backend that generates kernels, as passes see it."""
-
-    name: str
-
-    def supports(self, op: Op) -> str | None:
-        """None if a kernel region may hold this op, else the reason why not."""
-
-
-class Library(Protocol):
-    """A vendor library's entry, as passes see it: which ops one call can take together."""
-
-    name: str
-
-    def match(self, op: Op) -> LibraryMatch | None:
-        """The call rooted at this op (a linear, say), its epilogue included; None if none fits."""
-
-
-@dataclass
-class LibraryMatch:
-    """Ops that one vendor call computes: `root` first, then the epilogue, in order.
-
-    The last op's result is the call's only result. `options` are stored on the `accel.call`.
-    """
-
-    library: str
-    ops: list[Op]
-    options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass
@@ -163,3 +134,19 @@ def pass_class(name: str) -> type[Pass]:
 
 def all_passes() -> dict[str, type[Pass]]:
     return dict(sorted(_PASSES.items()))
+
+
+__all__ = [
+    "EXACT",
+    "EXACT_CONSTANTS",
+    "Context",
+    "Contract",
+    "KernelGenerator",
+    "Library",
+    "LibraryMatch",
+    "Pass",
+    "all_passes",
+    "approximate",
+    "pass_class",
+    "register_pass",
+]

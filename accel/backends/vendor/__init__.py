@@ -1,0 +1,11 @@
+"""Vendor libraries for the CPU, reached through torch: what one call can compute.
+
+Each class here is the compile-time half of an entry in `accel.runtime.libraries`: `match` finds a
+root op and as much of its epilogue as the call can take, and the options it returns are what the
+run-time half needs. Meaning is never encoded here: it is the region of the `accel.call`.
+"""
+
+from accel.backends.vendor.attention import ScaledDotProduct
+from accel.backends.vendor.onednn import OneDnnConv, OneDnnLinear, TorchLinear
+
+__all__ = ["OneDnnConv", "OneDnnLinear", "ScaledDotProduct", "TorchLinear"]

@@ -1,0 +1,52 @@
+"""oneDNN (weights packed once, fused epilogues) and MKL linears, oneDNN convolutions."""
+
+from __future__ import annotations
+
+import torch
+
+from accel.backends.vendor.epilogue import match_epilogue
+from accel.ir.capability import LibraryMatch
+from accel.ir.module import Op, constant_name
+
+
+class OneDnnLinear:
+    """`onednn.linear`: float32 or bfloat16, a constant weight, bias, add, one activation."""
+
+    name = "onednn.linear"
+
+    def match(self, op: Op) -> LibraryMatch | None:
+        if op.name != "linear" or op.result.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        weight = op.operand("weight")
+        if weight is None or constant_name(weight) is None or op.result.type.rank < 2:
+            return None
+        epilogue = match_epilogue(op, binary=True, after_binary=frozenset(("relu",)))
+        return LibraryMatch(self.name, [op, *epilogue.ops], epilogue.options())
+
+
+class TorchLinear:
+    """`torch.linear`: any linear, as PyTorch itself computes it (MKL for float32)."""
+
+    name = "torch.linear"
+
+    def match(self, op: Op) -> LibraryMatch | None:
+        return LibraryMatch(self.name, [op]) if op.name == "linear" else None
+
+
+class OneDnnConv:
+    """`onednn.conv`: 2-d float32 convolution, constant weight, bias, add, one activation."""
+
+    name = "onednn.conv"
+
+    def match(self, op: Op) -> LibraryMatch | None:
+        if op.name != "conv" or op.result.dtype != torch.float32 or op.result.type.rank != 4:
+            return None
+        weight = op.operand("weight")
+        if weight is None or constant_name(weight) is None or not op.result.type.is_static:
+            return None
+        epilogue = match_epilogue(op, binary=True, after_binary=frozenset(("relu",)))
+        options = tuple(
+            (name, op.attribute(name))
+            for name in ("stride", "padding", "dilation", "groups", "layout")
+        )
+        return LibraryMatch(self.name, [op, *epilogue.ops], (*options, *epilogue.options()))

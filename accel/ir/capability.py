@@ -1,0 +1,38 @@
+"""How a backend tells passes what it can take. Passes see these protocols, never a backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from accel.ir.module import Op
+
+
+class KernelGenerator(Protocol):
+    """A backend that generates kernels, as passes see it."""
+
+    name: str
+
+    def supports(self, op: Op) -> str | None:
+        """None if a kernel region may hold this op, else the reason why not."""
+
+
+class Library(Protocol):
+    """A vendor library's entry, as passes see it: which ops one call can take together."""
+
+    name: str
+
+    def match(self, op: Op) -> LibraryMatch | None:
+        """The call rooted at this op (a linear, say), its epilogue included; None if none fits."""
+
+
+@dataclass
+class LibraryMatch:
+    """Ops that one vendor call computes: `root` first, then the epilogue, in order.
+
+    The last op's result is the call's only result. `options` are stored on the `accel.call`.
+    """
+
+    library: str
+    ops: list[Op]
+    options: tuple[tuple[str, Any], ...] = ()

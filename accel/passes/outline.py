@@ -1,0 +1,79 @@
+"""Moving ops into the region of a new `accel.kernel` or `accel.call`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from accel.ir.module import Op, Region, Value, clone_op
+from accel.ir.op import Attribute, definition
+
+
+def outline(
+    ops: Sequence[Op],
+    name: str,
+    attributes: Mapping[str, Attribute],
+    made_by: str,
+    *,
+    duplicate: Sequence[Op] = (),
+    inline: Callable[[Value], bool] = lambda value: False,
+) -> Op:
+    """Builds `accel.<name>` with copies of `ops` (in order) as its region; not inserted yet.
+
+    Inputs are the values that the ops read from outside, in order of first use; values for which
+    `inline` is true (0-d constants, say) are copied into the region instead, with the ops of
+    `duplicate`, which stay where they are. Results are the values that others use. The caller
+    inserts the op and calls `finish_outline`.
+    """
+    members = set(ops)
+    mapping: dict[Value, Value] = {}
+    region = Region()
+    inputs: list[Value] = []
+    copies = {r: op for op in duplicate for r in op.results}
+
+    def bring(value: Value) -> None:
+        if value in mapping:
+            return
+        source = value.op
+        if source is not None and (value in copies or inline(value)):
+            for operand in source.operands:
+                bring(operand)
+            region.append(clone_op(source, mapping))
+            return
+        inputs.append(value)
+        mapping[value] = region.add_arg(value.type, value.name)
+
+    for op in ops:
+        for operand in op.operands:
+            bring(operand)
+        region.append(clone_op(op, mapping))
+    outputs = escaping(ops, members)
+    terminator = Op(definition("yield"), [mapping[v] for v in outputs], {}, ())
+    region.append(terminator)
+    last = ops[-1]
+    return Op(
+        definition(name),
+        inputs,
+        attributes,
+        [v.type for v in outputs],
+        regions=[region],
+        location=last.location,
+        made_by=made_by,
+    )
+
+
+def escaping(ops: Sequence[Op], members: set[Op]) -> list[Value]:
+    """Results of `ops` that an op outside of `members` uses."""
+    return [r for op in ops for r in op.results if any(user not in members for user, _ in r.uses)]
+
+
+def finish_outline(new: Op, ops: Sequence[Op]) -> None:
+    """Points the users of `ops` to the inserted `new`, and erases the ops."""
+    members = set(ops)
+    outputs = escaping(ops, members)
+    for old, result in zip(outputs, new.results):
+        result.name = old.name
+        for user, index in list(old.uses):
+            if user not in members:
+                user.set_operand(index, result)
+    for op in reversed(ops):
+        op.erase()
