@@ -14,14 +14,14 @@ Contract: exact (regions hold the very ops they replace). After: XLA's fusion, I
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from accel.ir.capability import KernelGenerator
 from accel.ir.module import Function, Module, Op, Region, Value
 from accel.ir.op import Trait
 from accel.ir.types import Shape, product, same_dim, same_shape
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
-from accel.passes.outline import escaping, finish_outline, outline
+from accel.passes.outline import finish_outline, outline
 
 
 @register_pass
@@ -59,11 +59,7 @@ class Group:
 
     @property
     def kind(self) -> str:
-        if self.axes is None:
-            return "pointwise"
-        rank = len(self.shape)
-        trailing = tuple(range(rank - len(self.axes), rank))
-        return "rowwise" if self.axes == trailing else "reduction"
+        return _kind(self.shape, self.axes)
 
 
 class _Planner:
@@ -138,36 +134,29 @@ class _Planner:
         outside = {v for v in op.operands if self._producer_group(v) is not group}
         if len(group.reads | outside) > self.max_inputs:
             return f"the kernel would read more than {self.max_inputs} tensors"
-        if (group.axes is None and axes is None) or group.axes is None:
-            ok = same_shape(group.shape, shape)
-        elif axes is not None:
-            ok = same_shape(group.shape, shape) and axes == group.axes
+        same = same_shape(group.shape, shape)
+        if axes is not None:
+            # A reduction joins what it reduces; over axes that are not the last, only if nothing of
+            # the full shape must also be stored.
+            ok = same and group.axes in (None, axes)
+            if ok and _kind(shape, axes) == "reduction":
+                ok = self._closed(group, op)
+        elif group.axes is None:
+            ok = same or (not op.has(Trait.ELEMENTWISE) and self._closed(group, op))
+        elif group.kind == "rowwise":
+            ok = same or _is_reduced(shape, group)
         else:
-            ok = (
-                same_shape(group.shape, shape)
-                or (group.kind == "rowwise" and _is_reduced(shape, group))
-                or (group.kind == "reduction" and _is_reduced(shape, group))
-            )
-            # After a reduction over other axes, nothing of the full shape can follow.
-            if group.kind == "reduction" and same_shape(group.shape, shape):
-                ok = not self._depends_on_reduction(group, op)
+            ok = _is_reduced(shape, group)
         if not ok:
             return f"iteration spaces differ: {group.shape} and {shape}"
         if self._would_cycle(group, op):
             return "another kernel lies between"
         return None
 
-    def _depends_on_reduction(self, group: Group, op: Op) -> bool:
-        members, pending, seen = set(group.ops), [v.op for v in op.operands], set()
-        while pending:
-            producer = pending.pop()
-            if producer is None or producer in seen or producer not in members:
-                continue
-            seen.add(producer)
-            if producer.has(Trait.REDUCTION):
-                return True
-            pending.extend(v.op for v in producer.operands)
-        return False
+    def _closed(self, group: Group, op: Op) -> bool:
+        """Whether nothing but the group and `op` uses what the group computes."""
+        inside = (*group.ops, op)
+        return all(user in inside for m in group.ops for r in m.results for user in r.users)
 
     def _sibling(self, op: Op, shape: Shape, axes: tuple[int, ...] | None) -> Group | None:
         """A group of the same stage and space that reads the same large tensor."""
@@ -215,6 +204,8 @@ class _Planner:
         self.group_of[op] = group
         if axes is not None and group.axes is None:
             group.axes, group.shape = axes, shape
+        elif group.axes is None:
+            group.shape = shape  # a cat or pad takes the group into its own space
         group.reads.update(v for v in op.operands if self._producer_group(v) is not group)
 
     def _merge_producers(self, op: Op, group: Group) -> None:
@@ -227,7 +218,10 @@ class _Planner:
                 continue
             if len(other.reads | group.reads) > self.max_inputs:
                 continue
-            if not same_shape(other.shape, group.shape):
+            indexed = not op.has(Trait.ELEMENTWISE) and other.axes is None and group.axes is None
+            if not same_shape(other.shape, group.shape) and not (
+                indexed and self._closed(other, op)
+            ):
                 continue
             if None not in (other.axes, group.axes) and other.axes != group.axes:
                 continue
@@ -290,18 +284,24 @@ class _Planner:
             op = pending.pop().op
             if op is None or op in self.group_of or op in views:
                 continue
-            free = not op.operands and op.has(Trait.PURE) and not op.name == "constant"
+            free = not op.operands and op.has(Trait.PURE) and op.name != "constant"
             if (op.has(Trait.VIEW) or free) and self.generator.supports(op) is None:
                 views[op] = None
                 pending.extend(op.operands)
         return list(views)
 
 
+def _kind(shape: Shape, axes: tuple[int, ...] | None) -> str:
+    if axes is None:
+        return "pointwise"
+    return "rowwise" if axes == tuple(range(len(shape) - len(axes), len(shape))) else "reduction"
+
+
 def _reduced_axes(op: Op) -> tuple[int, ...] | None:
     if not op.has(Trait.REDUCTION):
         return None
     rank = op.operands[0].type.rank
-    axes = op.attributes.get("axes")
+    axes: Any = op.attributes.get("axes")
     if axes is None:
         axes = (op.attribute("axis"),)
     return tuple(sorted(int(a) % rank for a in axes))
@@ -356,6 +356,3 @@ def _schedule(body: Region, units: dict[Op, Group], order: dict[Op, int]) -> lis
         # RANDOM and other effects keep their order because the walk is in original order.
         visit(op)
     return result
-
-
-__all__ = ["Fuse", "Group", "escaping"]
