@@ -35,7 +35,11 @@ StepKind = Literal["kernel", "library", "aten", "view"]
 
 @dataclass
 class ValueSpec:
-    """One value: where it lives, its dtype, and its logical shape."""
+    """One value: where it lives, its dtype, and its logical shape.
+
+    A weight of a sub-byte dtype ("int4") is bound to its stored form, uint8 rows of packed elements,
+    in kernel and library steps, and to one int8 or uint8 per element in ATen steps and results.
+    """
 
     kind: ValueKind
     dtype: str  # torch's name without the prefix: "float32", "int4"
@@ -49,11 +53,19 @@ class Step:
     """One step. `inputs` and `outputs` number values (-1: an absent optional operand).
 
     kernel: name = symbol, dims = run-time sizes passed after the buffers.
+        options["inplace"] = [[output, input], ...] (positions in `outputs` and `inputs`): the kernel
+        may write that output over that input, since element i of the one needs only element i of
+        the other.
     library: name = library entry, options = its parameters.
     aten: name = overload, e.g. "aten::topk.default"; options["args"], options["kwargs"] are
-        templates: {"operand": i}, {"size": expr}, {"dtype": "float32"}, {"list": [...]}, literals.
-    view: name = "reshape" | "permute" | "slice" | "expand"; options = its parameters.
-    `frees` lists owned values that die after this step. `source` is the IR op or the user's place.
+        templates: {"operand": i} (a position in `inputs`), {"size": expr}, {"dtype": "float32"},
+        {"list": [...]}, {"float": "inf" | "-inf" | "nan"}, {"complex": [re, im]},
+        {"device": "cpu"}, {"layout": "strided"}, {"memory_format": "contiguous_format"}, and
+        plain None, bool, int, finite float, str.
+    view: name = "reshape" | "expand" (the output's shape says the rest), "permute"
+        (options["axes"]), "slice" (options["axis"], "start", "stop", "step"; sizes may be
+        expressions).
+    `source` is the IR op or the user's place, for error messages.
     """
 
     kind: StepKind
@@ -62,7 +74,6 @@ class Step:
     outputs: list[int]
     options: dict[str, Any] = field(default_factory=dict)
     dims: list[SizeExpr] = field(default_factory=list)
-    frees: list[int] = field(default_factory=list)
     source: str = ""
 
 
