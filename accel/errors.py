@@ -129,3 +129,10 @@ class VerificationFailedError(AccelError):
 
     id = "ACCEL052"
     exit_code = 9
+
+
+class ExecutionError(AccelError):
+    """A step of a compiled function failed; `where` names the step and its source."""
+
+    id = "ACCEL053"
+    exit_code = 10

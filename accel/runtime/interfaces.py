@@ -5,7 +5,7 @@ The executor (`accel.runtime.executor`) knows no library and no code format. It 
 - `Libraries`: name -> `Library`, e.g. `accel.runtime.libraries.get`;
 - a `HostCode`, loaded from the artifact's `.so` or straight from a code generator.
 
-Everything slow happens once: `Library.prepare` packs weights, `HostCode.function` resolves a symbol.
+Everything slow happens once: `Library.prepare` packs weights, `HostCode.function` finds a symbol.
 What is left per call is one Python call per step.
 """
 

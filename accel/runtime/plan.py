@@ -37,8 +37,8 @@ StepKind = Literal["kernel", "library", "aten", "view"]
 class ValueSpec:
     """One value: where it lives, its dtype, and its logical shape.
 
-    A weight of a sub-byte dtype ("int4") is bound to its stored form, uint8 rows of packed elements,
-    in kernel and library steps, and to one int8 or uint8 per element in ATen steps and results.
+    A weight of a sub-byte dtype ("int4") is bound to its stored form (uint8, rows of packed
+    elements) in kernel and library steps, and to one int8 or uint8 per element in ATen steps.
     """
 
     kind: ValueKind
@@ -53,9 +53,9 @@ class Step:
     """One step. `inputs` and `outputs` number values (-1: an absent optional operand).
 
     kernel: name = symbol, dims = run-time sizes passed after the buffers.
-        options["inplace"] = [[output, input], ...] (positions in `outputs` and `inputs`): the kernel
-        may write that output over that input, since element i of the one needs only element i of
-        the other.
+        options["inplace"] = [[output, input], ...] (positions in `outputs` and `inputs`): the
+        kernel may write that output over that input, since element i of the one needs only
+        element i of the other.
     library: name = library entry, options = its parameters.
     aten: name = overload, e.g. "aten::topk.default"; options["args"], options["kwargs"] are
         templates: {"operand": i} (a position in `inputs`), {"size": expr}, {"dtype": "float32"},
