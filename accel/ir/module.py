@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accel.errors import VerifyError
-from accel.ir.op import Attribute, OpDefinition, Trait, definition
+from accel.ir.op import AtenCall, Attribute, OpDefinition, Trait, definition
 from accel.ir.storage import WeightStore
 from accel.ir.types import Dim, TensorType
 
@@ -159,6 +159,11 @@ class Op:
     def arguments(self) -> list[Any]:
         """Operands in the definition's argument order, None for absent optional ones."""
         return self.definition.group_operands(self._operands, self.segments)
+
+    def aten_call(self) -> AtenCall | None:
+        """The one ATen overload that computes this op, or None; operands appear as Values."""
+        attributes = self.definition.complete_attributes(self.attributes)
+        return self.definition.aten_call(self.arguments(), attributes)
 
     def attribute(self, name: str) -> Any:
         """An attribute's value, its default if left out."""

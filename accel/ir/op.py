@@ -27,6 +27,7 @@ interpreter, the op sweep and the docs page are derived from this.
 from __future__ import annotations
 
 import enum
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 
-from accel.errors import OptionError, TypeInferenceError
+from accel.errors import InterpretError, OptionError, TypeInferenceError
 from accel.ir.types import TensorType
 
 # What an attribute may hold. Shapes are tuples of int and sympy.Expr.
@@ -58,6 +59,7 @@ class Trait(enum.Flag):
     COMPOSITE = enum.auto()  # keeps meaning; has a decomposition into primitives
     CONTRACTION = enum.auto()  # multiplies and sums: matmul, conv, attention
     DECODE = enum.auto()  # turns stored compressed weights into a dense tensor
+    BITS = enum.auto()  # reads the bits of its operands: never evaluated in a wider dtype
     OPAQUE = enum.auto()  # typed from outside: `accel.aten`, kernels and calls
     TERMINATOR = enum.auto()
 
@@ -80,40 +82,83 @@ class AttributeSpec:
         return self.default is inspect.Parameter.empty
 
 
+@dataclass(frozen=True, slots=True)
+class Lit:
+    """A literal in an `aten(...)` form."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Arg:
+    """An argument computed from the operands' shapes and dtypes and from the attributes.
+
+    The function gets all of them by name. Operands are tensors when a program is interpreted and
+    IR values when it is lowered: both have `shape` and `dtype`, and may be put into the result.
+    """
+
+    function: Callable[[Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AtenCall:
+    """One ATen overload with its arguments: `aten::topk.default`'s spelling is `aten::topk`."""
+
+    overload: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Aten:
     """A meaning given by one ATen overload, for which a runtime needs no definition.
 
-    `args` and `kwargs` name the definition's operands and attributes; `Lit` wraps a literal.
+    `args` and `kwargs` name the definition's operands and attributes; `Lit` wraps a literal and
+    `Arg` computes an argument. With `when`, the form holds only where that says so. Results that
+    ATen returns as None (an output mask said so) are left out.
     """
 
     overload: str
-    args: tuple[str | Lit, ...] = ()
-    kwargs: Mapping[str, str | Lit] = field(default_factory=dict)
+    args: tuple[str | Lit | Arg, ...] = ()
+    kwargs: Mapping[str, str | Lit | Arg] = field(default_factory=dict)
+    when: Callable[[Mapping[str, Any]], bool] | None = None
 
     def bind(self, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        def get(a: str | Lit) -> Any:
-            return a.value if isinstance(a, Lit) else values[a]
+        def get(a: str | Lit | Arg) -> Any:
+            if isinstance(a, str):
+                return values[a]
+            return a.value if isinstance(a, Lit) else a.function(values)
 
         return [get(a) for a in self.args], {k: get(a) for k, a in self.kwargs.items()}
 
     def resolve(self) -> Callable[..., Any]:
-        namespace, _, rest = self.overload.partition("::")
-        name, _, overload = rest.partition(".")
-        found: Callable[..., Any] = getattr(
-            getattr(getattr(torch.ops, namespace), name), overload or "default"
-        )
-        return found
+        return resolve_overload(self.overload)
 
 
-@dataclass(frozen=True, slots=True)
-class Lit:
-    value: Any
+def resolve_overload(overload: str) -> Callable[..., Any]:
+    """The function of a name such as `aten::add.Tensor`.
+
+    Raises InterpretError if there is no such operator: the name may come from a file, and must not
+    reach anything but registered operators.
+    """
+    namespace, _, rest = overload.partition("::")
+    name, _, suffix = rest.partition(".")
+    found: Any = torch.ops
+    for part in (namespace, name, suffix or "default"):
+        found = getattr(found, part, None) if part.isidentifier() else None
+    if not isinstance(found, torch._ops.OpOverload):
+        raise InterpretError(f"there is no operator '{overload}'")
+    return found
 
 
-def aten(overload: str, *args: str | Lit, **kwargs: str | Lit) -> Aten:
+def aten(
+    overload: str,
+    *args: str | Lit | Arg,
+    when: Callable[[Mapping[str, Any]], bool] | None = None,
+    **kwargs: str | Lit | Arg,
+) -> Aten:
     """`aten("topk", "x", "k", "axis")`: the namespace `aten::` is implied."""
-    return Aten(f"aten::{overload}", args, kwargs)
+    return Aten(f"aten::{overload}", args, kwargs, when)
 
 
 @dataclass(eq=False)
@@ -127,12 +172,31 @@ class OpDefinition:
     infer: Callable[..., TensorType | Sequence[TensorType]] | None
     evaluate: Callable[..., Any] | None
     decompose: Callable[..., Any] | None
-    aten: Aten | None
+    calls: tuple[Aten, ...]
     doc: str
     group: str = ""
 
     def has(self, trait: Trait) -> bool:
         return bool(self.traits & trait)
+
+    @property
+    def aten(self) -> Aten | None:
+        """The ATen form, if one overload computes the op for all operands and attributes."""
+        return self.calls[0] if len(self.calls) == 1 and self.calls[0].when is None else None
+
+    def aten_call(self, arguments: Sequence[Any], attributes: Mapping[str, Any]) -> AtenCall | None:
+        """The one ATen overload that computes this op for these arguments; None if there is none.
+
+        `arguments` are tensors or IR values, grouped as by `group_operands`; `attributes` are
+        complete. The overload differs by case for some ops (`max_pool` of 1, 2 and 3 axes).
+        """
+        values: dict[str, Any] = dict(attributes)
+        for i, spec in enumerate(self.operands):
+            values[spec.name] = list(arguments[i:]) if spec.variadic else arguments[i]
+        for form in self.calls:
+            if form.when is None or form.when(values):
+                return AtenCall(form.overload, *form.bind(values))
+        return None
 
     @property
     def needs_segments(self) -> bool:
@@ -242,7 +306,9 @@ def register(definition: OpDefinition) -> OpDefinition:
 def define(name: str, traits: Trait = Trait.NONE) -> Callable[[type], OpDefinition]:
     """Class decorator that registers an op definition (see the module docstring).
 
-    `evaluate` may be an `Aten` instead of a function; then a runtime can call it by name.
+    `evaluate` may be an `Aten` instead of a function, or a tuple of them of which the first that
+    holds is taken; then a runtime can call it by name. Where `evaluate` is a function, such forms
+    may stand in `call`: they must compute the same.
     """
 
     def wrap(cls: type) -> OpDefinition:
@@ -253,41 +319,39 @@ def define(name: str, traits: Trait = Trait.NONE) -> Callable[[type], OpDefiniti
         if source is None:
             raise OptionError(f"op '{name}' has neither infer nor evaluate")
         operands, attributes = _signature(source)
-        overload = evaluate if isinstance(evaluate, Aten) else None
-        if overload is not None:
-            evaluate = _evaluate_aten(overload, operands)
+        calls = evaluate if isinstance(evaluate, (Aten, tuple)) else getattr(cls, "call", ())
         full = traits | (Trait.COMPOSITE if decompose is not None else Trait.NONE)
-        return register(
-            OpDefinition(
-                name,
-                full,
-                tuple(operands),
-                tuple(attributes),
-                infer,
-                evaluate,
-                decompose,
-                overload,
-                inspect.cleandoc(cls.__doc__ or ""),
-                cls.__module__.rsplit(".", 1)[-1],
-            )
+        made = OpDefinition(
+            name,
+            full,
+            tuple(operands),
+            tuple(attributes),
+            infer,
+            evaluate,
+            decompose,
+            (calls,) if isinstance(calls, Aten) else tuple(calls),
+            inspect.cleandoc(cls.__doc__ or ""),
+            cls.__module__.rsplit(".", 1)[-1],
         )
+        if isinstance(evaluate, (Aten, tuple)):
+            made.evaluate = _evaluate_aten(made)
+        return register(made)
 
     return wrap
 
 
-def _evaluate_aten(overload: Aten, operands: Sequence[OperandSpec]) -> Callable[..., Any]:
-    function: list[Callable[..., Any]] = []
-
+def _evaluate_aten(definition: OpDefinition) -> Callable[..., Any]:
     def evaluate(*args: Any, **attributes: Any) -> Any:
-        if not function:
-            function.append(overload.resolve())
-        values: dict[str, Any] = dict(attributes)
-        for i, spec in enumerate(operands):
-            values[spec.name] = list(args[i:]) if spec.variadic else args[i]
-        bound, kwargs = overload.bind(values)
-        return function[0](*bound, **kwargs)
+        call = definition.aten_call(args, attributes)
+        if call is None:
+            raise ValueError("no ATen overload computes this op for these operands and attributes")
+        made = _resolved(call.overload)(*call.args, **call.kwargs)
+        return made if isinstance(made, torch.Tensor) else [r for r in made if r is not None]
 
     return evaluate
+
+
+_resolved = functools.cache(resolve_overload)
 
 
 def definition(name: str) -> OpDefinition:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TypeAlias
 
 import sympy
@@ -21,6 +21,9 @@ from accel.errors import TypeInferenceError
 
 Dim: TypeAlias = int | sympy.Expr
 Shape: TypeAlias = tuple[Dim, ...]
+
+# Entries of each cache of work on symbolic sizes: a large model has a few hundred expressions.
+_CACHE = 16384
 
 # torch's stubs do not list these dtypes, so they are looked up by name.
 SUB_BYTE_BITS: dict[torch.dtype, int] = {
@@ -61,6 +64,12 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 }
 DTYPE_NAMES |= {dtype: _mlir_integer(dtype) for dtype in SUB_BYTE_BITS}
 DTYPE_BY_NAME: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+# Dtypes that ops compute in, by kind. All others are for storage: cast or decode them first.
+FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
+COMPLEX = frozenset({torch.complex64, torch.complex128})
+BOOL = frozenset({torch.bool})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +123,13 @@ def is_integer(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
+def value_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a running program's tensors: int8 or uint8 for sub-byte dtypes, else itself."""
+    if dtype not in SUB_BYTE_BITS:
+        return dtype
+    return torch.uint8 if str(dtype).startswith("torch.uint") else torch.int8
+
+
 @cache
 def symbol(name: str) -> sympy.Symbol:
     """The one positive integer symbol of this name."""
@@ -133,16 +149,30 @@ def product(dims: Iterable[Dim]) -> Dim:
     dims = tuple(dims)
     if all(isinstance(d, int) for d in dims):
         return math.prod(dims)
+    return _symbolic_product(dims)
+
+
+@lru_cache(_CACHE)
+def _symbolic_product(dims: Shape) -> Dim:
     return simplify_dim(sympy.Mul(*dims))
 
 
 def same_dim(a: Dim, b: Dim) -> bool:
     """True if both are provably equal (False means: not provably)."""
-    if isinstance(a, int) and isinstance(b, int):
+    if a is b or (isinstance(a, int) and isinstance(b, int)):
         return a == b
-    if a == b:
-        return True
+    return bool(a == b) or _same_expr(a, b)
+
+
+@lru_cache(_CACHE)
+def _same_expr(a: Dim, b: Dim) -> bool:
     return bool(sympy.expand(a - b) == 0)
+
+
+def at_least(a: Dim, b: Dim, *, more: bool = False) -> bool:
+    """Whether a >= b (a > b with `more`), as far as ints and equal expressions tell."""
+    difference = simplify_dim(a - b)
+    return isinstance(difference, int) and difference >= int(more)
 
 
 def same_shape(a: Shape, b: Shape) -> bool:
@@ -185,8 +215,24 @@ def substitute(dim: Dim, values: Mapping[str, int]) -> Dim:
     """Replaces symbols by ints; an int comes out when every symbol has a value."""
     if isinstance(dim, int):
         return dim
-    known = {s: values[s.name] for s in dim.free_symbols if s.name in values}
-    return simplify_dim(dim.subs(known)) if known else dim
+    if isinstance(dim, sympy.Symbol):
+        return values.get(dim.name, dim)
+    known = tuple((name, values[name]) for name in symbol_names(dim) if name in values)
+    return _substitute(dim, known) if known else dim
+
+
+@lru_cache(_CACHE)
+def _substitute(dim: sympy.Expr, values: tuple[tuple[str, int], ...]) -> Dim:
+    by_name = dict(values)
+    return simplify_dim(
+        dim.subs({s: by_name[s.name] for s in dim.free_symbols if s.name in by_name})
+    )
+
+
+@lru_cache(_CACHE)
+def symbol_names(dim: sympy.Expr) -> tuple[str, ...]:
+    """Names of the symbols in an expression, sorted."""
+    return tuple(sorted(s.name for s in dim.free_symbols))
 
 
 def normalize_axis(axis: int, rank: int) -> int:

@@ -1,33 +1,50 @@
 """All op definitions, by family. Importing this package fills the registry.
 
 structural   constants, kernels, vendor calls, the visible ATen fallback, terminators
-elementwise  one table: unary, binary, comparisons, activations; where, clamp, cast
+elementwise  one table: unary, binary, comparisons; where, clamp, cast, bitcast
+activation   relu, gelu, silu...: elementwise composites
 shape        reshape, permute, slice, pad, cat...: ops that move elements and compute none
-reduce       sum, max, argmax, cumsum, sort, topk...
+reduce       sum, mean, amax, argmax, var...
+scan         cumsum, sort, topk, searchsorted...
 index        gather, scatter, index, slices at run-time positions
-nn           matmul, linear, conv, norms, softmax, attention, embedding, pooling
-compression  quantize, dequantize, unpack_n_of_m, codebook: encoded weights and activations
+contract     matmul, linear, convolutions
+norm         softmax, layer_norm, rms_norm, group_norm, batch_norm
+attention    attention, rope
+pool         pooling, upsampling, grid sampling
+training     forward ops that also return what their backward needs, and losses
+backward     the backward ops of training graphs
+compression  quantize, dequantize, unpack_n_of_m: encoded weights and activations
 random       draws from torch's generator, in program order
 """
 
 from accel.ir.ops import (
+    activation,
+    attention,
     compression,
+    contract,
     elementwise,
     index,
-    nn,
+    norm,
+    pool,
     random,
     reduce,
+    scan,
     shape,
     structural,
 )
 
 __all__ = [
+    "activation",
+    "attention",
     "compression",
+    "contract",
     "elementwise",
     "index",
-    "nn",
+    "norm",
+    "pool",
     "random",
     "reduce",
+    "scan",
     "shape",
     "structural",
 ]

@@ -1,29 +1,81 @@
 """Reading and writing at positions that are known only at run time.
 
-Indices are integer tensors and lie in [-size, size) unless an op says otherwise.
+Indices are int64 or int32 tensors and lie in [-size, size) unless an op says otherwise; `gather`
+takes any integers, codebook indices of four bits among them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from accel.errors import TypeInferenceError
-from accel.ir.op import Trait, aten, define
+from accel.ir.op import Arg, Trait, aten, define
+from accel.ir.ops.shape import slice_length
 from accel.ir.types import (
     Dim,
+    Shape,
     TensorType,
+    at_least,
     broadcast_shapes,
+    format_shape,
     is_integer,
     normalize_axis,
+    same_dim,
+    same_shape,
+    simplify_dim,
 )
 
+if TYPE_CHECKING:
+    from accel.ir.builder import Builder
+    from accel.ir.module import Value
 
-def _check_index(name: str, index: TensorType) -> None:
-    if not is_integer(index.dtype):
-        raise TypeInferenceError(f"accel.{name}: indices have dtype {index.dtype}, not an integer")
+
+def _check_index(name: str, *indices: TensorType) -> None:
+    for index in indices:
+        if index.dtype not in (torch.int64, torch.int32):
+            raise TypeInferenceError(
+                f"accel.{name}: indices have dtype {index.dtype}, not int64 or int32",
+                advice="insert accel.cast",
+            )
+
+
+def _check_update(name: str, x: TensorType, source: TensorType, axis: int) -> None:
+    """`source` replaces part of x along one axis: same dtype, same other axes."""
+    axis = normalize_axis(axis, x.rank)
+    rest = x.shape[:axis] + x.shape[axis + 1 :]
+    if (
+        source.dtype != x.dtype
+        or source.rank != x.rank
+        or not same_shape(source.shape[:axis] + source.shape[axis + 1 :], rest)
+    ):
+        raise TypeInferenceError(f"accel.{name}: {source} into {x} along axis {axis}")
+
+
+def _positions(values: Mapping[str, Any]) -> list[Any]:
+    """ATen's list of indices: None for the axes that are not indexed."""
+    where: list[Any] = [None] * len(values["x"].shape)
+    for axis, index in zip(values["axes"], values["indices"]):
+        where[axis] = index
+    return where
+
+
+def _indexed_shape(
+    name: str, x: TensorType, indices: tuple[TensorType, ...], axes: tuple[int, ...]
+) -> Shape:
+    _check_index(name, *indices)
+    ascending = list(axes) == sorted({normalize_axis(a, x.rank) for a in axes})
+    if not axes or len(indices) != len(axes) or not ascending:
+        raise TypeInferenceError(f"accel.{name}: {len(indices)} indices for axes {axes}")
+    common = broadcast_shapes(*(i.shape for i in indices))
+    adjacent = all(b - a == 1 for a, b in pairwise(axes))
+    start = axes[0] if adjacent else 0
+    rest = [d for i, d in enumerate(x.shape) if i not in axes]
+    return (*rest[:start], *common, *rest[start:])
 
 
 @define("embedding", Trait.PURE)
@@ -50,15 +102,22 @@ class Gather:
 
     @staticmethod
     def infer(x: TensorType, indices: TensorType, *, axis: int = 0) -> TensorType:
-        _check_index("gather", indices)
+        if not is_integer(indices.dtype):
+            raise TypeInferenceError(f"accel.gather: indices have dtype {indices.dtype}")
         axis = normalize_axis(axis, x.rank)
         return x.with_shape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
     @staticmethod
     def evaluate(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
-        flat = torch.index_select(x, axis, indices.reshape(-1).to(torch.int64) % x.shape[axis])
         axis %= x.dim()
-        return flat.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+        return torch.ops.aten.index(x, [*[None] * axis, indices.to(torch.int64)])
+
+    @staticmethod
+    def decompose(b: Builder, x: Value, indices: Value, *, axis: int = 0) -> Value:
+        axis = normalize_axis(axis, len(x.shape))
+        if indices.dtype != torch.int32:
+            indices = b.cast_to(indices, torch.int64)
+        return b.index(x, indices, axes=(axis,))
 
 
 @define("take_along", Trait.PURE)
@@ -67,8 +126,11 @@ class TakeAlong:
 
     @staticmethod
     def infer(x: TensorType, index: TensorType, *, axis: int) -> TensorType:
-        _check_index("take_along", index)
+        if index.dtype != torch.int64:
+            raise TypeInferenceError(f"accel.take_along: indices have dtype {index.dtype}")
         normalize_axis(axis, max(x.rank, 1))
+        if index.rank != x.rank:
+            raise TypeInferenceError(f"accel.take_along: {index} for {x}")
         return x.with_shape(index.shape)
 
     evaluate = aten("gather", "x", "axis", "index")
@@ -84,27 +146,17 @@ class Index:
 
     @staticmethod
     def infer(x: TensorType, *indices: TensorType, axes: tuple[int, ...]) -> TensorType:
-        for index in indices:
-            _check_index("index", index)
-        if len(indices) != len(axes) or list(axes) != sorted(set(axes)):
-            raise TypeInferenceError(f"accel.index: {len(indices)} indices for axes {axes}")
-        common = broadcast_shapes(*(i.shape for i in indices))
-        adjacent = all(b - a == 1 for a, b in pairwise(axes))
-        start = axes[0] if adjacent else 0
-        rest = [d for i, d in enumerate(x.shape) if i not in axes]
-        return x.with_shape((*rest[:start], *common, *rest[start:]))
+        return x.with_shape(_indexed_shape("index", x, indices, axes))
 
-    @staticmethod
-    def evaluate(x: Tensor, *indices: Tensor, axes: tuple[int, ...]) -> Tensor:
-        where: list[Tensor | None] = [None] * x.dim()
-        for axis, index in zip(axes, indices):
-            where[axis] = index.to(torch.int64)
-        return torch.ops.aten.index(x, where)
+    evaluate = aten("index.Tensor", "x", Arg(_positions))
 
 
 @define("index_put", Trait.PURE)
 class IndexPut:
-    """x with `values` written (or added) at x[..., i, j, ...], see `index`."""
+    """x with `values` written (or added) at x[..., i, j, ...], see `index`.
+
+    `values` broadcasts to the indexed shape. Where positions repeat, one of the values stays.
+    """
 
     @staticmethod
     def infer(
@@ -114,24 +166,24 @@ class IndexPut:
         axes: tuple[int, ...],
         accumulate: bool = False,
     ) -> TensorType:
-        for index in indices:
-            _check_index("index_put", index)
+        shape = _indexed_shape("index_put", x, indices, axes)
         if values.dtype != x.dtype:
             raise TypeInferenceError(f"accel.index_put: {values.dtype} into {x.dtype}")
+        if not same_shape(broadcast_shapes(values.shape, shape), shape):
+            raise TypeInferenceError(f"accel.index_put: {values} into {format_shape(shape)}")
         return x
 
-    @staticmethod
-    def evaluate(
-        x: Tensor,
-        values: Tensor,
-        *indices: Tensor,
-        axes: tuple[int, ...],
-        accumulate: bool = False,
-    ) -> Tensor:
-        where: list[Tensor | None] = [None] * x.dim()
-        for axis, index in zip(axes, indices):
-            where[axis] = index.to(torch.int64)
-        return torch.ops.aten.index_put(x, where, values, accumulate)
+    evaluate = aten("index_put", "x", Arg(_positions), "values", "accumulate")
+
+
+_SCATTER_REDUCE: dict[str, str] = {
+    "none": "",
+    "add": "sum",
+    "mul": "prod",
+    "amax": "amax",
+    "amin": "amin",
+    "mean": "mean",
+}
 
 
 @define("scatter", Trait.PURE)
@@ -151,40 +203,37 @@ class Scatter:
         reduce: str = "none",
         include_self: bool = True,
     ) -> TensorType:
-        _check_index("scatter", index)
+        if index.dtype != torch.int64:
+            raise TypeInferenceError(f"accel.scatter: indices have dtype {index.dtype}")
         normalize_axis(axis, max(x.rank, 1))
-        if source.dtype != x.dtype:
-            raise TypeInferenceError(f"accel.scatter: {source.dtype} into {x.dtype}")
+        if source.dtype != x.dtype or not x.rank == index.rank == source.rank:
+            raise TypeInferenceError(f"accel.scatter: {source} into {x} at {index}")
         if reduce not in _SCATTER_REDUCE:
             raise TypeInferenceError(f"accel.scatter: reduce = '{reduce}'")
+        if reduce != "none" and x.dtype.is_complex:
+            raise TypeInferenceError(f"accel.scatter: reduce = '{reduce}' of {x.dtype}")
         return x
 
-    @staticmethod
-    def evaluate(
-        x: Tensor,
-        index: Tensor,
-        source: Tensor,
-        *,
-        axis: int,
-        reduce: str = "none",
-        include_self: bool = True,
-    ) -> Tensor:
-        if reduce == "none":
-            return torch.scatter(x, axis, index, source)
-        if reduce == "add" and include_self:
-            return torch.scatter_add(x, axis, index, source)
-        kind = _SCATTER_REDUCE[reduce]
-        return torch.scatter_reduce(x, axis, index, source, kind, include_self=include_self)
-
-
-_SCATTER_REDUCE = {
-    "none": "",
-    "add": "sum",
-    "mul": "prod",
-    "amax": "amax",
-    "amin": "amin",
-    "mean": "mean",
-}
+    evaluate = (
+        aten("scatter.src", "x", "axis", "index", "source", when=lambda v: v["reduce"] == "none"),
+        aten(
+            "scatter_add",
+            "x",
+            "axis",
+            "index",
+            "source",
+            when=lambda v: v["reduce"] == "add" and v["include_self"],
+        ),
+        aten(
+            "scatter_reduce.two",
+            "x",
+            "axis",
+            "index",
+            "source",
+            Arg(lambda v: _SCATTER_REDUCE[v["reduce"]]),
+            include_self="include_self",
+        ),
+    )
 
 
 @define("slice_update", Trait.PURE)
@@ -195,9 +244,11 @@ class SliceUpdate:
     def infer(
         x: TensorType, source: TensorType, *, axis: int, start: Dim, stop: Dim, step: int = 1
     ) -> TensorType:
-        normalize_axis(axis, x.rank)
-        if source.dtype != x.dtype or source.rank != x.rank:
-            raise TypeInferenceError(f"accel.slice_update: {source} into {x}")
+        axis = normalize_axis(axis, x.rank)
+        _check_update("slice_update", x, source, axis)
+        length = slice_length("slice_update", x, axis, start, stop, step)
+        if not same_dim(length, source.shape[axis]):
+            raise TypeInferenceError(f"accel.slice_update: {source} is not {length} long")
         return x
 
     evaluate = aten("slice_scatter", "x", "source", "axis", "start", "stop", "step")
@@ -216,12 +267,22 @@ class DynamicSlice:
         axis = normalize_axis(axis, x.rank)
         if start.rank != 0:
             raise TypeInferenceError("accel.dynamic_slice: the position must be a 0-d tensor")
+        if at_least(size, x.shape[axis], more=True) or (isinstance(size, int) and size < 0):
+            raise TypeInferenceError(f"accel.dynamic_slice: {size} elements of {x}, axis {axis}")
         return x.with_shape((*x.shape[:axis], size, *x.shape[axis + 1 :]))
 
     @staticmethod
     def evaluate(x: Tensor, start: Tensor, *, axis: int, size: int) -> Tensor:
         first = min(max(int(start), 0), x.shape[axis] - size)
         return x.narrow(axis, first, size)
+
+    @staticmethod
+    def decompose(b: Builder, x: Value, start: Value, *, axis: int, size: Dim) -> Value:
+        axis = normalize_axis(axis, len(x.shape))
+        last = b.size_like(simplify_dim(x.shape[axis] - size), start.dtype)
+        first = b.minimum(b.maximum(start, b.scalar(0, start.dtype)), last)
+        line = b.iota(shape=(size,), axis=0, dtype=start.dtype)
+        return b.index(x, b.add(line, first), axes=(axis,))
 
 
 @define("dynamic_update", Trait.PURE)
@@ -234,9 +295,9 @@ class DynamicUpdate:
     @staticmethod
     def infer(x: TensorType, source: TensorType, start: TensorType, *, axis: int) -> TensorType:
         _check_index("dynamic_update", start)
-        normalize_axis(axis, x.rank)
-        if source.dtype != x.dtype or source.rank != x.rank or start.rank != 0:
-            raise TypeInferenceError(f"accel.dynamic_update: {source} into {x}")
+        _check_update("dynamic_update", x, source, axis)
+        if start.rank != 0:
+            raise TypeInferenceError("accel.dynamic_update: the position must be a 0-d tensor")
         return x
 
     @staticmethod
@@ -244,6 +305,12 @@ class DynamicUpdate:
         result = x.clone()
         result.narrow(axis, int(start), source.shape[axis]).copy_(source)
         return result
+
+    @staticmethod
+    def decompose(b: Builder, x: Value, source: Value, start: Value, *, axis: int) -> Value:
+        axis = normalize_axis(axis, len(x.shape))
+        line = b.iota(shape=(source.shape[axis],), axis=0, dtype=start.dtype)
+        return b.index_put(x, source, b.add(line, start), axes=(axis,))
 
 
 @define("tri_mask", Trait.PURE)
@@ -264,3 +331,46 @@ class TriMask:
         distance = torch.arange(columns)[None, :] - torch.arange(rows)[:, None]
         mask = distance <= diagonal
         return mask if lower is None else mask & (distance > lower)
+
+    @staticmethod
+    def decompose(
+        b: Builder, *, rows: Dim, columns: Dim, diagonal: Dim = 0, lower: Dim | None = None
+    ) -> Value:
+        line = b.iota(shape=(1, columns), axis=1, dtype=torch.int64)
+        distance = b.sub(line, b.iota(shape=(rows, 1), axis=0, dtype=torch.int64))
+        mask: Value = b.le(distance, b.size_like(diagonal, torch.int64))
+        if lower is not None:
+            mask = b.logical_and(mask, b.gt(distance, b.size_like(lower, torch.int64)))
+        return mask
+
+
+@define("masked_scatter", Trait.PURE)
+class MaskedScatter:
+    """x with its masked elements replaced by those of `source`, in C order.
+
+    `mask` (bool) broadcasts to x; `source` has at least as many elements as the mask selects.
+    """
+
+    @staticmethod
+    def infer(x: TensorType, mask: TensorType, source: TensorType) -> TensorType:
+        if mask.dtype != torch.bool or source.dtype != x.dtype:
+            raise TypeInferenceError(f"accel.masked_scatter: {source} into {x} by {mask}")
+        if not same_shape(broadcast_shapes(x.shape, mask.shape), x.shape):
+            raise TypeInferenceError(f"accel.masked_scatter: {mask} for {x}")
+        return x
+
+    evaluate = aten("masked_scatter", "x", "mask", "source")
+
+    @staticmethod
+    def decompose(b: Builder, x: Value, mask: Value, source: Value) -> Value:
+        if source.type.numel() == 0:
+            return x
+        full = b.broadcast_to(mask, shape=x.shape)
+        flat = b.reshape(full, shape=(x.type.numel(),))
+        # Element i of the flat x takes source[number of masked elements before it].
+        rank = b.sub(b.cumsum(flat, axis=0), b.scalar(1, torch.int64))
+        last = b.size_like(simplify_dim(source.type.numel() - 1), torch.int64)
+        rank = b.minimum(b.maximum(rank, b.scalar(0, torch.int64)), last)
+        line = b.reshape(source, shape=(source.type.numel(),))
+        picked = b.reshape(b.index(line, rank, axes=(0,)), shape=x.shape)
+        return b.where(full, picked, x)

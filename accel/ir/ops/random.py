@@ -4,47 +4,37 @@ in eager PyTorch. These ops are not PURE: they are neither merged nor moved past
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from accel.ir.op import Trait, define
-from accel.ir.types import Shape, TensorType
+from accel.errors import TypeInferenceError
+from accel.ir.op import Lit, Trait, aten, define
+from accel.ir.ops.elementwise import check_dtype
+from accel.ir.types import Dim, Shape, TensorType
 
 
 @define("random_uniform", Trait.RANDOM)
 class RandomUniform:
-    """Uniform on [low, high)."""
+    """Uniform on [0, 1), as torch.rand; scale and shift with `mul` and `add`."""
 
     @staticmethod
-    def infer(
-        *, shape: Shape, dtype: torch.dtype, low: float = 0.0, high: float = 1.0
-    ) -> TensorType:
-        return TensorType(shape, dtype)
+    def infer(*, shape: Shape, dtype: torch.dtype) -> TensorType:
+        result = TensorType(shape, dtype)
+        check_dtype("random_uniform", "f", result)
+        return result
 
-    @staticmethod
-    def evaluate(
-        *, shape: tuple[int, ...], dtype: torch.dtype, low: float = 0.0, high: float = 1.0
-    ) -> Tensor:
-        if (low, high) == (0.0, 1.0):
-            return torch.rand(shape, dtype=dtype)
-        return torch.empty(shape, dtype=dtype).uniform_(low, high)
+    evaluate = aten("rand", "shape", dtype="dtype")
 
 
 @define("random_normal", Trait.RANDOM)
 class RandomNormal:
-    """Normal with the given mean and standard deviation."""
+    """Standard normal, as torch.randn; scale and shift with `mul` and `add`."""
 
     @staticmethod
-    def infer(
-        *, shape: Shape, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0
-    ) -> TensorType:
-        return TensorType(shape, dtype)
+    def infer(*, shape: Shape, dtype: torch.dtype) -> TensorType:
+        result = TensorType(shape, dtype)
+        check_dtype("random_normal", "fc", result)
+        return result
 
-    @staticmethod
-    def evaluate(
-        *, shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0, std: float = 1.0
-    ) -> Tensor:
-        draw = torch.randn(shape, dtype=dtype)
-        return draw if (mean, std) == (0.0, 1.0) else draw * std + mean
+    evaluate = aten("randn", "shape", dtype="dtype")
 
 
 @define("random_bernoulli", Trait.RANDOM)
@@ -53,11 +43,10 @@ class RandomBernoulli:
 
     @staticmethod
     def infer(p: TensorType) -> TensorType:
+        check_dtype("random_bernoulli", "f", p)
         return p
 
-    @staticmethod
-    def evaluate(p: Tensor) -> Tensor:
-        return torch.bernoulli(p)
+    evaluate = aten("bernoulli", "p")
 
 
 @define("random_integer", Trait.RANDOM)
@@ -66,13 +55,26 @@ class RandomInteger:
 
     @staticmethod
     def infer(*, low: int, high: int, shape: Shape, dtype: torch.dtype = torch.int64) -> TensorType:
-        return TensorType(shape, dtype)
+        result = TensorType(shape, dtype)
+        check_dtype("random_integer", "fi", result)
+        if low >= high:
+            raise TypeInferenceError(f"accel.random_integer: nothing in [{low}, {high})")
+        return result
+
+    evaluate = aten("randint.low", "low", "high", "shape", dtype="dtype")
+
+
+@define("random_permutation", Trait.RANDOM)
+class RandomPermutation:
+    """The integers 0 to `length` - 1 in random order."""
 
     @staticmethod
-    def evaluate(
-        *, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype = torch.int64
-    ) -> Tensor:
-        return torch.randint(low, high, shape, dtype=dtype)
+    def infer(*, length: Dim, dtype: torch.dtype = torch.int64) -> TensorType:
+        result = TensorType((length,), dtype)
+        check_dtype("random_permutation", "i", result)
+        return result
+
+    evaluate = aten("randperm", "length", dtype="dtype")
 
 
 @define("native_dropout", Trait.RANDOM)
@@ -81,9 +83,9 @@ class NativeDropout:
 
     @staticmethod
     def infer(x: TensorType, *, p: float) -> tuple[TensorType, TensorType]:
+        check_dtype("native_dropout", "f", x)
+        if not 0 <= p <= 1:
+            raise TypeInferenceError(f"accel.native_dropout: p = {p}")
         return x, x.with_dtype(torch.bool)
 
-    @staticmethod
-    def evaluate(x: Tensor, *, p: float) -> tuple[Tensor, Tensor]:
-        y, mask = torch.ops.aten.native_dropout(x, p, True)
-        return y, mask
+    evaluate = aten("native_dropout", "x", "p", Lit(True))

@@ -1,19 +1,22 @@
-"""Reductions, scans and sorts.
+"""Reductions: combine the elements along axes.
 
-`axes` are non-negative and sorted or not; with `keepdim` a reduced axis stays with size 1. Sums of
-16-bit floats accumulate in float32, of float32 in float32 or better, as torch does.
+`axes` are sorted or not; with `keepdim` a reduced axis stays with size 1. Empty `axes` reduce
+nothing. Sums of 16-bit floats accumulate in float32, of float32 in float32 or better, as torch
+does. Largest and smallest element of an axis of size 0 do not exist.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+from typing import Any as AnyType
 
 import torch
-from torch import Tensor
 
 from accel.errors import TypeInferenceError
-from accel.ir.op import Trait, aten, define
-from accel.ir.types import Dim, TensorType, is_float, normalize_axis
+from accel.ir.op import Arg, Lit, Trait, aten, define
+from accel.ir.ops.elementwise import check_dtype
+from accel.ir.types import Dim, TensorType, normalize_axis, product
 
 if TYPE_CHECKING:
     from accel.ir.builder import Builder
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 REDUCTION = Trait.PURE | Trait.REDUCTION
 
 
-def _reduced(x: TensorType, axes: tuple[int, ...], keepdim: bool) -> TensorType:
+def reduced(x: TensorType, axes: tuple[int, ...], keepdim: bool) -> TensorType:
+    """The type of x with `axes` gone, or 1."""
     gone = {normalize_axis(a, x.rank) for a in axes}
     if len(gone) != len(axes):
         raise TypeInferenceError(f"axes {axes} repeat an axis")
@@ -31,8 +35,23 @@ def _reduced(x: TensorType, axes: tuple[int, ...], keepdim: bool) -> TensorType:
     return x.with_shape(d for i, d in enumerate(x.shape) if i not in gone)
 
 
-def _accumulated(dtype: torch.dtype) -> torch.dtype:
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and products: int64 for integers and bool."""
     return dtype if dtype.is_floating_point or dtype.is_complex else torch.int64
+
+
+def _not_empty(name: str, x: TensorType, axes: tuple[int, ...]) -> None:
+    for axis in axes:
+        if x.shape[axis] == 0:
+            raise TypeInferenceError(f"accel.{name}: axis {axis} of {x} is empty")
+
+
+def _some(values: Mapping[str, AnyType]) -> bool:
+    return bool(values["axes"])
+
+
+def _count(x: Value, axes: tuple[int, ...]) -> Dim:
+    return product(x.shape[a] for a in axes)
 
 
 @define("sum", REDUCTION)
@@ -41,11 +60,13 @@ class Sum:
 
     @staticmethod
     def infer(x: TensorType, *, axes: tuple[int, ...], keepdim: bool = False) -> TensorType:
-        return _reduced(x, axes, keepdim).with_dtype(_accumulated(x.dtype))
+        check_dtype("sum", "fibc", x)
+        return reduced(x, axes, keepdim).with_dtype(accumulated(x.dtype))
 
-    @staticmethod
-    def evaluate(x: Tensor, *, axes: tuple[int, ...], keepdim: bool = False) -> Tensor:
-        return x.sum(axes, keepdim) if axes else x.to(_accumulated(x.dtype))
+    evaluate = (
+        aten("sum.dim_IntList", "x", "axes", "keepdim", when=_some),
+        aten("_to_copy", "x", dtype=Arg(lambda v: accumulated(v["x"].dtype))),
+    )
 
 
 @define("mean", REDUCTION)
@@ -54,20 +75,16 @@ class Mean:
 
     @staticmethod
     def infer(x: TensorType, *, axes: tuple[int, ...], keepdim: bool = False) -> TensorType:
-        return _reduced(x, axes, keepdim)
+        check_dtype("mean", "fc", x)
+        return reduced(x, axes, keepdim)
 
-    @staticmethod
-    def evaluate(x: Tensor, *, axes: tuple[int, ...], keepdim: bool = False) -> Tensor:
-        return x.mean(axes, keepdim) if axes else x
+    evaluate = (aten("mean.dim", "x", "axes", "keepdim", when=_some), aten("clone", "x"))
 
     @staticmethod
     def decompose(b: Builder, x: Value, *, axes: tuple[int, ...], keepdim: bool = False) -> Value:
         wide = b.widen(x)
         total = b.sum(wide, axes=axes, keepdim=keepdim)
-        count: Dim = 1
-        for a in axes:
-            count = count * x.shape[a]
-        return b.cast_to(b.div(total, b.size_like(count, wide.dtype)), x.dtype)
+        return b.cast_to(b.div(total, b.size_like(_count(x, axes), wide.dtype)), x.dtype)
 
 
 @define("prod", REDUCTION)
@@ -76,7 +93,8 @@ class Prod:
 
     @staticmethod
     def infer(x: TensorType, *, axis: int, keepdim: bool = False) -> TensorType:
-        return _reduced(x, (axis,), keepdim).with_dtype(_accumulated(x.dtype))
+        check_dtype("prod", "fibc", x)
+        return reduced(x, (axis,), keepdim).with_dtype(accumulated(x.dtype))
 
     evaluate = aten("prod.dim_int", "x", "axis", "keepdim")
 
@@ -87,11 +105,11 @@ class Amax:
 
     @staticmethod
     def infer(x: TensorType, *, axes: tuple[int, ...], keepdim: bool = False) -> TensorType:
-        return _reduced(x, axes, keepdim)
+        check_dtype("amax", "fib", x)
+        _not_empty("amax", x, axes)
+        return reduced(x, axes, keepdim)
 
-    @staticmethod
-    def evaluate(x: Tensor, *, axes: tuple[int, ...], keepdim: bool = False) -> Tensor:
-        return torch.amax(x, axes, keepdim) if axes else x
+    evaluate = (aten("amax", "x", "axes", "keepdim", when=_some), aten("clone", "x"))
 
 
 @define("amin", REDUCTION)
@@ -100,11 +118,18 @@ class Amin:
 
     @staticmethod
     def infer(x: TensorType, *, axes: tuple[int, ...], keepdim: bool = False) -> TensorType:
-        return _reduced(x, axes, keepdim)
+        check_dtype("amin", "fib", x)
+        _not_empty("amin", x, axes)
+        return reduced(x, axes, keepdim)
 
-    @staticmethod
-    def evaluate(x: Tensor, *, axes: tuple[int, ...], keepdim: bool = False) -> Tensor:
-        return torch.amin(x, axes, keepdim) if axes else x
+    evaluate = (aten("amin", "x", "axes", "keepdim", when=_some), aten("clone", "x"))
+
+
+def _truth(name: str, x: TensorType, axes: tuple[int, ...], keepdim: bool) -> TensorType:
+    if x.dtype == torch.uint8:  # torch's result would be uint8
+        raise TypeInferenceError(f"accel.{name} does not take uint8", advice="insert accel.ne")
+    check_dtype(name, "fibc", x)
+    return reduced(x, axes, keepdim).with_dtype(torch.bool)
 
 
 @define("any", REDUCTION)
@@ -113,11 +138,12 @@ class Any:
 
     @staticmethod
     def infer(x: TensorType, *, axes: tuple[int, ...], keepdim: bool = False) -> TensorType:
-        return _reduced(x, axes, keepdim).with_dtype(torch.bool)
+        return _truth("any", x, axes, keepdim)
 
-    @staticmethod
-    def evaluate(x: Tensor, *, axes: tuple[int, ...], keepdim: bool = False) -> Tensor:
-        return torch.any(x, axes, keepdim) if axes else x.to(torch.bool)
+    evaluate = (
+        aten("any.dims", "x", "axes", "keepdim", when=_some),
+        aten("_to_copy", "x", dtype=Lit(torch.bool)),
+    )
 
 
 @define("all", REDUCTION)
@@ -126,11 +152,12 @@ class All:
 
     @staticmethod
     def infer(x: TensorType, *, axes: tuple[int, ...], keepdim: bool = False) -> TensorType:
-        return _reduced(x, axes, keepdim).with_dtype(torch.bool)
+        return _truth("all", x, axes, keepdim)
 
-    @staticmethod
-    def evaluate(x: Tensor, *, axes: tuple[int, ...], keepdim: bool = False) -> Tensor:
-        return torch.all(x, axes, keepdim) if axes else x.to(torch.bool)
+    evaluate = (
+        aten("all.dims", "x", "axes", "keepdim", when=_some),
+        aten("_to_copy", "x", dtype=Lit(torch.bool)),
+    )
 
 
 @define("argmax", REDUCTION)
@@ -139,7 +166,10 @@ class ArgMax:
 
     @staticmethod
     def infer(x: TensorType, *, axis: int, keepdim: bool = False) -> TensorType:
-        return _reduced(x, (axis,), keepdim).with_dtype(torch.int64)
+        check_dtype("argmax", "fi", x)
+        result = reduced(x, (axis,), keepdim).with_dtype(torch.int64)
+        _not_empty("argmax", x, (axis,))
+        return result
 
     evaluate = aten("argmax", "x", "axis", "keepdim")
 
@@ -150,28 +180,28 @@ class ArgMin:
 
     @staticmethod
     def infer(x: TensorType, *, axis: int, keepdim: bool = False) -> TensorType:
-        return _reduced(x, (axis,), keepdim).with_dtype(torch.int64)
+        check_dtype("argmin", "fi", x)
+        result = reduced(x, (axis,), keepdim).with_dtype(torch.int64)
+        _not_empty("argmin", x, (axis,))
+        return result
 
     evaluate = aten("argmin", "x", "axis", "keepdim")
 
 
 @define("var", REDUCTION)
 class Var:
-    """Variance over `axes`, divided by (count - correction)."""
+    """Variance over `axes`, dividing by max(n - `correction`, 0)."""
 
     @staticmethod
     def infer(
         x: TensorType, *, axes: tuple[int, ...], correction: float = 1, keepdim: bool = False
     ) -> TensorType:
-        if not is_float(x.dtype):
-            raise TypeInferenceError(f"accel.var: {x.dtype} is not floating")
-        return _reduced(x, axes, keepdim)
+        check_dtype("var", "f", x)
+        if not axes:
+            raise TypeInferenceError("accel.var: no axes")
+        return reduced(x, axes, keepdim)
 
-    @staticmethod
-    def evaluate(
-        x: Tensor, *, axes: tuple[int, ...], correction: float = 1, keepdim: bool = False
-    ) -> Tensor:
-        return torch.var(x, axes, correction=correction, keepdim=keepdim)
+    evaluate = aten("var.correction", "x", "axes", correction="correction", keepdim="keepdim")
 
     @staticmethod
     def decompose(
@@ -180,10 +210,8 @@ class Var:
         wide = b.widen(x)
         centered = b.sub(wide, b.mean(wide, axes=axes, keepdim=True))
         total = b.sum(b.mul(centered, centered), axes=axes, keepdim=keepdim)
-        count: Dim = 1
-        for a in axes:
-            count = count * x.shape[a]
-        divisor = b.sub(b.size_like(count, wide.dtype), b.scalar(float(correction), wide.dtype))
+        count = b.size_like(_count(x, axes), wide.dtype)
+        divisor = b.sub(count, b.scalar(float(correction), wide.dtype))
         divisor = b.maximum(divisor, b.scalar(0.0, wide.dtype))
         return b.cast_to(b.div(total, divisor), x.dtype)
 
@@ -194,62 +222,21 @@ class LogSumExp:
 
     @staticmethod
     def infer(x: TensorType, *, axes: tuple[int, ...], keepdim: bool = False) -> TensorType:
-        return _reduced(x, axes, keepdim)
+        check_dtype("logsumexp", "f", x)
+        if not axes:
+            raise TypeInferenceError("accel.logsumexp: no axes")
+        return reduced(x, axes, keepdim)
 
     evaluate = aten("logsumexp", "x", "axes", "keepdim")
 
-
-@define("cumsum", Trait.PURE)
-class CumSum:
-    """Running sum along `axis`; integers and bool in int64."""
-
     @staticmethod
-    def infer(x: TensorType, *, axis: int) -> TensorType:
-        normalize_axis(axis, x.rank)
-        return x.with_dtype(_accumulated(x.dtype))
-
-    evaluate = aten("cumsum", "x", "axis")
-
-
-@define("cumprod", Trait.PURE)
-class CumProd:
-    """Running product along `axis`; integers and bool in int64."""
-
-    @staticmethod
-    def infer(x: TensorType, *, axis: int) -> TensorType:
-        normalize_axis(axis, x.rank)
-        return x.with_dtype(_accumulated(x.dtype))
-
-    evaluate = aten("cumprod", "x", "axis")
-
-
-@define("sort", Trait.PURE)
-class Sort:
-    """Sorted values and their indices (int64) along `axis`; stable."""
-
-    @staticmethod
-    def infer(
-        x: TensorType, *, axis: int, descending: bool = False
-    ) -> tuple[TensorType, TensorType]:
-        normalize_axis(axis, x.rank)
-        return x, x.with_dtype(torch.int64)
-
-    @staticmethod
-    def evaluate(x: Tensor, *, axis: int, descending: bool = False) -> tuple[Tensor, Tensor]:
-        values, indices = torch.sort(x, dim=axis, descending=descending, stable=True)
-        return values, indices
-
-
-@define("topk", Trait.PURE)
-class TopK:
-    """The k largest (or smallest) elements along `axis`, in order, and their indices (int64)."""
-
-    @staticmethod
-    def infer(
-        x: TensorType, *, k: Dim, axis: int, largest: bool = True
-    ) -> tuple[TensorType, TensorType]:
-        axis = normalize_axis(axis, x.rank)
-        values = x.with_shape((*x.shape[:axis], k, *x.shape[axis + 1 :]))
-        return values, values.with_dtype(torch.int64)
-
-    evaluate = aten("topk", "x", "k", "axis", "largest")
+    def decompose(b: Builder, x: Value, *, axes: tuple[int, ...], keepdim: bool = False) -> Value:
+        wide = b.widen(x)
+        top = b.amax(wide, axes=axes, keepdim=True)
+        # An infinite maximum is not subtracted: inf - inf would be NaN.
+        top = b.where(b.isinf(top), b.scalar(0.0, wide.dtype), top)
+        total = b.sum(b.exp(b.sub(wide, top)), axes=axes, keepdim=True)
+        y = b.add(b.log(total), top)
+        result = x.type if keepdim else reduced(x.type, axes, False)
+        y = y if keepdim else b.reshape_to(y, result.shape)
+        return b.cast_to(y, x.dtype)

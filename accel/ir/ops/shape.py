@@ -7,17 +7,19 @@ generator may read through them instead of copying. Dimensions in attributes may
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import sympy
 import torch
 from torch import Tensor
 
 from accel.errors import TypeInferenceError
-from accel.ir.op import Trait, aten, define
+from accel.ir.op import Arg, Lit, Trait, aten, define
+from accel.ir.ops.elementwise import check_dtype
 from accel.ir.types import (
     Dim,
     Shape,
     TensorType,
+    at_least,
     broadcast_shapes,
     format_shape,
     normalize_axis,
@@ -26,6 +28,10 @@ from accel.ir.types import (
     same_shape,
     simplify_dim,
 )
+
+if TYPE_CHECKING:
+    from accel.ir.builder import Builder
+    from accel.ir.module import Value
 
 VIEW = Trait.PURE | Trait.VIEW
 
@@ -43,9 +49,7 @@ class Reshape:
             )
         return x.with_shape(shape)
 
-    @staticmethod
-    def evaluate(x: Tensor, *, shape: tuple[int, ...]) -> Tensor:
-        return x.reshape(shape)
+    evaluate = aten("reshape", "x", "shape")
 
 
 @define("permute", VIEW)
@@ -67,15 +71,26 @@ class BroadcastTo:
 
     @staticmethod
     def infer(x: TensorType, *, shape: Shape) -> TensorType:
-        if not same_shape(broadcast_shapes(x.shape, shape), shape):
+        if x.rank > len(shape) or not same_shape(broadcast_shapes(x.shape, shape), shape):
             raise TypeInferenceError(
                 f"accel.broadcast_to: {format_shape(x.shape)} to {format_shape(shape)}"
             )
         return x.with_shape(shape)
 
-    @staticmethod
-    def evaluate(x: Tensor, *, shape: tuple[int, ...]) -> Tensor:
-        return x.expand(shape)
+    evaluate = aten("expand", "x", "shape")
+
+
+def slice_length(name: str, x: TensorType, axis: int, start: Dim, stop: Dim, step: int) -> Dim:
+    """How many elements [start:stop:step] takes; TypeInferenceError if it does not fit x."""
+    size = x.shape[axis]
+    known = isinstance(start, int) and isinstance(stop, int)
+    if step < 1 or (known and not 0 <= start <= stop) or at_least(stop, size, more=True):
+        raise TypeInferenceError(
+            f"accel.{name}: [{start}:{stop}:{step}] does not fit axis {axis} of "
+            f"{format_shape(x.shape)}"
+        )
+    span = stop - start
+    return simplify_dim(span if step == 1 else (span + step - 1) // step)
 
 
 @define("slice", VIEW)
@@ -85,17 +100,7 @@ class Slice:
     @staticmethod
     def infer(x: TensorType, *, axis: int, start: Dim, stop: Dim, step: int = 1) -> TensorType:
         axis = normalize_axis(axis, x.rank)
-        if isinstance(start, int) and isinstance(stop, int):
-            size = x.shape[axis]
-            if not 0 <= start <= stop or (isinstance(size, int) and stop > size) or step < 1:
-                raise TypeInferenceError(
-                    f"accel.slice: [{start}:{stop}:{step}] does not fit axis {axis} of "
-                    f"{format_shape(x.shape)}"
-                )
-            length: Dim = (stop - start + step - 1) // step
-        else:
-            span = sympy.sympify(stop) - sympy.sympify(start)
-            length = simplify_dim(span if step == 1 else sympy.floor((span + step - 1) / step))
+        length = slice_length("slice", x, axis, start, stop, step)
         return x.with_shape((*x.shape[:axis], length, *x.shape[axis + 1 :]))
 
     evaluate = aten("slice.Tensor", "x", "axis", "start", "stop", "step")
@@ -107,8 +112,8 @@ class Flip:
 
     @staticmethod
     def infer(x: TensorType, *, axes: tuple[int, ...]) -> TensorType:
-        for axis in axes:
-            normalize_axis(axis, x.rank)
+        if len({normalize_axis(axis, x.rank) for axis in axes}) != len(axes):
+            raise TypeInferenceError(f"accel.flip: axes {axes} repeat an axis")
         return x
 
     evaluate = aten("flip", "x", "axes")
@@ -122,14 +127,17 @@ class Pad:
     def infer(x: TensorType, *, low: Shape, high: Shape, value: float = 0.0) -> TensorType:
         if not len(low) == len(high) == x.rank:
             raise TypeInferenceError(f"accel.pad: amounts for rank {len(low)}, not {x.rank}")
-        return x.with_shape(simplify_dim(a + d + b) for a, d, b in zip(low, x.shape, high))
+        shape = tuple(simplify_dim(a + d + b) for a, d, b in zip(low, x.shape, high))
+        if any(isinstance(d, int) and d < 0 for d in shape):
+            raise TypeInferenceError(f"accel.pad: {low}, {high} crop all of {x}")
+        return x.with_shape(shape)
 
-    @staticmethod
-    def evaluate(
-        x: Tensor, *, low: tuple[int, ...], high: tuple[int, ...], value: float = 0.0
-    ) -> Tensor:
-        amounts = [p for a, b in zip(reversed(low), reversed(high)) for p in (a, b)]
-        return torch.ops.aten.constant_pad_nd(x, amounts, value)
+    evaluate = aten(
+        "constant_pad_nd",
+        "x",
+        Arg(lambda v: [p for pair in zip(reversed(v["low"]), reversed(v["high"])) for p in pair]),
+        "value",
+    )
 
 
 @define("cat", Trait.PURE)
@@ -167,6 +175,8 @@ class Diagonal:
         rows, columns = x.shape[a], x.shape[b]
         if not (isinstance(rows, int) and isinstance(columns, int)):
             raise TypeInferenceError("accel.diagonal needs static sizes")
+        if a == b:
+            raise TypeInferenceError(f"accel.diagonal: axes {axis1} and {axis2} are one")
         length = max(min(rows + min(offset, 0), columns - max(offset, 0)), 0)
         rest = [d for i, d in enumerate(x.shape) if i not in (a, b)]
         return x.with_shape((*rest, length))
@@ -181,10 +191,32 @@ class Unfold:
     @staticmethod
     def infer(x: TensorType, *, axis: int, size: int, step: int) -> TensorType:
         axis = normalize_axis(axis, x.rank)
+        if size < 0 or step < 1 or at_least(size, x.shape[axis], more=True):
+            raise TypeInferenceError(f"accel.unfold: windows of {size}, step {step}, of {x}")
         windows = (x.shape[axis] - size) // step + 1
         return x.with_shape((*x.shape[:axis], simplify_dim(windows), *x.shape[axis + 1 :], size))
 
     evaluate = aten("unfold", "x", "axis", "size", "step")
+
+
+@define("arange", Trait.PURE)
+class Arange:
+    """start + step * i for i < `length`, in one dimension."""
+
+    @staticmethod
+    def infer(*, length: Dim, dtype: torch.dtype, start: Dim = 0, step: Dim = 1) -> TensorType:
+        check_dtype("arange", "fi", TensorType((length,), dtype))
+        if step == 0:
+            raise TypeInferenceError("accel.arange: step 0")
+        return TensorType((length,), dtype)
+
+    evaluate = aten(
+        "arange.start_step",
+        "start",
+        Arg(lambda v: v["start"] + v["length"] * v["step"]),
+        "step",
+        dtype="dtype",
+    )
 
 
 @define("iota", Trait.PURE)
@@ -195,6 +227,7 @@ class Iota:
     def infer(
         *, shape: Shape, axis: int, dtype: torch.dtype, start: Dim = 0, step: Dim = 1
     ) -> TensorType:
+        check_dtype("iota", "fi", TensorType(shape, dtype))
         normalize_axis(axis, len(shape))
         return TensorType(shape, dtype)
 
@@ -207,6 +240,19 @@ class Iota:
         view[axis] = shape[axis]
         return line.reshape(view).expand(shape)
 
+    @staticmethod
+    def decompose(
+        b: Builder, *, shape: Shape, axis: int, dtype: torch.dtype, start: Dim = 0, step: Dim = 1
+    ) -> Value:
+        axis = normalize_axis(axis, len(shape))
+        if step == 0:
+            return b.broadcast_to(b.cast_to(b.size(value=start), dtype), shape=shape)
+        line = b.arange(length=shape[axis], dtype=dtype, start=start, step=step)
+        if len(shape) == 1:
+            return line
+        column = b.reshape(line, shape=(shape[axis], *(1 for _ in shape[axis + 1 :])))
+        return b.broadcast_to(column, shape=shape)
+
 
 @define("size", Trait.PURE)
 class Size:
@@ -216,9 +262,7 @@ class Size:
     def infer(*, value: Dim) -> TensorType:
         return TensorType((), torch.int64)
 
-    @staticmethod
-    def evaluate(*, value: int) -> Tensor:
-        return torch.tensor(value, dtype=torch.int64)
+    evaluate = aten("scalar_tensor", "value", dtype=Lit(torch.int64))
 
 
 def permutation_inverse(axes: Sequence[int]) -> tuple[int, ...]:

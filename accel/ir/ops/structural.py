@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.ir.op import Attribute, Trait, define
-from accel.ir.types import Shape, TensorType
+from accel.errors import TypeInferenceError
+from accel.ir.op import Arg, Attribute, Trait, aten, define, resolve_overload
+from accel.ir.types import Shape, TensorType, value_dtype
 
 
 @define("constant", Trait.PURE | Trait.CONSTANT | Trait.OPAQUE)
@@ -30,13 +31,11 @@ class Full:
     def infer(
         *, value: bool | int | float | complex, dtype: torch.dtype, shape: Shape = ()
     ) -> TensorType:
+        if isinstance(value, complex) and not dtype.is_complex:
+            raise TypeInferenceError(f"accel.full: {value} as {dtype}")
         return TensorType(shape, dtype)
 
-    @staticmethod
-    def evaluate(
-        *, value: bool | int | float | complex, dtype: torch.dtype, shape: tuple[int, ...] = ()
-    ) -> Tensor:
-        return torch.full(shape, value, dtype=dtype)
+    evaluate = aten("full", "shape", "value", dtype=Arg(lambda v: value_dtype(v["dtype"])))
 
 
 @define("return", Trait.TERMINATOR)
@@ -96,7 +95,8 @@ class AtenFallback:
 
     `args` is the positional argument template and `kwargs` (name, template) pairs, where
     ("operand", i) stands for operand i and ("list", ...) for a list of templates; anything else is
-    a literal. `pure` says whether the op may be removed when unused.
+    a literal. `pure` says whether the op may be removed when unused. Results that are None in ATen
+    are left out.
     """
 
     infer = None
@@ -109,9 +109,7 @@ class AtenFallback:
         kwargs: tuple[Any, ...] = (),
         pure: bool = True,
     ) -> tuple[Tensor, ...]:
-        namespace, _, rest = name.partition("::")
-        op_name, _, overload = rest.partition(".")
-        function = getattr(getattr(getattr(torch.ops, namespace), op_name), overload or "default")
+        function = resolve_overload(name)
 
         def fill(template: Any) -> Any:
             if isinstance(template, tuple) and template and template[0] == "operand":
@@ -123,4 +121,5 @@ class AtenFallback:
         positional = [fill(a) for a in args]
         named = {k: fill(v) for k, v in kwargs}
         result = function(*positional, **named)
-        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        made = result if isinstance(result, (tuple, list)) else (result,)
+        return tuple(r for r in made if r is not None)

@@ -1,0 +1,209 @@
+"""Attention and rotary positions: composites that keep meaning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from accel.errors import TypeInferenceError
+from accel.ir.op import Trait, define
+from accel.ir.ops.contract import CONTRACTION
+from accel.ir.ops.elementwise import check_dtype
+from accel.ir.types import Dim, TensorType, broadcast_shapes, format_shape, same_dim, same_shape
+
+if TYPE_CHECKING:
+    from accel.ir.builder import Builder
+    from accel.ir.module import Value
+
+
+@define("attention", CONTRACTION)
+class Attention:
+    """softmax(scale * q k^T, masked) v (Vaswani et al., 2017; GQA: Ainslie et al., 2023).
+
+    q [B, H, S, D], k [B, G, T, D], v [B, G, T, E] with H a multiple of G: query head h uses key
+    head h // (H / G). `mask` broadcasts to [B, H, S, T]: bool (true: attend) or additive in q's
+    dtype. With `causal`, query i sees keys j <= i + `offset`; with `window`, only j > i + offset -
+    window. `softcap` c replaces scores s by c * tanh(s / c) before masking. Scores and softmax of
+    16-bit floats are float32. A row with no key attended is 0 where the mask is boolean.
+    """
+
+    @staticmethod
+    def infer(
+        q: TensorType,
+        k: TensorType,
+        v: TensorType,
+        mask: TensorType | None = None,
+        *,
+        scale: float,
+        causal: bool = False,
+        offset: Dim = 0,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> TensorType:
+        check_dtype("attention", "f", q, k, v)
+        if not q.rank == k.rank == v.rank == 4:
+            raise TypeInferenceError(f"accel.attention: needs rank 4, got {q}, {k}, {v}")
+        ok = same_dim(q.shape[3], k.shape[3]) and same_dim(k.shape[2], v.shape[2])
+        ok = ok and same_dim(q.shape[0], k.shape[0]) and same_dim(q.shape[0], v.shape[0])
+        heads, groups = q.shape[1], k.shape[1]
+        if isinstance(heads, int) and isinstance(groups, int):
+            ok = ok and groups > 0 and heads % groups == 0
+        if not ok or not same_dim(groups, v.shape[1]):
+            raise TypeInferenceError(f"accel.attention: {q}, {k}, {v} do not fit")
+        if mask is not None:
+            full = (q.shape[0], heads, q.shape[2], k.shape[2])
+            if not same_shape(broadcast_shapes(mask.shape, full), full):
+                raise TypeInferenceError(f"accel.attention: mask {mask} for {format_shape(full)}")
+            if mask.dtype not in (torch.bool, q.dtype):
+                raise TypeInferenceError(f"accel.attention: a mask of {mask.dtype}")
+        return q.with_shape((q.shape[0], heads, q.shape[2], v.shape[3]))
+
+    @staticmethod
+    def evaluate(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        *,
+        scale: float,
+        causal: bool = False,
+        offset: int = 0,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        repeat = q.shape[1] // k.shape[1]
+        keys = k.to(wide).repeat_interleave(repeat, 1)
+        values = v.to(wide).repeat_interleave(repeat, 1)
+        scores = (q.to(wide) @ keys.transpose(-1, -2)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None and mask.dtype != torch.bool:
+            scores = scores + mask.to(wide)
+        keep = _attention_keep(scores, mask, causal, offset, window)
+        if keep is not None:
+            scores = scores.masked_fill(~keep, float("-inf"))
+        weights = torch.softmax(scores, -1)
+        if keep is not None:
+            weights = torch.where(keep.any(-1, keepdim=True), weights, 0.0)
+        return (weights @ values).to(q.dtype)
+
+    @staticmethod
+    def decompose(
+        b: Builder,
+        q: Value,
+        k: Value,
+        v: Value,
+        mask: Value | None = None,
+        *,
+        scale: float,
+        causal: bool = False,
+        offset: Dim = 0,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Value:
+        batch, heads, queries, _ = q.shape
+        groups, keys = k.shape[1], k.shape[2]
+
+        def spread(x: Value) -> Value:
+            if groups == heads:
+                return x
+            five = (batch, groups, heads // groups, *x.shape[2:])
+            one = b.reshape(x, shape=(batch, groups, 1, *x.shape[2:]))
+            return b.reshape(b.broadcast_to(one, shape=five), shape=(batch, heads, *x.shape[2:]))
+
+        wide_q, wide_k, wide_v = b.widen(q), b.widen(spread(k)), b.widen(spread(v))
+        dtype = wide_q.dtype
+        scores = b.matmul(wide_q, b.permute(wide_k, axes=(0, 1, 3, 2)))
+        scores = b.mul(scores, b.scalar(scale, dtype))
+        if softcap is not None:
+            cap = b.scalar(softcap, dtype)
+            scores = b.mul(cap, b.tanh(b.div(scores, cap)))
+        keep: Value | None = None
+        if mask is not None and mask.dtype != torch.bool:
+            scores = b.add(scores, b.cast_to(mask, dtype))
+        elif mask is not None:
+            keep = mask
+        if causal or window is not None:
+            diagonal = offset if causal else keys
+            lower = None if window is None else offset - window
+            band = b.tri_mask(rows=queries, columns=keys, diagonal=diagonal, lower=lower)
+            keep = band if keep is None else b.logical_and(keep, band)
+        if keep is not None:
+            scores = b.where(keep, scores, b.scalar(float("-inf"), dtype))
+        weights = b.softmax(scores, axis=3)
+        if keep is not None:
+            some = b.any(b.broadcast_to(keep, shape=scores.shape), axes=(3,), keepdim=True)
+            weights = b.where(some, weights, b.scalar(0.0, dtype))
+        return b.cast_to(b.matmul(weights, wide_v), q.dtype)
+
+
+def _attention_keep(
+    scores: Tensor, mask: Tensor | None, causal: bool, offset: int, window: int | None
+) -> Tensor | None:
+    keep = mask if mask is not None and mask.dtype == torch.bool else None
+    if causal or window is not None:
+        rows, columns = scores.shape[-2:]
+        distance = torch.arange(columns)[None, :] - torch.arange(rows)[:, None] - offset
+        band = torch.ones(rows, columns, dtype=torch.bool)
+        if causal:
+            band &= distance <= 0
+        if window is not None:
+            band &= distance > -window
+        keep = band if keep is None else keep & band
+    return None if keep is None else keep.expand(scores.shape)
+
+
+@define("rope", Trait.PURE)
+class Rope:
+    """Rotary position embedding (Su et al., 2021): x * cos + rotate(x) * sin, over the last axis.
+
+    x is [..., S, D]; cos and sin broadcast to it and are full width: in style "half" (Llama)
+    element i pairs with i + D / 2 and rotate(x) = cat(-x[D/2:], x[:D/2]); in style "interleaved"
+    (GPT-J) 2i pairs with 2i + 1. 16-bit floats are computed in float32 and rounded once.
+    """
+
+    @staticmethod
+    def infer(
+        x: TensorType, cos: TensorType, sin: TensorType, *, style: str = "half"
+    ) -> TensorType:
+        check_dtype("rope", "f", x, cos, sin)
+        if style not in ("half", "interleaved"):
+            raise TypeInferenceError(f"accel.rope: style = '{style}'")
+        width = x.shape[-1] if x.rank else 1
+        if isinstance(width, int) and width % 2:
+            raise TypeInferenceError(f"accel.rope: the last axis of {x} is odd")
+        for t in (cos, sin):
+            if not same_shape(broadcast_shapes(x.shape, t.shape), x.shape):
+                raise TypeInferenceError(f"accel.rope: {t} does not broadcast to {x}")
+        return x
+
+    @staticmethod
+    def evaluate(x: Tensor, cos: Tensor, sin: Tensor, *, style: str = "half") -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        if style == "half":
+            first, second = wide.chunk(2, -1)
+            rotated = torch.cat((-second, first), -1)
+        else:
+            pairs = torch.stack((-wide[..., 1::2], wide[..., ::2]), -1)
+            rotated = pairs.reshape(x.shape)
+        return (wide * cos.to(wide.dtype) + rotated * sin.to(wide.dtype)).to(x.dtype)
+
+    @staticmethod
+    def decompose(b: Builder, x: Value, cos: Value, sin: Value, *, style: str = "half") -> Value:
+        wide = b.widen(x)
+        axis, width = len(x.shape) - 1, x.shape[-1]
+        half = width // 2
+        if style == "half":
+            first = b.slice(wide, axis=axis, start=0, stop=half)
+            second = b.slice(wide, axis=axis, start=half, stop=width)
+            rotated = b.cat(b.neg(second), first, axis=axis)
+        else:
+            pairs = b.reshape(wide, shape=(*x.shape[:-1], half, 2))
+            even = b.slice(pairs, axis=axis + 1, start=0, stop=1)
+            odd = b.slice(pairs, axis=axis + 1, start=1, stop=2)
+            rotated = b.reshape(b.cat(b.neg(odd), even, axis=axis + 1), shape=x.shape)
+        turned = b.mul(rotated, b.cast_to(sin, wide.dtype))
+        return b.cast_to(b.add(b.mul(wide, b.cast_to(cos, wide.dtype)), turned), x.dtype)
