@@ -23,11 +23,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from accel.errors import OptionError
 from accel.ir.capability import KernelGenerator, Library, LibraryMatch
 from accel.ir.module import Module, Op
+from accel.names import near
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Context:
         fuel: how many rewrites may still happen; None is without limit.
         on_rewrite: called with (pass name, rule name, op) for every rewrite that happens.
         on_miss: called with (rule, op, reason) where a rule nearly fired, for `accel explain`.
+        notes: facts that the running pass leaves for its row of the ledger (JSON-able).
+        precise: while a contract is being checked, the float64 originals of stored constants.
     """
 
     target: Any = None
@@ -76,7 +80,8 @@ class Context:
     current_pass: str = ""
     on_rewrite: Callable[[str, str, Op | None], None] | None = None
     on_miss: Callable[[str, Op, str], None] | None = None
-    notes: dict[str, Any] = field(default_factory=dict)  # facts a pass leaves for the ledger
+    notes: dict[str, Any] = field(default_factory=dict)
+    precise: dict[str, Tensor] | None = None
 
     def rewrite(self, rule: str, op: Op | None = None) -> bool:
         """Whether one more rewrite may happen; counts it if so. Ask before changing anything."""
@@ -87,6 +92,19 @@ class Context:
         if self.on_rewrite is not None:
             self.on_rewrite(self.current_pass, rule, op)
         return True
+
+    def store_constant(
+        self, module: Module, name: str, value: Tensor, dtype: torch.dtype, *, origin: str = ""
+    ) -> str:
+        """Stores a new constant computed in float64, rounded once to `dtype`; returns its name.
+
+        A pass that changes the numbers of weights stores them only this way (and says
+        `EXACT_CONSTANTS`): the contract check then knows what rounding alone explains.
+        """
+        stored = module.weights.add(name, value.to(dtype).contiguous(), origin=origin)
+        if self.precise is not None and dtype.is_floating_point:
+            self.precise[stored] = value
+        return stored
 
     def miss(self, rule: str, op: Op, reason: str) -> None:
         """A rule nearly fired: say which attribute, second user or type stood in the way."""
@@ -128,7 +146,7 @@ def register_pass(cls: type[Pass]) -> type[Pass]:
 def pass_class(name: str) -> type[Pass]:
     """The pass of this name; OptionError with near names if there is none."""
     if name not in _PASSES:
-        raise OptionError(f"no pass named '{name}'", advice=f"known: {', '.join(sorted(_PASSES))}")
+        raise OptionError(f"no pass named '{name}'", advice=near(name, _PASSES))
     return _PASSES[name]
 
 

@@ -1,0 +1,149 @@
+"""What a program costs, by its definitions: floating point operations, bytes moved, weights stored.
+
+A rough model, the same for every backend, for ledgers and for "does this pay" questions. Each op
+reads its operands and writes its results once, views move nothing, and a kernel or vendor call
+moves only what crosses its border. Symbolic sizes take the values given, or typical ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from accel.ir.module import Function, Module, Op, Region, SymbolInfo, Value
+from accel.ir.op import Trait
+from accel.ir.types import Dim, TensorType, product, substitute
+
+# A symbolic size without a value: as many as this, where its range allows.
+_TYPICAL_SIZE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Floating point operations, bytes read and written, and bytes of weights read by name."""
+
+    flops: int = 0
+    bytes: int = 0
+    weight_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.weight_bytes + other.weight_bytes,
+        )
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops - other.flops,
+            self.bytes - other.bytes,
+            self.weight_bytes - other.weight_bytes,
+        )
+
+
+def typical_sizes(symbols: Mapping[str, SymbolInfo]) -> dict[str, int]:
+    """A plausible value for each symbol."""
+    return {
+        name: max(info.min, min(_TYPICAL_SIZE, info.max or _TYPICAL_SIZE))
+        for name, info in symbols.items()
+    }
+
+
+def module_cost(module: Module, sizes: Mapping[str, int] | None = None) -> Cost:
+    """Sum over the functions; each stored weight that is read counts once."""
+    total = Cost()
+    for function in module.functions.values():
+        total += function_cost(function, sizes)
+    names = {str(op.attributes["name"]): op.result.type for op in _constants(module)}
+    return Cost(total.flops, total.bytes, sum(int(t.nbytes()) for t in names.values()))
+
+
+def function_cost(function: Function, sizes: Mapping[str, int] | None = None) -> Cost:
+    """Operations and bytes of one function (weights are counted by `module_cost`)."""
+    values = typical_sizes(function.symbols) | dict(sizes or {})
+    return region_cost(function.body, values)
+
+
+def region_cost(region: Region, sizes: Mapping[str, int]) -> Cost:
+    total = Cost()
+    for op in region.ops:
+        total += op_cost(op, sizes)
+    return total
+
+
+def op_cost(op: Op, sizes: Mapping[str, int] | None = None) -> Cost:
+    """Operations and bytes of one op; regions count their operations only."""
+    sizes = sizes or {}
+    if op.has(Trait.TERMINATOR) or op.has(Trait.CONSTANT):
+        return Cost()
+    if op.regions:
+        flops = sum(op_cost(inner, sizes).flops for r in op.regions for inner in r.ops)
+    else:
+        flops = _flops(op, sizes)
+    return Cost(flops, _moved(op, sizes))
+
+
+def _moved(op: Op, sizes: Mapping[str, int]) -> int:
+    if op.has(Trait.VIEW):
+        return 0
+    written = sum(_nbytes(r.type, sizes) for r in op.results)
+    read = {v: _nbytes(v.type, sizes) for v in op.operands}
+    if op.name in ("embedding", "gather", "take_along", "dynamic_slice"):
+        read[op.operands[0]] = min(read[op.operands[0]], written)  # only the rows that are wanted
+    return written + sum(read.values())
+
+
+def _flops(op: Op, sizes: Mapping[str, int]) -> int:
+    if not op.results or op.has(Trait.VIEW):
+        return 0
+    made = _numel(op.results[0].type, sizes)
+    if op.has(Trait.CONTRACTION):
+        return _contraction_flops(op, made, sizes)
+    if op.has(Trait.REDUCTION):
+        return max([made, *(_numel(v.type, sizes) for v in op.operands)])
+    if op.has(Trait.ELEMENTWISE) or op.has(Trait.DECODE) or op.has(Trait.RANDOM):
+        return made
+    return 0
+
+
+def _contraction_flops(op: Op, made: int, sizes: Mapping[str, int]) -> int:
+    x = op.operands[0]
+    if op.name == "attention":
+        q, k, v = op.operands[:3]
+        rows = _size(product(q.shape[:-1]), sizes)
+        width = _size(q.shape[3], sizes) + _size(v.shape[3], sizes)
+        return 2 * rows * _size(k.shape[2], sizes) * width
+    if op.name == "conv":
+        weight = op.operands[1]
+        return 2 * made * _size(product(weight.shape[1:]), sizes)
+    if op.name == "conv_transpose":
+        weight = op.operands[1]
+        return 2 * _numel(x.type, sizes) * _size(product(weight.shape[1:]), sizes)
+    return 2 * made * _size(x.shape[-1], sizes)
+
+
+def _numel(type: TensorType, sizes: Mapping[str, int]) -> int:
+    return _size(type.numel(), sizes)
+
+
+def _nbytes(type: TensorType, sizes: Mapping[str, int]) -> int:
+    return _size(type.nbytes(), sizes)
+
+
+def _size(dim: Dim, sizes: Mapping[str, int]) -> int:
+    value = substitute(dim, sizes)
+    if isinstance(value, int):
+        return value
+    guess = substitute(value, {s.name: _TYPICAL_SIZE for s in value.free_symbols})
+    return guess if isinstance(guess, int) else math.floor(float(guess))
+
+
+def _constants(module: Module) -> list[Op]:
+    return [op for op in module.walk() if op.name == "constant"]
+
+
+def stored_bytes(value: Value) -> int:
+    """Bytes of the value if it is a stored constant, else 0."""
+    made = value.op
+    return int(value.type.nbytes()) if made is not None and made.name == "constant" else 0
