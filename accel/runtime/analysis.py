@@ -30,9 +30,8 @@ class Analysis:
     `first` is the step that defines a value (-1 for inputs and weights). `last` is the last step
     that reads the memory of a root (the number of steps for results). `slot_last` is the last step
     that names the value itself. `arena` are the buffers that live in the arena, `fresh` those that
-    are results and are allocated by each call. `in_place` maps an arena or fresh buffer to the
-    inputs' roots that it may overwrite. `donated` maps a fresh buffer to the argument whose memory
-    it may take.
+    are results and are allocated by each call. `in_place` maps a buffer to the roots that its
+    kernel may write it over, `donated` a fresh buffer to the argument whose memory it may take.
     """
 
     roots: list[tuple[int, ...]]
@@ -173,16 +172,18 @@ def _sort_buffers(plan: FunctionPlan, a: Analysis) -> None:
     for number, spec in enumerate(plan.values):
         if spec.kind == "buffer" and a.first[number] >= 0:
             (a.fresh if number in results else a.arena).append(number)
+    a.arena.sort(key=lambda value: a.first[value])
 
 
 def _find_in_place(plan: FunctionPlan, a: Analysis) -> None:
     """Declared pairs where the operand's memory dies at the step and nothing else reads it."""
+    sources = {s.outputs[0]: s for s in plan.steps if s.kind == "view"}
     for number, step in enumerate(plan.steps):
         pairs = step.options.get("inplace", []) if step.kind == "kernel" else []
         for pair in pairs:
             output, operand = _pair(plan, step, pair)
             roots = a.roots[operand]
-            if len(roots) != 1 or a.last[roots[0]] != number or not _covers(plan, operand, a):
+            if len(roots) != 1 or a.last[roots[0]] != number or not _covers(operand, sources):
                 continue
             declared = {step.inputs[i] for o, i in pairs if step.outputs[o] == output}
             others = [i for i in step.inputs if i not in declared]
@@ -203,15 +204,13 @@ def _pair(plan: FunctionPlan, step: Step, pair: object) -> tuple[int, int]:
     raise _fail(plan, f"bad in-place pair {pair!r}", step)
 
 
-def _covers(plan: FunctionPlan, value: int, a: Analysis) -> bool:
+def _covers(value: int, sources: dict[int, Step]) -> bool:
     """Whether a value is all of its root's memory in the same order: the root, or a reshape."""
-    by_output = {s.outputs[0]: s for s in plan.steps if s.kind == "view"}
-    while plan.values[value].kind == "view":
-        step = by_output[value]
-        if step.name != "reshape":
+    while value in sources:
+        if sources[value].name != "reshape":
             return False
-        value = step.inputs[0]
-    return a.roots[value] == (value,)
+        value = sources[value].inputs[0]
+    return True
 
 
 def _find_donations(plan: FunctionPlan, a: Analysis) -> None:

@@ -20,6 +20,7 @@ Steps:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from typing import Any, Literal
 import torch
 
 from accel.errors import ArtifactError
+
+LARGEST_SIZE = 1 << 62
 
 SizeExpr = int | str | list[Any]
 ValueKind = Literal["input", "weight", "buffer", "owned", "view"]
@@ -97,7 +100,7 @@ class FunctionPlan:
 
 
 def evaluate_size(expr: SizeExpr, symbols: Mapping[str, int]) -> int:
-    """The value of a size expression. Raises ArtifactError for anything malformed."""
+    """The value of a size expression. Raises ArtifactError for anything malformed or huge."""
     if isinstance(expr, bool):
         raise ArtifactError(f"bad size expression {expr!r}")
     if isinstance(expr, int):
@@ -109,21 +112,24 @@ def evaluate_size(expr: SizeExpr, symbols: Mapping[str, int]) -> int:
     if not isinstance(expr, list) or not expr:
         raise ArtifactError(f"bad size expression {expr!r}")
     operator, *rest = expr
-    values = [evaluate_size(e, symbols) for e in rest]
+    result = _apply(operator, [evaluate_size(e, symbols) for e in rest])
+    if result is None or abs(result) > LARGEST_SIZE:
+        raise ArtifactError(f"bad size expression {str(expr)[:80]}")
+    return result
+
+
+def _apply(operator: object, values: list[int]) -> int | None:
     if operator == "+" and values:
         return sum(values)
     if operator == "*" and values:
-        result = 1
-        for v in values:
-            result *= v
-        return result
+        return math.prod(values)
     if operator in ("//", "%") and len(values) == 2 and values[1] != 0:
         return values[0] // values[1] if operator == "//" else values[0] % values[1]
     if operator == "**" and len(values) == 2 and 0 <= values[1] < 64:
         return int(values[0] ** values[1])
     if operator in ("max", "min") and values:
         return max(values) if operator == "max" else min(values)
-    raise ArtifactError(f"bad size expression {expr!r}")
+    return None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,0 +1,155 @@
+"""The closures themselves: what a call does for each kind of step.
+
+Each takes the call's slots and is made for its number of operands, since a call of a small model
+is little else than these lines: about a microsecond a step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from accel.runtime.interfaces import KernelFunction, LibraryCall
+
+# Runs one step on the slots of a call.
+Run = Callable[[list[Any]], None]
+
+# Outputs of a kernel that are not in the arena: place among the words, slot, allocation.
+Made = list[tuple[int, int, Callable[[list[Any]], Tensor]]]
+
+
+def free(slots: list[int]) -> Run:
+    def run(values: list[Any]) -> None:
+        for slot in slots:
+            values[slot] = None
+
+    if len(slots) == 1:
+        (slot,) = slots
+
+        def run_one(values: list[Any]) -> None:
+            values[slot] = None
+
+        return run_one
+    return run
+
+
+def kernel_without_work(made: Made) -> Run:
+    def run(values: list[Any]) -> None:
+        for _, slot, make in made:
+            values[slot] = make(values)
+
+    return run
+
+
+def kernel_run(
+    function: KernelFunction,
+    words: ctypes.Array[ctypes.c_int64],
+    dynamic: list[tuple[int, int]],
+    made: Made,
+) -> Run:
+    address = ctypes.addressof(words)
+
+    def run_static(values: list[Any]) -> None:
+        function(address)
+
+    def run_one(values: list[Any]) -> None:
+        tensor = values[slot]
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        words[place] = tensor.data_ptr()
+        function(address)
+
+    def run(values: list[Any]) -> None:
+        keep = []
+        for i, source in dynamic:
+            tensor = values[source]
+            if not tensor.is_contiguous():
+                tensor = tensor.contiguous()
+                keep.append(tensor)
+            words[i] = tensor.data_ptr()
+        for i, target, make in made:
+            values[target] = tensor = make(values)
+            words[i] = tensor.data_ptr()
+        function(address)
+
+    if made or len(dynamic) > 1:
+        return run
+    if dynamic:
+        place, slot = dynamic[0]
+        return run_one
+    return run_static
+
+
+def library_run(
+    call: LibraryCall,
+    operands: list[int],
+    fixed: Sequence[tuple[int, Tensor]],
+    outputs: list[int],
+) -> Run:
+    if len(outputs) == 1 and len(operands) == 1:
+        (read,), (write,) = operands, outputs
+        if fixed:
+            tensor = fixed[0][1]
+
+            def run_fixed(values: list[Any]) -> None:
+                values[write] = call(tensor)
+
+            return run_fixed
+
+        def run_one(values: list[Any]) -> None:
+            values[write] = call(values[read])
+
+        return run_one
+    constants = dict(fixed)
+    pattern = [constants.get(i) for i in range(len(operands))]
+    reads = [(i, slot) for i, slot in enumerate(operands) if i not in constants]
+
+    def run(values: list[Any]) -> None:
+        args = pattern.copy()
+        for i, slot in reads:
+            args[i] = values[slot]
+        _store(values, call(*args), outputs)
+
+    return run
+
+
+def _store(values: list[Any], results: Any, outputs: list[int]) -> None:
+    if len(outputs) == 1:
+        values[outputs[0]] = results if isinstance(results, Tensor) else results[0]
+        return
+    for slot, result in zip(outputs, results, strict=True):
+        values[slot] = result
+
+
+def aten_run(
+    operator: Callable[..., Any],
+    args: list[tuple[bool, Any]],
+    kwargs: Mapping[str, tuple[bool, Any]],
+    outputs: list[int],
+    *,
+    sequence: bool,
+) -> Run:
+    pattern = [value if static else None for static, value in args]
+    reads = [(i, value) for i, (static, value) in enumerate(args) if not static]
+    named = {name: value for name, (static, value) in kwargs.items() if static}
+    named_reads = [(name, value) for name, (static, value) in kwargs.items() if not static]
+    write = outputs[0] if outputs else -1
+
+    def call(values: list[Any]) -> Any:
+        filled = pattern.copy()
+        for i, get in reads:
+            filled[i] = get(values)
+        if not named_reads:
+            return operator(*filled, **named)
+        return operator(*filled, **named, **{name: get(values) for name, get in named_reads})
+
+    def run_one(values: list[Any]) -> None:
+        values[write] = call(values)
+
+    def run(values: list[Any]) -> None:
+        _store(values, call(values), outputs)
+
+    return run if sequence else run_one
