@@ -1,0 +1,233 @@
+"""Nested inputs and outputs as a flat list of tensors plus a JSON-able description.
+
+A compiled program takes and returns flat lists of tensors. `flatten` turns any arguments or results
+(tuples, lists, dicts, named tuples, dataclasses, model outputs, caches) into the tensors, in order,
+and a description; `unflatten` goes back. Constants (None, numbers, strings, dtypes, devices) are
+part of the description, so two calls fit the same program if their descriptions are equal.
+
+Descriptions (JSON):
+    {"tensor": i}                                   leaf i
+    {"int": i}                                      leaf i is a 0-d tensor, wanted as a Python int
+    {"value": 3}                                    None, bool, int, float, str
+    {"complex": [re, im]}, {"dtype": "float32"}, {"device": "cpu"}
+    {"tuple": [...]}, {"list": [...]}, {"dict": [[key, node], ...]}   (keys are descriptions too)
+    {"class": "module:Name", "args": [...]}         a named tuple
+    {"class": "module:Name", "items": [[k, node]]}  a dict-like class, e.g. a model's output
+    {"class": "module:Name", "fields": [[k, node]]} an object with attributes that hold tensors
+Reading one imports nothing: classes come from modules already loaded, or from `classes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.errors import InputError
+
+Node = dict[str, Any]
+_PLAIN = (bool, int, float, str)
+
+
+def flatten(value: Any) -> tuple[list[Any], Node]:
+    """The leaves of `value` (tensors and SymInts) in order, and its description.
+
+    Raises InputError for values that cannot be described (functions, open files...).
+    """
+    leaves: list[Any] = []
+    return leaves, _flatten(value, leaves, set())
+
+
+def _flatten(value: Any, leaves: list[Any], open_: set[int]) -> Node:
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return {"tensor": len(leaves) - 1}
+    if isinstance(value, torch.SymInt):
+        leaves.append(value)
+        return {"int": len(leaves) - 1}
+    simple = _describe_constant(value)
+    if simple is not None:
+        return simple
+    if id(value) in open_:
+        raise InputError(f"a {type(value).__name__} contains itself")
+    open_.add(id(value))
+    try:
+        return _flatten_container(value, leaves, open_)
+    finally:
+        open_.discard(id(value))
+
+
+def _describe_constant(value: Any) -> Node | None:
+    if value is None or type(value) in _PLAIN:
+        return {"value": value}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    return None
+
+
+def _flatten_container(value: Any, leaves: list[Any], open_: set[int]) -> Node:
+    def many(items: Sequence[Any]) -> list[Node]:
+        return [_flatten(v, leaves, open_) for v in items]
+
+    def pairs(items: Any) -> list[list[Any]]:
+        return [[k, _flatten(v, leaves, open_)] for k, v in items]
+
+    if type(value) is tuple or type(value) is torch.Size:
+        return {"tuple": many(value)}
+    if type(value) is list:
+        return {"list": many(value)}
+    if type(value) is dict:
+        return {"dict": [[_key(k), _flatten(v, leaves, open_)] for k, v in value.items()]}
+    name = f"{type(value).__module__}:{type(value).__qualname__}"
+    if isinstance(value, tuple):  # a named tuple, or torch.return_types
+        return {"class": name, "args": many(value)}
+    if isinstance(value, Mapping):
+        return {"class": name, "items": pairs((_key(k), v) for k, v in value.items())}
+    if dataclasses.is_dataclass(value):
+        return {
+            "class": name,
+            "fields": pairs((f.name, getattr(value, f.name)) for f in dataclasses.fields(value)),
+        }
+    if isinstance(value, (int, str, float)):  # subclasses: enums, numpy scalars
+        return {"value": value.value if hasattr(value, "value") else type(value).__mro__[1](value)}
+    if hasattr(value, "__dict__") and not callable(value):
+        return {"class": name, "fields": pairs(vars(value).items())}
+    raise InputError(
+        f"a value of type {type(value).__name__} is neither a tensor nor a container of tensors",
+        advice="pass tensors, numbers, strings, and tuples, lists, dicts or objects of these",
+    )
+
+
+def _key(key: Any) -> Any:
+    node = _describe_constant(key)
+    if node is None:
+        raise InputError(f"a dict key of type {type(key).__name__}")
+    return node
+
+
+def unflatten(
+    node: Node,
+    leaves: Sequence[Any],
+    classes: Mapping[str, type] | Callable[[str], type | None] | None = None,
+) -> Any:
+    """The value that `flatten` described, over new leaves.
+
+    A class that is not loaded falls back to a dict (of items or fields) or a tuple.
+    Raises InputError for a malformed description.
+    """
+    try:
+        return _unflatten(node, leaves, _resolver(classes))
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(f"malformed description of a structure: {error}") from error
+
+
+def _resolver(
+    classes: Mapping[str, type] | Callable[[str], type | None] | None,
+) -> Callable[[str], type | None]:
+    if callable(classes):
+        return classes
+    known = classes or {}
+
+    def resolve(name: str) -> type | None:
+        if name in known:
+            return known[name]
+        module, _, qualified = name.partition(":")
+        found: Any = sys.modules.get(module)
+        for part in qualified.split("."):
+            found = getattr(found, part, None)
+        return found if isinstance(found, type) else None
+
+    return resolve
+
+
+def _unflatten(node: Node, leaves: Sequence[Any], resolve: Callable[[str], type | None]) -> Any:
+    if "class" in node:
+        return _make_object(node, leaves, resolve)
+    ((kind, body),) = node.items()
+    match kind:
+        case "tensor":
+            return leaves[body]
+        case "int":
+            return leaves[body] if isinstance(leaves[body], torch.SymInt) else int(leaves[body])
+        case "value":
+            return body
+        case "complex":
+            return complex(*body)
+        case "dtype":
+            dtype = getattr(torch, body)
+            if not isinstance(dtype, torch.dtype):
+                raise InputError(f"'{body}' is no dtype")
+            return dtype
+        case "device":
+            return torch.device(body)
+        case "tuple":
+            return tuple(_unflatten(n, leaves, resolve) for n in body)
+        case "list":
+            return [_unflatten(n, leaves, resolve) for n in body]
+        case "dict":
+            return {_unflatten(k, (), resolve): _unflatten(n, leaves, resolve) for k, n in body}
+        case _:
+            raise InputError(f"malformed description of a structure: '{kind}'")
+
+
+def _make_object(node: Node, leaves: Sequence[Any], resolve: Callable[[str], type | None]) -> Any:
+    cls = resolve(node["class"])
+    if "args" in node:
+        args = [_unflatten(n, leaves, resolve) for n in node["args"]]
+        if cls is None or not issubclass(cls, tuple):
+            return tuple(args)
+        return cls(*args) if hasattr(cls, "_fields") else cls(args)
+    if "items" in node:
+        items = [(_unflatten(k, (), resolve), v) for k, v in node["items"]]
+        made = {k: _unflatten(v, leaves, resolve) for k, v in items}
+        if cls is None or not issubclass(cls, Mapping):
+            return made
+        if dataclasses.is_dataclass(cls) or issubclass(cls, OrderedDict):
+            return cls(**made) if dataclasses.is_dataclass(cls) else cls(made)
+        return cls(made)  # type: ignore[call-arg]
+    fields = {k: _unflatten(v, leaves, resolve) for k, v in node["fields"]}
+    if cls is None:
+        return fields
+    result = cls.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(result, name, value)
+    return result
+
+
+def describe_difference(wanted: Node, got: Node, path: str = "") -> str:
+    """Where two descriptions first differ, for an error message; "" if they are equal."""
+    if wanted == got:
+        return ""
+    if wanted.keys() == got.keys():
+        for kind in ("tuple", "list", "args"):
+            if kind in wanted and len(wanted[kind]) == len(got[kind]):
+                for i, (w, g) in enumerate(zip(wanted[kind], got[kind])):
+                    if w != g:
+                        return describe_difference(w, g, f"{path}[{i}]")
+        for kind in ("dict", "items", "fields"):
+            if kind in wanted and [k for k, _ in wanted[kind]] == [k for k, _ in got[kind]]:
+                for (key, w), (_, g) in zip(wanted[kind], got[kind]):
+                    if w != g:
+                        name = key if isinstance(key, str) else next(iter(key.values()))
+                        return describe_difference(w, g, f"{path}.{name}")
+    return f"{path or 'the arguments'}: expected {_short(wanted)}, got {_short(got)}"
+
+
+def _short(node: Node) -> str:
+    if "tensor" in node:
+        return "a tensor"
+    if "value" in node:
+        return repr(node["value"])
+    for kind in ("tuple", "list", "dict"):
+        if kind in node:
+            return f"a {kind} of {len(node[kind])}"
+    return str(node.get("class", node))
