@@ -16,6 +16,7 @@ from typing import Any
 from accel.errors import OptionError
 from accel.names import near
 from accel.passes.base import Pass, pass_class
+from accel.passes.registry import load_passes
 
 _TOKEN = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")|([{}\[\],=])|([^\s{}\[\],="]+))')
 
@@ -71,6 +72,7 @@ def _format(value: Any) -> str:
 
 class _Reader:
     def __init__(self, text: str) -> None:
+        load_passes()
         self.text = text
         self.tokens: list[str] = []
         position = 0
