@@ -12,39 +12,47 @@ norm         softmax, layer_norm, rms_norm, group_norm, batch_norm
 attention    attention, rope
 pool         pooling, upsampling, grid sampling
 training     forward ops that also return what their backward needs, and losses
-backward     the backward ops of training graphs
+activation_backward, norm_backward, backward   the backward ops of training graphs
 compression  quantize, dequantize, unpack_n_of_m: encoded weights and activations
 random       draws from torch's generator, in program order
 """
 
 from accel.ir.ops import (
     activation,
+    activation_backward,
     attention,
+    backward,
     compression,
     contract,
     elementwise,
     index,
     norm,
+    norm_backward,
     pool,
     random,
     reduce,
     scan,
     shape,
     structural,
+    training,
 )
 
 __all__ = [
     "activation",
+    "activation_backward",
     "attention",
+    "backward",
     "compression",
     "contract",
     "elementwise",
     "index",
     "norm",
+    "norm_backward",
     "pool",
     "random",
     "reduce",
     "scan",
     "shape",
     "structural",
+    "training",
 ]

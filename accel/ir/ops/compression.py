@@ -16,7 +16,7 @@ from torch import Tensor
 
 from accel.errors import TypeInferenceError
 from accel.ir.op import Trait, define
-from accel.ir.types import SUB_BYTE_BITS, Shape, TensorType, normalize_axis, same_shape
+from accel.ir.types import SUB_BYTE_BITS, Shape, TensorType, normalize_axis, same_shape, value_dtype
 
 if TYPE_CHECKING:
     from accel.ir.builder import Builder
@@ -48,6 +48,21 @@ def _spread(parameter: Tensor, shape: tuple[int, ...], axis: int | None, group: 
     if axis is None or group == 0:
         return parameter
     return parameter.repeat_interleave(group, axis)
+
+
+def _grouped(b: Builder, v: Value, axis: int | None, group: int) -> Value:
+    """Scales or zeros with an axis of 1 after `axis`, to broadcast over the group."""
+    if axis is None or not group:
+        return v
+    return b.reshape(v, shape=(*v.shape[: axis + 1], 1, *v.shape[axis + 1 :]))
+
+
+def _split(b: Builder, v: Value, axis: int | None, group: int) -> Value:
+    """v with `axis` split into groups."""
+    if axis is None or not group:
+        return v
+    groups = v.shape[axis] // group
+    return b.reshape(v, shape=(*v.shape[:axis], groups, group, *v.shape[axis + 1 :]))
 
 
 def _check(
@@ -107,25 +122,19 @@ class Dequantize:
         axis: int | None = None,
         group: int = 0,
     ) -> Value:
-        shape = q.shape
-
-        def grouped(v: Value) -> Value:
-            if axis is None or not group:
-                return v
-            return b.reshape(v, shape=(*v.shape[: axis + 1], 1, *v.shape[axis + 1 :]))
-
-        value = b.cast_to(q, scale.dtype)
-        if axis is not None and group:
-            split = (*shape[:axis], shape[axis] // group, group, *shape[axis + 1 :])
-            value = b.reshape(value, shape=split)
+        axis = None if axis is None else normalize_axis(axis, len(q.shape))
+        value = _split(b, b.cast_to(q, scale.dtype), axis, group)
         if zero is not None:
-            value = b.sub(value, grouped(b.cast_to(zero, scale.dtype)))
-        return b.reshape(b.mul(value, grouped(scale)), shape=shape)
+            value = b.sub(value, _grouped(b, b.cast_to(zero, scale.dtype), axis, group))
+        return b.reshape_to(b.mul(value, _grouped(b, scale, axis, group)), q.shape)
 
 
 @define("quantize", Trait.PURE)
 class Quantize:
-    """round(x / scale) + zero, clamped to the range of `dtype` (halves to even)."""
+    """round(x / scale) + zero, clamped to the range of `dtype` (halves to even).
+
+    Computed in float32, of float64 in float64. For a floating `dtype` the cast is what rounds.
+    """
 
     @staticmethod
     def infer(
@@ -151,16 +160,37 @@ class Quantize:
         group: int = 0,
     ) -> Tensor:
         shape = tuple(x.shape)
-        value = x / _spread(scale, shape, axis, group).to(x.dtype)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        value = x.to(wide) / _spread(scale, shape, axis, group).to(wide)
         if not dtype.is_floating_point:
             value = torch.round(value)
         if zero is not None:
-            value = value + _spread(zero.to(x.dtype), shape, axis, group)
+            value = value + _spread(zero.to(wide), shape, axis, group)
         low, high = quantized_range(dtype)
-        storage = dtype
-        if dtype in SUB_BYTE_BITS:
-            storage = torch.uint8 if str(dtype).startswith("torch.uint") else torch.int8
-        return value.clamp(low, high).to(storage)
+        return value.clamp(low, high).to(value_dtype(dtype))
+
+    @staticmethod
+    def decompose(
+        b: Builder,
+        x: Value,
+        scale: Value,
+        zero: Value | None = None,
+        *,
+        dtype: torch.dtype,
+        axis: int | None = None,
+        group: int = 0,
+    ) -> Value:
+        axis = None if axis is None else normalize_axis(axis, len(x.shape))
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        value = _split(b, b.cast_to(x, wide), axis, group)
+        value = b.div(value, _grouped(b, b.cast_to(scale, wide), axis, group))
+        if not dtype.is_floating_point:
+            value = b.round(value)
+        if zero is not None:
+            value = b.add(value, _grouped(b, b.cast_to(zero, wide), axis, group))
+        low, high = quantized_range(dtype)
+        value = b.clamp(value, min=float(low), max=float(high))
+        return b.reshape_to(b.cast_to(value, dtype), x.shape)
 
 
 @define("unpack_n_of_m", Trait.PURE | Trait.DECODE)
@@ -173,7 +203,7 @@ class UnpackNOfM:
 
     @staticmethod
     def infer(values: TensorType, index: TensorType, *, n: int, m: int) -> TensorType:
-        if not same_shape(values.shape, index.shape) or not 0 < n < m:
+        if not values.rank or not same_shape(values.shape, index.shape) or not 0 < n < m:
             raise TypeInferenceError(f"accel.unpack_n_of_m: {values} with {index}, {n}:{m}")
         last = values.shape[-1]
         if isinstance(last, int) and last % n:
@@ -187,3 +217,16 @@ class UnpackNOfM:
         out = torch.zeros(*values.shape[:-1], groups, m, dtype=values.dtype)
         out.scatter_(-1, index.reshape(grouped).to(torch.int64), values.reshape(grouped))
         return out.reshape(*values.shape[:-1], groups * m)
+
+    @staticmethod
+    def decompose(b: Builder, values: Value, index: Value, *, n: int, m: int) -> Value:
+        # Slot j of a group is the sum over i of values[i] where index[i] = j: one term or none.
+        *lead, last = values.shape
+        groups = last // n
+        stored = b.reshape(values, shape=(*lead, groups, n, 1))
+        place = b.cast_to(b.reshape(index, shape=(*lead, groups, n, 1)), torch.int32)
+        slots = b.iota(shape=(m,), axis=0, dtype=torch.int32)
+        zero = b.scalar(0, values.dtype)
+        spread = b.where(b.eq(place, slots), stored, zero)
+        dense = b.sum(spread, axes=(len(values.shape),))
+        return b.reshape(b.cast_to(dense, values.dtype), shape=(*lead, groups * m))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from accel.errors import TypeInferenceError
-from accel.ir.op import Aten, Lit, Trait, aten, define
+from accel.ir.op import Arg, Aten, Lit, Trait, aten, define
 from accel.ir.types import (
     BOOL,
     COMPLEX,
@@ -26,6 +26,7 @@ from accel.ir.types import (
     SUB_BYTE_BITS,
     TensorType,
     broadcast_shapes,
+    value_dtype,
 )
 
 if TYPE_CHECKING:
@@ -200,15 +201,13 @@ class Where:
 
 @define("cast", ELEMENTWISE)
 class Cast:
-    """x in another dtype, as `Tensor.to` rounds. Into sub-byte dtypes: use `quantize`."""
+    """x in another dtype, as `Tensor.to` rounds. Cast to a sub-byte dtype, the values must fit."""
 
     @staticmethod
     def infer(x: TensorType, *, dtype: torch.dtype) -> TensorType:
-        if dtype in SUB_BYTE_BITS:
-            raise TypeInferenceError(f"accel.cast: cannot cast to {dtype}", advice="use quantize")
         return x.with_dtype(dtype)
 
-    evaluate = aten("_to_copy", "x", dtype="dtype")
+    evaluate = aten("_to_copy", "x", dtype=Arg(lambda v: value_dtype(v["dtype"])))
 
 
 @define("bitcast", ELEMENTWISE | Trait.BITS)

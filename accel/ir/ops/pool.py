@@ -191,7 +191,7 @@ _UPSAMPLE = {  # (mode, spatial axes) -> ATen's name
 }
 
 
-def upsample_forms(suffix: str, *sizes: str) -> tuple[Aten, ...]:
+def upsample_forms(suffix: str, *sizes: str | Arg) -> tuple[Aten, ...]:
     """The ATen form for each mode and number of axes; `sizes` follow the first operand."""
 
     def scale(i: int) -> Arg:
