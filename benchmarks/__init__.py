@@ -1,0 +1,1 @@
+"""Benchmarks: accel beside its peers in one run, outputs checked before anything is timed."""

@@ -1,0 +1,91 @@
+"""The systems that are compared: each turns a model and its inputs into a function of no arguments.
+
+call = SYSTEMS["inductor"](model, inputs)   # compiles, and runs once
+outputs = call()                            # a list of tensors
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+import accel
+from benchmarks.measure import THREADS
+
+Call: TypeAlias = Callable[[], list[Tensor]]
+
+
+def eager(model: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+    return _torch_call(model, inputs)
+
+
+def inductor(model: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+    """`torch.compile` with its default mode, and its weights frozen as accel's and ONNX's are."""
+    call = _torch_call(torch.compile(model), inputs)
+    call()
+    return call
+
+
+def inductor_freezing(model: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+    """`torch.compile` with `freezing`: constant weights, packed for oneDNN."""
+    compiled = torch.compile(model, options={"freezing": True})
+    call = _torch_call(compiled, inputs)
+    call()
+    return call
+
+
+def onnx_runtime(model: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+    """Exported by `torch.onnx`, all graph optimizations, as many threads as the others."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(model, inputs, path, dynamo=True, verbose=False, external_data=True)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = THREADS
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    feed: dict[str, np.ndarray] = {n: t.numpy() for n, t in zip(names, inputs)}
+
+    def call() -> list[Tensor]:
+        return [torch.from_numpy(r) for r in session.run(None, feed)]
+
+    call()
+    return call
+
+
+def accel_compile(model: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+    """`accel.compile` with its defaults: exact passes only."""
+    call = _torch_call(accel.compile(model, inputs=inputs), inputs)
+    call()
+    return call
+
+
+def _torch_call(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Call:
+    def call() -> list[Tensor]:
+        with torch.no_grad():
+            out = function(*inputs)
+        return [out] if isinstance(out, Tensor) else list(out)
+
+    return call
+
+
+SYSTEMS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Call]] = {
+    "eager": eager,
+    "inductor": inductor,
+    "inductor-freezing": inductor_freezing,
+    "onnxruntime": onnx_runtime,
+    "accel": accel_compile,
+}
+TITLES = {
+    "eager": "eager",
+    "inductor": "Inductor",
+    "inductor-freezing": "Inductor, frozen",
+    "onnxruntime": "ONNX Runtime",
+    "accel": "accel",
+}
