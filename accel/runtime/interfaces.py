@@ -33,7 +33,8 @@ class Operand:
 
 
 # A prepared vendor call. It takes the operands that are neither absent nor weights, in the order of
-# the step's inputs, and returns one tensor, or a sequence of as many as the step has outputs.
+# the step's inputs (any operand may be a weight, the activations too), and returns one tensor, or a
+# sequence of as many as the step has outputs.
 # Results are new memory: they alias no operand. Several threads may call it at the same time.
 # Operands may have any strides.
 LibraryCall: TypeAlias = Callable[..., Any]

@@ -3,9 +3,10 @@
 A buffer is a size and an interval of steps. Finding the smallest arena is NP-hard (dynamic storage
 allocation), so a few greedy orders are tried and the best kept: largest first (Pisarchyk and Lee,
 "Efficient Memory Management for Deep Neural Net Inference", 2020), largest area (size times
-lifetime) first, and first come first served. Each buffer goes into the tightest gap that fits
-between the buffers that live at the same time. The search stops when it reaches the lower bound,
-which is the largest sum of live sizes at one step.
+lifetime) first, longest lived first, and first come first served. Each buffer goes into the
+tightest gap that fits between the buffers that live at the same time; in a second round both ends
+of the arena are filled, so that two long-lived buffers do not split what is between them. The
+search stops when it reaches the lower bound: the largest sum of live sizes at one step.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def plan_memory(intervals: Sequence[Interval]) -> Layout:
     """Offsets for all intervals. Empty buffers get offset 0 and take no room."""
     bound = lower_bound(intervals)
     best: Layout | None = None
-    for order in _ORDERS:
-        offsets, total = _place(intervals, sorted(range(len(intervals)), key=order(intervals)))
+    for order, ceiling in [(o, c) for c in (0, bound) for o in _ORDERS]:
+        ranked = sorted(range(len(intervals)), key=order(intervals))
+        offsets, total = _place(intervals, ranked, ceiling)
         if best is None or total < best.total:
             best = Layout(tuple(offsets), total, bound)
         if best.total == bound:
@@ -93,7 +95,9 @@ def _longest_first(intervals: Sequence[Interval]) -> _Key:
 _ORDERS = (_largest_first, _largest_area_first, _first_come, _longest_first)
 
 
-def _place(intervals: Sequence[Interval], order: Sequence[int]) -> tuple[list[int], int]:
+def _place(
+    intervals: Sequence[Interval], order: Sequence[int], ceiling: int
+) -> tuple[list[int], int]:
     """Best fit in the given order. Each step keeps its placed buffers sorted by offset."""
     offsets = [0] * len(intervals)
     total = 0
@@ -104,7 +108,7 @@ def _place(intervals: Sequence[Interval], order: Sequence[int]) -> tuple[list[in
         if i.size == 0:
             continue
         size = aligned(i.size)
-        offset = _tightest_gap(placed[i.first : i.last + 1], size)
+        offset = _tightest_gap(placed[i.first : i.last + 1], size, ceiling)
         offsets[n] = offset
         for step in range(i.first, i.last + 1):
             insort(placed[step], (offset, offset + size))
@@ -112,13 +116,18 @@ def _place(intervals: Sequence[Interval], order: Sequence[int]) -> tuple[list[in
     return offsets, total
 
 
-def _tightest_gap(live: Sequence[list[tuple[int, int]]], size: int) -> int:
-    """The start of the smallest gap of at least `size` between live buffers, or their end."""
-    ranges = sorted({r for step in live for r in step})
+def _tightest_gap(live: Sequence[list[tuple[int, int]]], size: int, ceiling: int) -> int:
+    """An offset in the smallest gap of at least `size` between live buffers, or above them all.
+
+    The gap below the `ceiling` is filled from its upper end (unless nothing is live).
+    """
     best, best_room, end = -1, 0, 0
-    for start, stop in ranges:
+    for start, stop in sorted({r for step in live for r in step}):
         room = start - end
         if room >= size and (best < 0 or room < best_room):
             best, best_room = end, room
         end = max(end, stop)
+    room = ceiling - end
+    if room >= size and end > 0 and (best < 0 or room < best_room):
+        return ceiling - size
     return best if best >= 0 else end
