@@ -1,0 +1,101 @@
+"""Calls that torch itself does best: linears with weights given at run time, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accel.errors import ArtifactError
+from accel.runtime.interfaces import LibraryCall, Operand
+from accel.runtime.libraries.options import choice
+
+
+def _spliced(run: Callable[..., Any], operands: Sequence[Operand | None]) -> LibraryCall:
+    """Calls `run` with one argument per operand: weights and None in their places."""
+    fixed = [None if o is None else o.weight for o in operands]
+    holes = [i for i, o in enumerate(operands) if o is not None and o.weight is None]
+    if holes == list(range(len(fixed))):
+        return run
+
+    def call(*given: Tensor) -> Any:
+        arguments = list(fixed)
+        for hole, value in zip(holes, given):
+            arguments[hole] = value
+        return run(*arguments)
+
+    return call
+
+
+class TorchLinear:
+    """x [..., K], weight [N, K], bias [N] or none, as `torch.nn.functional.linear`."""
+
+    name = "torch.linear"
+
+    def prepare(
+        self, options: Mapping[str, Any], operands: Sequence[Operand | None]
+    ) -> LibraryCall:
+        return _spliced(F.linear, operands)
+
+
+class ScaledDotProduct:
+    """q [B, H, S, D], k [B, G, T, D], v [B, G, T, E], mask or none (see `accel.attention`)."""
+
+    name = "sdpa"
+
+    def prepare(
+        self, options: Mapping[str, Any], operands: Sequence[Operand | None]
+    ) -> LibraryCall:
+        if len(operands) != 4 or any(o is None for o in operands[:3]):
+            raise ArtifactError("sdpa takes q, k, v and an optional mask")
+        scale = options.get("scale")
+        if not isinstance(scale, float):
+            raise ArtifactError(f"sdpa: scale is {scale!r}")
+        causal, window = options.get("causal") is True, options.get("window")
+        offset = options.get("offset", 0)
+        heads = choice(options, "heads", ("none", "permute", "merge"))
+        if not (window is None or type(window) is int) or type(offset) is not int:
+            raise ArtifactError("sdpa: window and offset must be static integers")
+        banded = window is not None or (causal and offset != 0)
+        bands: dict[tuple[int, int], Tensor] = {}
+
+        def band(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+            sizes = (q.shape[2], k.shape[2])
+            keep = bands.get(sizes)
+            if keep is None:
+                keep = _band(*sizes, causal, offset, window)
+                bands.clear()
+                bands[sizes] = keep
+            if mask is None:
+                return keep
+            if mask.dtype == torch.bool:
+                return mask & keep
+            return mask.masked_fill(~keep, float("-inf"))
+
+        def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            native = causal and not banded and mask is None
+            if not native and (banded or causal):
+                mask = band(q, k, mask)
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=native, scale=scale, enable_gqa=grouped
+            )
+            if heads == "none":
+                return out
+            out = out.transpose(1, 2)
+            return out if heads == "permute" else out.reshape(out.shape[0], out.shape[1], -1)
+
+        return _spliced(run, operands)
+
+
+def _band(rows: int, columns: int, causal: bool, offset: int, window: int | None) -> Tensor:
+    distance = torch.arange(columns)[None, :] - torch.arange(rows)[:, None] - offset
+    keep = torch.ones(rows, columns, dtype=torch.bool)
+    if causal:
+        keep &= distance <= 0
+    if window is not None:
+        keep &= distance > -window
+    return keep
