@@ -122,6 +122,10 @@ class Pass(ABC):
     def run(self, module: Module, context: Context) -> None:
         """Rewrites the module in place."""
 
+    def promise(self) -> Contract:
+        """The contract under these options; a lossy pass with a `bound` option promises that."""
+        return self.contract
+
     def options(self) -> dict[str, Any]:
         if not dataclasses.is_dataclass(self):
             return {}

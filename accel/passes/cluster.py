@@ -52,7 +52,7 @@ class Cluster(WeightPass):
     """
 
     name: ClassVar[str] = "cluster"
-    contract: ClassVar[Contract] = approximate("relative_error", 0.25)
+    contract: ClassVar[Contract] = approximate("relative_error", 0.7)
 
     bits: int = 4
     iterations: int = 100
@@ -62,6 +62,9 @@ class Cluster(WeightPass):
         check_option(self, "bits", (8, 4, 3, 2, 1))
         if self.iterations < 0:
             raise OptionError(f"{self.name}: iterations = {self.iterations}")
+
+    def default_bound(self) -> float:
+        return {8: 0.1, 4: self.contract.bound}.get(self.bits, 1.0)
 
     def refuse(self, site: WeightSite, form: MatrixForm, tensor: Tensor) -> str:
         if tensor.numel() <= 2**self.bits:

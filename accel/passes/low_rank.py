@@ -84,7 +84,7 @@ class LowRank(WeightSelection):
     """
 
     name: ClassVar[str] = "low_rank"
-    contract: ClassVar[Contract] = approximate("relative_error", 0.4)
+    contract: ClassVar[Contract] = approximate("relative_error", 0.6)
 
     energy: float = 0.95
     multiple: int = 8

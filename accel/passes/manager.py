@@ -123,13 +123,13 @@ class PassManager:
             raise
         if samples is not None and (row.changed or precise):
             start = time.perf_counter()
-            evidence = self.checker.check(each.name, each.contract, samples, module, precise)
+            evidence = self.checker.check(each.name, each.promise(), samples, module, precise)
             row.check_seconds += time.perf_counter() - start
             row.error, row.metric = evidence.error, evidence.metric
             row.measured_on = evidence.measured_on
             if not evidence.within:
                 self._violated(each, evidence, module, backup, row, state)
-            state.forget(keep_exact=each.contract.kind == "exact" and not precise)
+            state.forget(keep_exact=each.promise().kind == "exact" and not precise)
         elif samples is not None:
             row.error = 0.0
         elif row.changed:
@@ -168,20 +168,20 @@ class PassManager:
         return precise
 
     def _must_check(self, each: Pass) -> bool:
-        measured = each.contract.kind == "approximate" and bool(self.context.calibration)
+        measured = each.promise().kind == "approximate" and bool(self.context.calibration)
         return self.validate or measured
 
     def _samples(self, each: Pass, module: Module, state: _State) -> list[Sample] | None:
         """Results before the pass; those of the last check are still good if nothing changed."""
         if not self._must_check(each):
             return None
-        kind = each.contract.kind
+        kind = each.promise().kind
         if kind not in state.samples:
-            state.samples[kind] = self.checker.before(module, each.contract)
+            state.samples[kind] = self.checker.before(module, each.promise())
         return state.samples[kind]
 
     def _backup(self, each: Pass, module: Module) -> Module | None:
-        undo = self.on_violation == "undo" and each.contract.kind == "approximate"
+        undo = self.on_violation == "undo" and each.promise().kind == "approximate"
         return module.clone() if undo and self._must_check(each) else None
 
     def _violated(
@@ -238,7 +238,7 @@ def count_ops(module: Module) -> int:
 
 
 def _contract_text(each: Pass) -> str:
-    c = each.contract
+    c = each.promise()
     return "exact" if c.kind == "exact" else f"{c.metric} <= {c.bound:g}"
 
 

@@ -116,7 +116,7 @@ class Reparameterize(Pass):
             if isinstance(geometry, str):
                 context.miss(self.name, root, geometry)
             elif context.rewrite(self.name, root):
-                value = _emit(root, together, geometry, module)
+                value = _emit(root, together, geometry, module, context)
                 taken = {branch.term for branch in together}
                 terms = [value, *(t for t in terms if t not in taken)]
                 merged.extend(together)
@@ -259,7 +259,9 @@ def _geometry(branches: Sequence[Branch], root: Op) -> Geometry | str:
     return geometry
 
 
-def _emit(root: Op, branches: Sequence[Branch], geometry: Geometry, module: Module) -> Value:
+def _emit(
+    root: Op, branches: Sequence[Branch], geometry: Geometry, module: Module, context: Context
+) -> Value:
     """Stores the merged weight and bias, and emits the convolution in front of `root`."""
     first = next(branch for branch in branches if branch.conv is not None)
     assert first.conv is not None
@@ -280,9 +282,9 @@ def _emit(root: Op, branches: Sequence[Branch], geometry: Geometry, module: Modu
         shift += branch.shift
     base = f"{constant_name(first.conv.operands[1])}.merged"
     b = Builder(before=root, location=first.conv.location, made_by=Reparameterize.name)
-    constants = [b.constant(module.weights.add(base, total.to(kind.dtype)), kind)]
+    constants = [b.constant(context.store_constant(module, base, total, kind.dtype), kind)]
     if bool(shift.any()):
-        stored = module.weights.add(f"{base}.bias", shift.to(kind.dtype))
+        stored = context.store_constant(module, f"{base}.bias", shift, kind.dtype)
         constants.append(b.constant(stored, module.weights.type(stored)))
     result: Value = b.conv(first.source, *constants, **geometry.attributes(first.conv))
     return result

@@ -42,7 +42,7 @@ class Sparsify(WeightPass):
     """Keeps `n` of every `m` weights along the inputs, by magnitude (m at most 16)."""
 
     name: ClassVar[str] = "sparsify"
-    contract: ClassVar[Contract] = approximate("relative_error", 0.6)
+    contract: ClassVar[Contract] = approximate("relative_error", 1.0)
 
     n: int = 2
     m: int = 4

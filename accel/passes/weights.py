@@ -16,12 +16,13 @@ formats and lives here:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from accel.ir.op import Trait
 from accel.ir.ops.shape import permutation_inverse
 from accel.ir.storage import WeightStore
 from accel.ir.types import TensorType
-from accel.passes.base import Context, Pass
+from accel.passes.base import Context, Contract, Pass
 
 # Which axes of an operand an op sums over, by op and operand index, for an operand of this rank.
 # A contraction without a row here is never touched, and is reported as a near miss.
@@ -45,7 +46,6 @@ _CONTRACTED: dict[tuple[str, int], Callable[[int], tuple[int, ...]]] = {
     ("conv", 1): lambda rank: tuple(range(1, rank)),
     ("conv_transpose", 1): lambda rank: (0, *range(2, rank)),
 }
-_TIED = ("keep", "share", "split")
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,11 @@ class Encoding:
     parts: tuple[Part, ...]
     decode: Callable[[Builder, Sequence[Value]], Value]
 
-    def nbytes(self, weights: WeightStore) -> int:
-        return sum(int(weights.type(p.name).nbytes()) for p in self.parts)
+    def nbytes(self, weights: WeightStore, counted: set[str]) -> int:
+        """Stored bytes of the parts that are not `counted` yet (codebooks may be shared)."""
+        fresh = [part.name for part in self.parts if part.name not in counted]
+        counted.update(fresh)
+        return sum(int(weights.type(name).nbytes()) for name in fresh)
 
     def emit(self, b: Builder, weights: WeightStore) -> Value:
         """Constants and decode ops for the whole matrix."""
@@ -238,10 +241,12 @@ class WeightSelection(Pass):
     Options:
         skip: a regular expression; weights whose name (or a reader's module path) it finds stay.
         only: a regular expression; other weights stay. Empty: all.
+        bound: the relative error of the results that the pass promises; none: `default_bound`.
     """
 
     skip: str = ""
     only: str = ""
+    bound: float | None = None
 
     def __post_init__(self) -> None:
         for option in ("skip", "only"):
@@ -251,6 +256,14 @@ class WeightSelection(Pass):
                 raise OptionError(
                     f"{self.name}: {option} is not a regular expression: {error}"
                 ) from error
+
+    def default_bound(self) -> float:
+        """What these options promise when the user asks for no `bound`."""
+        return self.contract.bound
+
+    def promise(self) -> Contract:
+        bound = self.default_bound() if self.bound is None else self.bound
+        return dataclasses.replace(self.contract, bound=bound)
 
     def chosen(self, module: Module) -> list[WeightSite]:
         """The weights that `skip` and `only` leave."""
@@ -274,12 +287,12 @@ class WeightPass(WeightSelection):
         embeddings: also encode tables that only embeddings read.
     """
 
-    tied: str = "keep"
+    tied: Literal["keep", "share", "split"] = "keep"
     embeddings: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_option(self, "tied", _TIED)
+        check_option(self, "tied", ("keep", "share", "split"))
 
     @abstractmethod
     def encode(self, matrix: Tensor, name: str, weights: WeightStore) -> Encoding:
@@ -291,6 +304,7 @@ class WeightPass(WeightSelection):
 
     def run(self, module: Module, context: Context) -> None:
         rows: list[dict[str, Any]] = []
+        counted: set[str] = set()
         for site in self.select(module, context):
             tensor = module.weights.tensor(site.name)
             form = MatrixForm(tuple(tensor.shape), site.contracted)
@@ -308,7 +322,7 @@ class WeightPass(WeightSelection):
                 {
                     "weight": site.name,
                     "bytes_before": int(site.type.nbytes()),
-                    "bytes_after": encoding.nbytes(module.weights),
+                    "bytes_after": encoding.nbytes(module.weights, counted),
                     "error": relative_error(encoding.decoded(module.weights), matrix),
                 }
             )
