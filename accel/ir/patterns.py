@@ -343,6 +343,9 @@ def splat_value(value: Value) -> Any:
 
 
 def _close(a: Any, b: Any, tolerance: float) -> bool:
+    """Equal numbers, or nearly; True is not 1."""
+    if isinstance(a, bool) != isinstance(b, bool):
+        return False
     return bool(a == b or (tolerance and abs(a - b) <= tolerance * abs(b)))
 
 
