@@ -34,7 +34,10 @@ class Storage:
 
 @dataclass(eq=False, slots=True)
 class Handle:
-    """One tensor: its current value, and where it came from if it is a view."""
+    """One tensor: its current value, and where it came from if it is a view.
+
+    `make` gives the first value when somebody asks: weights that are never read make no op.
+    """
 
     storage: Storage
     value: Value | None
@@ -43,6 +46,7 @@ class Handle:
     call: Call | None = None
     tensor: Tensor | None = None  # the view's own fake tensor
     source: Tensor | None = None  # the parent's fake tensor
+    make: Callable[[], Value] | None = None
 
 
 class Aliases:
@@ -52,22 +56,21 @@ class Aliases:
         self._importer = importer
         self._handles: dict[int, Handle] = {}
         self._keep: list[Tensor] = []  # ids stay unique as long as the tensors live
-        self._storages: dict[int, Storage] = {}
 
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self._handles
 
-    def add_root(self, tensor: Tensor, value: Value | None) -> Handle:
-        """A tensor that owns its storage, or whose aliasing does not matter."""
-        storage = Storage()
-        self._storages.setdefault(_storage_key(tensor), storage)
-        return self._add(tensor, Handle(storage, value))
+    def add_root(
+        self, tensor: Tensor, value: Value | None, make: Callable[[], Value] | None = None
+    ) -> None:
+        """A tensor that owns its storage."""
+        self._add(tensor, Handle(Storage(), value, make=make))
 
     def add_result(self, tensor: Tensor, value: Value, call: Call, sources: list[Tensor]) -> None:
         """A result of `call`: a view if it shares the storage of one of `sources`."""
-        key = _storage_key(tensor)
+        key = storage_key(tensor)
         for source in sources:
-            if key and _storage_key(source) == key and id(source) in self._handles:
+            if key and storage_key(source) == key and id(source) in self._handles:
                 parent = self._handles[id(source)]
                 self._add(
                     tensor,
@@ -104,7 +107,7 @@ class Aliases:
         while chain[-1].parent is not None:
             chain.append(chain[-1].parent)
         for h in reversed(chain):
-            if h.version != h.storage.version:
+            if h.version != h.storage.version or h.value is None:
                 self._refresh(h)
         handle.storage.version += 1
         for h in chain:
@@ -114,6 +117,9 @@ class Aliases:
                 value = unview(self._importer, h, h.parent.value, value)
 
     def _refresh(self, handle: Handle) -> None:
+        if handle.value is None and handle.make is not None:
+            handle.value = handle.make()
+            return
         if handle.parent is None or handle.call is None or handle.tensor is None:
             raise CaptureError("a tensor is read whose value is not known")
         if handle.parent.version != handle.storage.version:
@@ -123,11 +129,11 @@ class Aliases:
 
     def _find_twin(self, tensor: Tensor) -> Handle:
         """`tensor.data` and the like make new Python objects without a call."""
-        key = _storage_key(tensor)
+        key = storage_key(tensor)
         for known in reversed(self._keep):
             if (
                 key
-                and _storage_key(known) == key
+                and storage_key(known) == key
                 and known.shape == tensor.shape
                 and known.stride() == tensor.stride()
                 and known.storage_offset() == tensor.storage_offset()
@@ -140,13 +146,12 @@ class Aliases:
             where=str(self._importer.location or ""),
         )
 
-    def _add(self, tensor: Tensor, handle: Handle) -> Handle:
+    def _add(self, tensor: Tensor, handle: Handle) -> None:
         self._handles[id(tensor)] = handle
         self._keep.append(tensor)
-        return handle
 
 
-def _storage_key(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):

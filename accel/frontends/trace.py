@@ -128,6 +128,17 @@ class FrameLocator:
             frame = frame.f_back
         return None
 
+    def place_of(self, error: BaseException) -> Location | None:
+        """The innermost line of the user's model on an error's traceback."""
+        found: Location | None = None
+        step = error.__traceback__
+        while step is not None:
+            name = step.tb_frame.f_code.co_filename
+            if not (name.startswith(_HIDDEN) or name.startswith("<")):
+                found = Location(name, step.tb_lineno, self.scopes[-1])
+            step = step.tb_next
+        return found
+
     @contextlib.contextmanager
     def follow(self, root: torch.nn.Module) -> Iterator[None]:
         """Keeps `scopes` at the path of the submodule that runs."""

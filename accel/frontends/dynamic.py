@@ -1,0 +1,246 @@
+"""Dynamic sizes of a capture: what the user declared, and what tracing learned.
+
+Declared axes get symbols in a `ShapeEnv`; axes of one name are one symbol. Tracing may then narrow a
+symbol's range (a position table has 4096 rows), which is taken over, or state a condition (a length
+divisible by 8), which becomes a guard of the program; a size that the model fixes is an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    ConstraintViolationError,
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+from accel import tree
+from accel.errors import CaptureError, OptionError
+from accel.frontends.symbols import Symbols
+from accel.frontends.trace import refusal
+from accel.ir.module import Location
+
+
+class _Axis:
+    """One declared axis: which leaf, which axis, the name, and the range."""
+
+    def __init__(self, leaf: int, axis: int, name: str, low: int | None, high: int | None) -> None:
+        self.leaf, self.axis, self.name, self.low, self.high = leaf, axis, name, low, high
+
+
+class DynamicShapes:
+    """The dynamic axes of a capture's inputs.
+
+    Raises OptionError where `dynamic_shapes` does not fit the inputs.
+    """
+
+    def __init__(self, spec: Any, inputs: tree.Node, names: Sequence[str], model: Any) -> None:
+        self.names = names
+        self.axes: list[_Axis] = []
+        self.shape_env: ShapeEnv | None = None
+        self._sizes: list[tuple[_Axis, torch.SymInt]] = []
+        if spec is not None:
+            args, kwargs = inputs["tuple"]
+            self._walk(_by_position(spec, args, kwargs, model), inputs)
+        if self.axes:
+            self.shape_env = ShapeEnv(duck_shape=False, specialize_zero_one=True)
+
+    def fake(self, mode: FakeTensorMode, index: int, tensor: Tensor) -> Tensor:
+        """The fake tensor for input `index`, with symbols where axes are dynamic."""
+        mine = [a for a in self.axes if a.leaf == index]
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        if not mine:
+            return mode.from_tensor(tensor, static_shapes=True)
+        rank = tensor.dim()
+        kinds = [DimDynamic.STATIC] * rank
+        for axis in mine:
+            if tensor.shape[axis.axis] < 2:
+                raise OptionError(
+                    f"axis {axis.axis} of '{self.names[index]}' is dynamic, but the example has "
+                    f"size {tensor.shape[axis.axis]} there",
+                    advice="give an example of size 2 or more along dynamic axes",
+                )
+            kinds[axis.axis] = DimDynamic.DYNAMIC
+        context = StatelessSymbolicContext(
+            dynamic_sizes=kinds,
+            constraint_sizes=[None] * rank,
+            dynamic_strides=[DimDynamic.INFER_STRIDE] * rank,
+            constraint_strides=[None] * rank,
+        )
+        fake = mode.from_tensor(
+            tensor.contiguous(),
+            source=ConstantSource(f"__accel_input_{index}"),
+            symbolic_context=context,
+        )
+        for axis in mine:
+            size = fake.shape[axis.axis]
+            assert isinstance(size, torch.SymInt)
+            self._sizes.append((axis, size))
+        return fake
+
+    def relate(self) -> None:
+        """States ranges, and that axes of one name are equal."""
+        first: dict[str, torch.SymInt] = {}
+        for axis, size in self._sizes:
+            if axis.low is not None:
+                torch._check(size >= axis.low)
+            if axis.high is not None:
+                torch._check(size <= axis.high)
+            if axis.name and axis.name in first:
+                torch._check(size == first[axis.name])
+            elif axis.name:
+                first[axis.name] = size
+        self._count = len(self.shape_env.guards) if self.shape_env is not None else 0
+
+    def symbols(self) -> Symbols:
+        """Names for torch's symbols: the user's. Raises CaptureError for a size that was fixed."""
+        names: dict[str, str] = {}
+        for axis, size in self._sizes:
+            expr = size.node.expr
+            if isinstance(expr, sympy.Symbol):
+                if axis.name:
+                    names.setdefault(str(expr.name), axis.name)
+            elif expr.is_number:
+                raise self._fixed(axis, int(expr))
+        return Symbols(self.shape_env, names)
+
+    def _fixed(self, axis: _Axis, value: int) -> CaptureError:
+        assert self.shape_env is not None
+        place = ""
+        for guard in self.shape_env.guards[self._count :]:
+            if isinstance(guard.expr, sympy.Eq):
+                place = user_place(guard.sloc.user_stack if hasattr(guard.sloc, "user_stack") else None)
+                break
+        label = f"axis {axis.axis} of '{self.names[axis.leaf]}'"
+        return CaptureError(
+            f"{label} ({axis.name or 'dynamic'}) was declared dynamic, but the model fixes it to "
+            f"{value}",
+            where=place,
+            advice="leave this axis static, or remove what compares or indexes with its size",
+        )
+
+    def guards(self, symbols: Symbols) -> list[str]:
+        """Conditions that tracing relied on and that ranges and equal names do not imply."""
+        if self.shape_env is None:
+            return []
+        found: list[str] = []
+        for guard in self.shape_env.guards[self._count :]:
+            expr = self.shape_env.replace(guard.expr)
+            if expr in (sympy.true, sympy.false) or self._implied(expr):
+                continue
+            plain = symbols.plain(expr)
+            if plain != sympy.true and str(plain) not in found:
+                found.append(str(plain))
+        return found
+
+    def _implied(self, expr: Any) -> bool:
+        assert self.shape_env is not None
+        known = self.shape_env._maybe_evaluate_static(expr)
+        return known is not None and bool(known == sympy.true)
+
+    def explain(self, error: Exception, where: Location | None) -> CaptureError:
+        """The typed error for what went wrong while tracing."""
+        place = str(where or "")
+        if isinstance(error, GuardOnDataDependentSymNode):
+            return refusal(error, None, where)
+        if isinstance(error, ConstraintViolationError):
+            return CaptureError(f"the dynamic sizes contradict the model: {error}", where=place)
+        text = str(error).strip().splitlines()
+        return CaptureError(
+            f"the model failed while it was traced: {type(error).__name__}: "
+            f"{text[0] if text else ''}",
+            where=place,
+            advice="run the model with the same inputs in eager mode; if that works, please report "
+            "this",
+        )
+
+    def _walk(self, spec: Any, node: tree.Node) -> None:
+        if spec is None:
+            return
+        if "tensor" in node:
+            self._add(node["tensor"], spec)
+            return
+        for kind in ("tuple", "list", "args"):
+            if kind in node:
+                if not isinstance(spec, (tuple, list)) or len(spec) != len(node[kind]):
+                    raise OptionError(f"dynamic_shapes: {spec!r} for {len(node[kind])} values")
+                for s, child in zip(spec, node[kind]):
+                    self._walk(s, child)
+                return
+        for kind in ("dict", "items", "fields"):
+            if kind in node:
+                if not isinstance(spec, Mapping):
+                    raise OptionError(f"dynamic_shapes: {spec!r} where a dict is passed")
+                for key, child in node[kind]:
+                    label = key if isinstance(key, str) else next(iter(key.values()))
+                    self._walk(spec.get(label), child)
+                return
+
+    def _add(self, leaf: int, spec: Any) -> None:
+        items = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
+        for axis, dim in items:
+            if dim is None or isinstance(dim, int) or _is_hint(dim, "STATIC"):
+                continue
+            if isinstance(dim, str):
+                self.axes.append(_Axis(leaf, int(axis), dim, None, None))
+            elif _is_hint(dim, "AUTO") or _is_hint(dim, "DYNAMIC"):
+                self.axes.append(_Axis(leaf, int(axis), "", None, None))
+            elif hasattr(dim, "root"):
+                raise OptionError(
+                    f"dynamic_shapes: the derived size {dim} is not supported",
+                    advice="declare the axis with Dim.AUTO: the relation is found by tracing",
+                )
+            else:
+                low, high = getattr(dim, "min", None), getattr(dim, "max", None)
+                bounded = isinstance(high, int) and high < 2**31
+                self.axes.append(
+                    _Axis(leaf, int(axis), dim.__name__, low or None, high if bounded else None)
+                )
+
+
+def _is_hint(dim: Any, name: str) -> bool:
+    hint = getattr(torch.export.Dim, name, None)
+    return hint is not None and dim is hint
+
+
+def _by_position(spec: Any, args: tree.Node, kwargs: tree.Node, model: Any) -> Any:
+    """(specs of positional arguments, specs of keyword arguments) from torch.export's forms."""
+    keys = [k["value"] for k, _ in kwargs["dict"]]
+    count = len(args["tuple"])
+    if isinstance(spec, (tuple, list)):
+        if len(spec) != count + len(keys):
+            raise OptionError(
+                f"dynamic_shapes has {len(spec)} entries for {count + len(keys)} inputs"
+            )
+        return list(spec[:count]), dict(zip(keys, spec[count:]))
+    if not isinstance(spec, Mapping):
+        raise OptionError("dynamic_shapes must be a dict by input name, or a tuple in order")
+    function = model.forward if isinstance(model, nn.Module) else model
+    parameters = list(inspect.signature(function).parameters)
+    positional = parameters[:count] + [f"arg{i}" for i in range(len(parameters), count)]
+    unknown = set(spec) - set(positional) - set(keys)
+    if unknown:
+        raise OptionError(
+            f"dynamic_shapes names inputs that are not given: {', '.join(sorted(map(str, unknown)))}",
+            advice=f"the inputs are: {', '.join([*positional, *keys])}",
+        )
+    return [spec.get(name) for name in positional], {k: spec.get(k) for k in keys}
+
+
+def user_place(stack: Any) -> str:
+    """file:line of a stack's innermost frame."""
+    if not stack:
+        return ""
+    frame = stack[-1]
+    return f"{frame.filename}:{frame.lineno}"

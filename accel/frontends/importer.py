@@ -1,0 +1,492 @@
+"""From recorded ATen calls to ops of a function: the machinery around the table.
+
+The table (`accel.frontends.aten`) maps an ATen overload to a function `lower(c, *args, **kwargs)`,
+where `c` is the `Importer` and the arguments are the call's own (fake tensors, SymInts, Python
+values). It returns the values of the results. For each call, in this order:
+
+1. an in-place overload is its functional twin plus a write (`accel.frontends.aliases`);
+2. an overload in the table is lowered;
+3. a composite, or an overload PyTorch can decompose, is decomposed by recording it, and its parts
+   are imported;
+4. anything else becomes a visible `accel.aten`, typed by its fake result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from accel.config import logger
+from accel.errors import CaptureError, TypeInferenceError
+from accel.frontends.aliases import Aliases, storage_key
+from accel.frontends.symbols import Symbols
+from accel.frontends.trace import Call, record
+from accel.ir.builder import Builder
+from accel.ir.module import Function, Location, Module, Value
+from accel.ir.types import DTYPE_NAMES, Dim, TensorType, is_float, same_shape
+
+Lowering = Callable[..., Any]
+LOWERINGS: dict[str, Lowering] = {}
+_DEEPEST = 16  # decompositions inside decompositions
+_log = logger("frontends")
+
+
+def lower(*names: str) -> Callable[[Lowering], Lowering]:
+    """Registers a lowering for ATen overloads, e.g. `@lower("linear", "add.Tensor")`."""
+
+    def wrap(function: Lowering) -> Lowering:
+        for name in names:
+            full = name if "::" in name else f"aten::{name}"
+            LOWERINGS[full] = function
+        return function
+
+    return wrap
+
+
+class Importer:
+    """Turns calls into ops at the end of `function`; weights go to `module`.
+
+    Attributes:
+        b: the builder, with the current call's location.
+        call: the call being lowered.
+        fallbacks: how many ops became `accel.aten`, by overload.
+    """
+
+    def __init__(self, function: Function, module: Module, symbols: Symbols) -> None:
+        self.function = function
+        self.module = module
+        self.symbols = symbols
+        self.b = Builder(function.body, made_by="import")
+        self.aliases = Aliases(self)
+        self.call: Call = None  # type: ignore[assignment]
+        self.fallbacks: dict[str, int] = {}
+        self._constants: dict[int, tuple[Tensor, Value]] = {}
+        self._scalars: dict[tuple[Any, ...], Value] = {}
+        self._sizes: dict[Dim, Value] = {}
+        self._used: set[int] = set()
+        self._depth = 0
+
+    # Reading arguments ---------------------------------------------------------------------------
+
+    def __call__(self, tensor: Tensor) -> Value:
+        """The current value of a tensor argument."""
+        if type(tensor) is not FakeTensor and tensor not in self.aliases:
+            return self._real(tensor)
+        return self.aliases.read(tensor)
+
+    def dim(self, size: int | torch.SymInt) -> Dim:
+        return size if type(size) is int else self.symbols.dim(size)
+
+    def shape(self, sizes: Iterable[int | torch.SymInt]) -> tuple[Dim, ...]:
+        return tuple(s if type(s) is int else self.symbols.dim(s) for s in sizes)
+
+    def type(self, tensor: Tensor) -> TensorType:
+        """The type of a fake tensor. Raises CaptureError for sparse and other layouts."""
+        if tensor.layout is not torch.strided:
+            raise CaptureError(
+                f"a tensor of layout {tensor.layout}",
+                where=str(self.location or ""),
+                advice="convert it with to_dense() before the compiled part",
+            )
+        if tensor.dtype not in DTYPE_NAMES:
+            raise CaptureError(f"the dtype {tensor.dtype}", where=str(self.location or ""))
+        return TensorType(self.shape(tensor.shape), tensor.dtype)
+
+    @property
+    def out(self) -> Tensor:
+        """The fake result of the current call (the first, if there are several)."""
+        result = self.call.result
+        if isinstance(result, Tensor):
+            return result
+        return next(r for r in result if isinstance(r, Tensor))
+
+    @property
+    def out_shape(self) -> tuple[Dim, ...]:
+        return self.shape(self.out.shape)
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return self.out.dtype
+
+    @property
+    def location(self) -> Location | None:
+        return self.b.location
+
+    # Constants -----------------------------------------------------------------------------------
+
+    def scalar(self, value: Any, dtype: torch.dtype) -> Value:
+        """A Python number, or a symbolic one, as a 0-d value of `dtype`."""
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self.symbolic(self.symbols.plain(value.node.expr), dtype)
+        key = (type(value), repr(value), dtype)
+        found = self._scalars.get(key)
+        if found is None:
+            found = self._scalars[key] = self.b.scalar(value, dtype)
+        return found
+
+    def symbolic(self, expr: sympy.Expr, dtype: torch.dtype) -> Value:
+        """An expression over sizes, computed at run time."""
+        if expr.is_number:
+            number = int(expr) if expr.is_Integer else float(expr)
+            return self.scalar(number, dtype)
+        if not is_float(dtype):
+            return self.b.cast_to(self.size(expr), dtype)
+        if expr.is_integer:
+            return self.b.cast_to(self.size(expr), dtype)
+        parts = [self.symbolic(a, dtype) for a in expr.args]
+        if isinstance(expr, sympy.Add | sympy.Mul):
+            op = self.b.add if isinstance(expr, sympy.Add) else self.b.mul
+            total = parts[0]
+            for part in parts[1:]:
+                total = op(total, part)
+            return total
+        if isinstance(expr, sympy.Pow):
+            power: Value = self.b.pow(*parts)
+            return power
+        raise CaptureError(f"the symbolic number {expr}", where=str(self.location or ""))
+
+    def size(self, dim: Dim) -> Value:
+        """A symbolic size as a 0-d int64 value."""
+        if isinstance(dim, int) or dim.is_Integer:
+            return self.scalar(int(dim), torch.int64)
+        if dim not in self._sizes:
+            self._sizes[dim] = self.b.size(value=dim)
+        return self._sizes[dim]
+
+    def tensor_constant(self, tensor: Tensor, name: str) -> Value:
+        """A tensor as a weight; one element becomes a `full`."""
+        if tensor.numel() == 1 and not tensor.dtype.is_complex and is_plain(tensor.dtype):
+            shape = tuple(tensor.shape)
+            result: Value = self.b.full(value=tensor.item(), dtype=tensor.dtype, shape=shape)
+            return result
+        stored = self.module.weights.add(name, tensor.detach().contiguous())
+        return self.b.constant(stored, self.module.weights.type(stored))
+
+    def _real(self, tensor: Tensor) -> Value:
+        """A tensor that exists while tracing: a constant of the model's code."""
+        found = self._constants.get(id(tensor))
+        if found is None:
+            value = self.tensor_constant(tensor, "constant")
+            found = self._constants[id(tensor)] = (tensor, value)
+        return found[1]
+
+    # Calls ---------------------------------------------------------------------------------------
+
+    def is_used(self, tensor: Any) -> bool:
+        """Whether a later call, or the program's result, reads this result."""
+        return id(tensor) in self._used
+
+    def run(self, calls: Sequence[Call], results: Sequence[Any] = ()) -> None:
+        """Imports calls in order; `results` are what is read afterwards.
+
+        Raises CaptureError with the user's file and line.
+        """
+        self._used.update(id(t) for call in calls for t in flat_tensors(call))
+        self._used.update(id(t) for t in results)
+        for call in calls:
+            self.b.location = call.location
+            self._import(call)
+
+    def _import(self, call: Call) -> None:
+        schema = call.target._schema
+        if schema.is_mutable:
+            self._import_write(call)
+            return
+        self._bind(call, self._lower(call))
+
+    def _lower(self, call: Call) -> Any:
+        """The values of a call's results: from the table, by parts, or as `accel.aten`."""
+        outer, self.call = self.call, call
+        try:
+            name = call.target.name()
+            lowering = LOWERINGS.get(name)
+            if has_complex(call) and name not in _COMPLEX_OK:
+                return self.fallback(call)
+            if lowering is None:
+                return self._by_parts(call)
+            args, kwargs = normalize(call)
+            try:
+                result = lowering(self, *args, **kwargs)
+            except TypeInferenceError as error:
+                _log.debug("%s becomes accel.aten: %s", name, error)
+                result = NotImplemented
+            return self._by_parts(call) if result is NotImplemented else result
+        finally:
+            self.call = outer
+
+    def _by_parts(self, call: Call) -> Any:
+        target = call.target
+        mode = fake_mode_of(call)
+        parts: Callable[..., Any] | None = None
+        if target._can_decompose():
+            parts = target.decompose
+        elif target in decomposition_table and target.name() not in _KEEP_WHOLE:
+            parts = decomposition_table[target]
+        if parts is None or mode is None or self._depth > _DEEPEST:
+            return self.fallback(call)
+        location = self.b.location
+        function = parts
+
+        def body() -> Any:
+            made = function(*call.args, **call.kwargs)
+            if made is NotImplemented:
+                raise NotImplementedError(str(target))
+            return made
+
+        try:
+            calls, result = record(body, mode, lambda: location)
+        except (NotImplementedError, RuntimeError, TypeError, AssertionError) as error:
+            _log.debug("%s does not decompose: %s", target, error)
+            return self.fallback(call)
+        tensors = results_of(call)
+        made = [result] if isinstance(result, Tensor) else list(result)
+        wanted = [m for m, t in zip(made, tensors) if self.is_used(t)]
+        self._depth += 1
+        try:
+            self.run(calls, wanted)
+        finally:
+            self._depth -= 1
+            self.b.location = location
+        values = [self(r) if isinstance(r, Tensor) else None for r in made]
+        dtypes = [t.dtype if isinstance(t, Tensor) else None for t in tensors]
+        return [
+            self.b.cast_to(v, d) if v is not None and d is not None else v
+            for v, d in zip(values, dtypes)
+        ]
+
+    def fallback(self, call: Call) -> list[Value | None]:
+        """The visible `accel.aten` for a call."""
+        operands: list[Value] = []
+
+        def template(arg: Any) -> Any:
+            if isinstance(arg, Tensor):
+                operands.append(self(arg))
+                return ("operand", len(operands) - 1)
+            if isinstance(arg, (list, tuple)):
+                return ("list", *(template(a) for a in arg))
+            if isinstance(arg, torch.SymInt):
+                return self.symbols.dim(arg)
+            if isinstance(arg, (torch.SymFloat, torch.SymBool)):
+                expr = arg.node.expr
+                if not expr.is_number:
+                    raise CaptureError(
+                        f"{call.target} with the symbolic argument {arg}",
+                        where=str(self.location or ""),
+                    )
+                return float(expr)
+            if isinstance(arg, torch.device):
+                return str(arg)
+            if arg is None or isinstance(arg, (bool, int, float, complex, str, torch.dtype)):
+                return arg
+            raise CaptureError(
+                f"{call.target} with an argument of type {type(arg).__name__}",
+                where=str(self.location or ""),
+            )
+
+        skip = ("layout", "memory_format", "pin_memory", "generator")
+        args = tuple(template(a) for a in call.args)
+        kwargs = tuple(
+            (k, template(v)) for k, v in call.kwargs.items() if k not in skip and v is not None
+        )
+        tensors = results_of(call)
+        if any(not isinstance(t, Tensor) and t is not None for t in tensors):
+            raise CaptureError(
+                f"{call.target} returns something else than tensors",
+                where=str(self.location or ""),
+            )
+        name = call.target.name()
+        pure = torch.Tag.nondeterministic_seeded not in call.target.tags
+        attributes = {"name": name, "args": args, "kwargs": kwargs, "pure": pure}
+        types = [self.type(t) for t in tensors if t is not None]
+        op = self.b.op("aten", operands, attributes, types=types)
+        self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
+        made = iter(op.results)
+        return [None if t is None else next(made) for t in tensors]
+
+    def _bind(self, call: Call, values: Any) -> None:
+        tensors = results_of(call)
+        made = [values] if isinstance(values, Value) or values is None else list(values)
+        if values is None:
+            made = [None] * len(tensors)
+        if len(made) != len(tensors):
+            raise CaptureError(f"the lowering of {call.target} made {len(made)} results")
+        sources: list[Tensor] | None = None
+        for tensor, value in zip(tensors, made):
+            if not isinstance(tensor, Tensor) or value is None:
+                continue
+            if tensor in self.aliases:
+                continue  # an argument returned as it is
+            self._check(call, tensor, value)
+            if sources is None:
+                sources = [a for a in flat_tensors(call) if type(a) is FakeTensor]
+            self.aliases.add_result(tensor, value, call, sources)
+
+    def _check(self, call: Call, tensor: Tensor, value: Value) -> None:
+        """The lowering's type must be the one that torch says."""
+        if value.dtype == tensor.dtype and len(value.shape) == tensor.dim():
+            wanted = self.shape(tensor.shape)
+            if value.shape == wanted or same_shape(value.shape, wanted):
+                return
+            if any(not isinstance(d, int) for d in (*value.shape, *wanted)) and all(
+                a == b or not (isinstance(a, int) and isinstance(b, int))
+                for a, b in zip(value.shape, wanted)
+            ):
+                return  # symbolic, and not provably different
+        raise CaptureError(
+            f"{call.target} was imported as {value.type}, but torch says {self.type(tensor)}",
+            where=str(call.location or ""),
+            advice="this is a defect of accel's importer: please report it",
+        )
+
+    # Writes --------------------------------------------------------------------------------------
+
+    def write(self, tensor: Tensor, value: Value) -> None:
+        """An in-place change of a tensor: the new value takes its dtype and shape."""
+        value = self.b.cast_to(value, tensor.dtype)
+        wanted = self.shape(tensor.shape)
+        if not same_shape(value.shape, wanted):
+            value = self.b.broadcast_to(value, shape=wanted)
+        self(tensor)  # a constant of the model's code gets its handle here
+        if tensor not in self.aliases:
+            self.aliases.add_root(tensor, self(tensor))
+        self.aliases.write(tensor, value)
+
+    def _import_write(self, call: Call) -> None:
+        twin = functional_twin(call.target)
+        if twin is None:
+            raise CaptureError(
+                f"the in-place operation {call.target}",
+                where=str(call.location or ""),
+                advice="use its functional form",
+            )
+        args, kwargs = normalize(call)
+        target = args[0]
+        pure = Call(twin, args, kwargs, call.result, call.location)
+        made = self._lower(pure)
+        value = made if isinstance(made, Value) else made[0]
+        self.write(target, value)
+        if isinstance(call.result, Tensor) and call.result is not target:
+            self.aliases.same(call.result, target)
+
+    # For aliases ---------------------------------------------------------------------------------
+
+    def replay(self, call: Call, tensor: Tensor) -> Value:
+        """A view's value over its source's current value."""
+        values = self._lower(call)
+        if isinstance(values, Value):
+            return values
+        index = [t is tensor for t in results_of(call)].index(True)
+        value = list(values)[index]
+        assert isinstance(value, Value)
+        return value
+
+    def positions(self, call: Call, shape: tuple[int, ...]) -> Any:
+        """A view call run on the numbers of its source's elements."""
+        count = 1
+        for d in shape:
+            count *= d
+        numbers = torch.arange(count).reshape(shape)
+        first = next(flat_tensors(call))
+        args = [numbers if a is first else a for a in call.args]
+        return call.target(*args, **call.kwargs)
+
+
+_COMPLEX_OK = {"aten::detach", "aten::alias", "aten::lift_fresh", "aten::contiguous"}
+# Decompositions of these are worse than the op itself run by torch, or lose its meaning.
+_KEEP_WHOLE = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::convolution_backward",
+    "aten::_fft_c2c",
+}
+
+
+def functional_twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """`aten::add.Tensor` for `aten::add_.Tensor`; None if there is none."""
+    name = target._schema.name
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    namespace, _, base = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), base[:-1], None)
+    if packet is None:
+        return None
+    overload = target._schema.overload_name or "default"
+    found = getattr(packet, overload, None)
+    return found if found is not None else getattr(packet, "default", None)
+
+
+def normalize(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with those that the schema takes by position put there."""
+    if not call.kwargs:
+        return call.args, call.kwargs
+    arguments = call.target._schema.arguments
+    args, kwargs = list(call.args), dict(call.kwargs)
+    for argument in arguments[len(args) :]:
+        if argument.kwarg_only or argument.name not in kwargs:
+            break
+        args.append(kwargs.pop(argument.name))
+    return tuple(args), kwargs
+
+
+def results_of(call: Call) -> list[Any]:
+    """The call's results as a flat list."""
+    if isinstance(call.result, (list, tuple)):
+        flat: list[Any] = []
+        for r in call.result:
+            flat.extend(r if isinstance(r, (list, tuple)) else (r,))
+        return flat
+    return [] if call.result is None else [call.result]
+
+
+def flat_tensors(call: Call) -> Iterable[Tensor]:
+    """The tensors among a call's arguments, in order."""
+
+    def walk(arg: Any) -> Iterable[Tensor]:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            for a in arg:
+                yield from walk(a)
+
+    for arg in (*call.args, *call.kwargs.values()):
+        yield from walk(arg)
+
+
+def fake_mode_of(call: Call) -> FakeTensorMode | None:
+    """The mode of the call's fake tensors."""
+    for t in (*flat_tensors(call), *results_of(call)):
+        if isinstance(t, FakeTensor):
+            return t.fake_mode
+    return None
+
+
+def written_storages(calls: Sequence[Call]) -> set[int]:
+    """Storages that some call writes to."""
+    found: set[int] = set()
+    for call in calls:
+        schema = call.target._schema
+        if schema.is_mutable and call.args and isinstance(call.args[0], Tensor):
+            found.add(storage_key(call.args[0]))
+        elif schema.name == "aten::batch_norm" and call.args[5]:
+            found.update(storage_key(t) for t in call.args[3:5] if t is not None)
+    found.discard(0)
+    return found
+
+
+def has_complex(call: Call) -> bool:
+    return any(t.dtype.is_complex for t in flat_tensors(call)) or any(
+        isinstance(t, Tensor) and t.dtype.is_complex for t in results_of(call)
+    )
+
+
+def is_plain(dtype: torch.dtype) -> bool:
+    """Whether a Python number holds a value of this dtype exactly."""
+    return dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool,
+        torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
+    )  # fmt: skip
