@@ -47,7 +47,7 @@ def load_model(spec: str) -> NamedModel:
         raise OptionError(
             f"'{spec}' names no model", advice=f"give {_FORMS}{', '.join(sorted(PACKAGED))}"
         )
-    found = getattr(_import(place), attribute, None)
+    found = getattr(import_module_or_file(place), attribute, None)
     if found is None:
         raise OptionError(f"'{place}' has no '{attribute}'")
     made = found if isinstance(found, nn.Module) or not callable(found) else found()
@@ -62,7 +62,7 @@ def load_model(spec: str) -> NamedModel:
     return NamedModel(attribute, model.eval(), None if inputs is None else tuple(inputs))
 
 
-def _import(place: str) -> ModuleType:
+def import_module_or_file(place: str) -> ModuleType:
     """A module by its name (the current folder included), or from a file."""
     if place.endswith(".py"):
         path = Path(place)

@@ -76,6 +76,12 @@ def progress(label: str, as_json: bool = False) -> Iterator[None]:
         yield
 
 
+def tell(line: str, as_json: bool = False) -> None:
+    """One line of progress on stderr, if stderr is a terminal."""
+    if not as_json and sys.stderr.isatty():
+        console(stderr=True).print(line, style="dim", markup=False)
+
+
 def fail(error: AccelError, as_json: bool) -> int:
     """Prints an error as one block and returns its exit code."""
     if as_json:

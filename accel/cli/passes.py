@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from accel.cli.output import Json, emit, facts, table
-from accel.passes.registry import load_passes
+from accel.cli.plugins import Load, load_all_passes
 from accel.errors import OptionError
 from accel.names import near
 from accel.passes.base import Contract, Pass
@@ -20,10 +20,11 @@ app = typer.Typer()
 @app.command()
 def passes(
     names: Annotated[list[str] | None, typer.Argument(help="Only these, in full.")] = None,
+    load: Load = None,
     as_json: Json = False,
 ) -> None:
     """List the passes, their contracts and options."""
-    known = load_passes()
+    known = load_all_passes(load)
     for name in names or []:
         if name not in known:
             raise OptionError(f"no pass named '{name}'", advice=near(name, known))

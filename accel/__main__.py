@@ -1,0 +1,5 @@
+"""`python -m accel`: the command line without an installed script."""
+
+from accel.cli import main
+
+main()

@@ -1,0 +1,218 @@
+"""`accel doctor`: what is installed, and what each backend can do here, tried for real.
+
+Exit code 0 if models can be compiled and run on this machine, else 6.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import typer
+
+import accel
+from accel.cli.output import Json, emit, facts, format_seconds, progress, table
+from accel.compiler.targets import host_target
+from accel.config import c_compiler, cache_dir
+from accel.errors import AccelError, BackendError
+
+app = typer.Typer()
+
+_PACKAGES = (
+    # package, extra that asks for it, what for
+    ("torch", "", "tensors, capture, vendor kernels"),
+    ("apache-tvm", "tvm", "generated CPU kernels"),
+    ("apache-tvm-ffi", "tvm", "loading generated kernels"),
+    ("triton", "triton", "generated GPU kernels"),
+    ("onnx", "onnx", "ONNX models"),
+    ("onnxruntime", "onnx", "benchmarks"),
+    ("torch-mlir", "mlir", "reading IR dumps with MLIR"),
+    ("transformers", "hf", "checkpoints"),
+    ("gguf", "hf", "GGUF checkpoints"),
+    ("safetensors", "", "weights files"),
+    ("cryptography", "", "signatures of host code"),
+)
+
+
+@dataclass
+class Check:
+    """One thing that was tried. `needed`: without it nothing compiles."""
+
+    name: str
+    state: Literal["ok", "missing", "broken"]
+    detail: str
+    advice: str = ""
+    needed: bool = False
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed and what each backend can do here."""
+    with progress("trying every backend", as_json):
+        checks = run_checks()
+    host = host_target()
+    system = {
+        "accel": accel.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": host.cores,
+        "cpu_features": list(host.features),
+        "torch_threads": torch.get_num_threads(),
+        "cache": str(cache_dir()),
+    }
+    packages = {name: _version(name) for name, _, _ in _PACKAGES}
+    usable = all(check.state == "ok" for check in checks if check.needed)
+    data = {
+        "usable": usable,
+        "system": system,
+        "packages": packages,
+        "checks": [asdict(check) for check in checks],
+    }
+    emit(data, as_json, *_report(system, packages, checks))
+    if not usable:
+        raise typer.Exit(BackendError.exit_code)
+
+
+def _report(
+    system: dict[str, Any], packages: dict[str, str | None], checks: list[Check]
+) -> list[Any]:
+    shown = {**system, "cpu_features": " ".join(system["cpu_features"]) or "unknown"}
+    rows = [
+        (name, packages[name] or "-", use, "" if packages[name] else _install(extra))
+        for name, extra, use in _PACKAGES
+    ]
+    colours = {"ok": "green", "missing": "yellow", "broken": "red"}
+    tried = [(c.name, f"[{colours[c.state]}]{c.state}[/]", c.detail, c.advice) for c in checks]
+    return [
+        facts(shown.items()),
+        table("installed", ("package", "version", "for", "to install"), rows),
+        table("tried here", ("what", "state", "detail", "what to do"), tried),
+    ]
+
+
+def _install(extra: str) -> str:
+    return f"pip install 'accel-compiler[{extra}]'" if extra else "pip install accel-compiler"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def run_checks() -> list[Check]:
+    """Tries each backend on something small."""
+    return [
+        _try("C compiler", _c_compiler, "install a C compiler, or set ACCEL_CC", needed=True),
+        _try("oneDNN linear", _onednn, "use a torch build with oneDNN"),
+        _try("generated CPU kernels", _generated, _install("tvm")),
+        _try("compile and run", _end_to_end, "see the checks above", needed=True),
+        _try("torch.compile backend", _dynamo, "pip install accel-compiler (its entry point)"),
+        _try("cache folder", _cache_folder, "set ACCEL_CACHE_DIR to a folder you may write"),
+        _try("MLIR parser", _mlir, _install("mlir")),
+        _try("CUDA device", _cuda, "GPU targets need a machine with one"),
+    ]
+
+
+class Missing(Exception):
+    """A check's subject is not installed here."""
+
+
+def _try(name: str, check: Callable[[], str], advice: str, *, needed: bool = False) -> Check:
+    """Runs a check. Whatever goes wrong is what the user asked to be told."""
+    try:
+        return Check(name, "ok", check(), "", needed)
+    except (Missing, ImportError) as error:
+        return Check(name, "missing", str(error), advice, needed)
+    except AccelError as error:
+        return Check(name, "broken", error.what, error.advice or advice, needed)
+    except Exception as error:
+        return Check(name, "broken", f"{type(error).__name__}: {error}", advice, needed)
+
+
+def _c_compiler() -> str:
+    """Compiles a function into a shared library, loads it, and calls it."""
+    command = c_compiler()
+    if shutil.which(command) is None:
+        raise Missing(f"'{command}' is not on the path")
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "probe.c", Path(folder) / "probe.so"
+        source.write_text("int probe(int x) { return 2 * x; }\n")
+        subprocess.run(
+            [command, "-shared", "-fPIC", "-o", str(library), str(source)],
+            check=True,
+            capture_output=True,
+        )
+        if ctypes.CDLL(str(library)).probe(21) != 42:
+            raise BackendError(f"'{command}' makes libraries that compute wrong results")
+    said = subprocess.run([command, "--version"], capture_output=True, text=True)
+    return (said.stdout.splitlines() or [command])[0]
+
+
+def _onednn() -> str:
+    if not torch.backends.mkldnn.is_available():
+        raise Missing("this torch has no oneDNN")
+    x, w = torch.randn(8, 16), torch.randn(4, 16)
+    packed = torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), 8)
+    got = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    torch.testing.assert_close(got, x @ w.T, rtol=1e-4, atol=1e-4)
+    return "packed weights, result checked"
+
+
+def _generated() -> str:
+    """Compiles a kernel that no library has, and checks its result."""
+    if _version("apache-tvm") is None:
+        raise Missing("apache-tvm is not installed")
+    compiled, seconds, report = _compile_probe()
+    kernels = report["kernels"]
+    if not kernels:
+        raise BackendError("no kernel was generated")
+    return f"{len(kernels)} kernel(s) in {format_seconds(seconds)}, result checked"
+
+
+def _end_to_end() -> str:
+    _, seconds, _ = _compile_probe()
+    return f"a two-layer model in {format_seconds(seconds)}, result checked"
+
+
+def _compile_probe() -> Any:
+    raise NotImplementedError
+
+
+def _dynamo() -> str:
+    found = torch._dynamo.list_backends(exclude_tags=None)
+    if "accel" not in found:
+        raise Missing("torch.compile does not know the backend 'accel'")
+    return 'torch.compile(model, backend="accel")'
+
+
+def _cache_folder() -> str:
+    folder = cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder):
+        return str(folder)
+
+
+def _mlir() -> str:
+    ir = importlib.import_module("torch_mlir.ir")
+    with ir.Context() as context:
+        context.allow_unregistered_dialects = True
+        ir.Module.parse('"accel.probe"() : () -> ()')
+    return "torch_mlir.ir parses generic form"
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        raise Missing("torch sees no CUDA device")
+    return str(torch.cuda.get_device_name())
