@@ -1,8 +1,9 @@
 """The reference: runs any function by its definitions' `evaluate`.
 
 `interpret(function, inputs, weights)` runs in the program's dtypes; with `oracle=True` every
-floating value is float64 and every complex one complex128, which gives the function "over the
-reals" that exact passes must keep. Every other way of running a program is tested against this.
+floating value is float64 and every complex one complex128 (ops that read bits get the declared
+dtypes), which gives the function "over the reals" that exact passes must keep. Every other way of
+running a program is tested against this.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from accel.errors import InterpretError
 from accel.ir.module import Function, Op, Region, Value
-from accel.ir.op import Attribute
+from accel.ir.op import Attribute, Trait
 from accel.ir.storage import WeightStore
-from accel.ir.types import SUB_BYTE_BITS, Dim, substitute
+from accel.ir.types import SUB_BYTE_BITS, Dim, substitute, value_dtype
 
 Observer = Callable[[Op, Sequence[Tensor]], None]
 
@@ -46,7 +47,7 @@ def interpret(
             f"@{function.name} takes {len(function.args)} inputs, got {len(inputs)}"
         )
     symbols = bind_symbols(function, [tuple(t.shape) for t in inputs])
-    machine = _Machine(weights or WeightStore(), symbols, oracle, observe)
+    machine = _Machine(weights if weights is not None else WeightStore(), symbols, oracle, observe)
     values = [machine.widen(t) for t in inputs]
     with torch.no_grad():
         return machine.run(function.body, values)
@@ -130,8 +131,11 @@ class _Machine:
         d = op.definition
         if d.evaluate is None:
             raise InterpretError(f"accel.{op.name} has no meaning to evaluate", where=_place(op))
+        wide = self.oracle and not op.has(Trait.BITS)
+        if self.oracle and not wide:
+            operands = [t.to(value_dtype(v.dtype)) for t, v in zip(operands, op.operands)]
         attributes = {
-            k: self._attribute(v) for k, v in d.complete_attributes(op.attributes).items()
+            k: self._attribute(v, wide) for k, v in d.complete_attributes(op.attributes).items()
         }
         args = d.group_operands(operands, op.segments)
         try:
@@ -150,12 +154,12 @@ class _Machine:
             return tensor.to(torch.complex128)
         return tensor
 
-    def _attribute(self, value: Attribute) -> Any:
+    def _attribute(self, value: Attribute, wide: bool) -> Any:
         if isinstance(value, tuple):
-            return tuple(self._attribute(v) for v in value)
+            return tuple(self._attribute(v, wide) for v in value)
         if isinstance(value, sympy.Expr):
             return substitute(value, self.symbols)
-        if self.oracle and isinstance(value, torch.dtype) and value not in SUB_BYTE_BITS:
+        if wide and isinstance(value, torch.dtype) and value not in SUB_BYTE_BITS:
             if value.is_complex:
                 return torch.complex128
             if value.is_floating_point and value.itemsize > 1:
