@@ -136,7 +136,7 @@ class Op:
         return self.results[0]
 
     def has(self, trait: Trait) -> bool:
-        return bool(self.definition.traits & trait)
+        return bool(self.definition.traits._value_ & trait._value_)  # Flag.__and__ is slow
 
     def set_operand(self, index: int, value: Value) -> None:
         self._operands[index].uses.pop((self, index))

@@ -177,7 +177,7 @@ class OpDefinition:
     group: str = ""
 
     def has(self, trait: Trait) -> bool:
-        return bool(self.traits & trait)
+        return bool(self.traits._value_ & trait._value_)
 
     @property
     def aten(self) -> Aten | None:
