@@ -92,9 +92,12 @@ class _Capture:
 
     def _build(self, model: Any) -> Module:
         fakes: dict[str, Tensor] = {}
+        by_weight: dict[int, Tensor] = {}  # a tied weight is one fake, and so is stored once
         for name, tensor in self.weights.items():
-            plain = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
-            fakes[name] = self.fake_mode.from_tensor(plain, static_shapes=True)
+            if id(tensor) not in by_weight:
+                plain = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+                by_weight[id(tensor)] = self.fake_mode.from_tensor(plain, static_shapes=True)
+            fakes[name] = by_weight[id(tensor)]
         calls, result, after = self._trace(model, fakes)
         outputs, description = tree.flatten(result)
         symbols = self.dynamic.symbols()
