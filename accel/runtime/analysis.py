@@ -214,10 +214,19 @@ def _covers(value: int, sources: dict[int, Step]) -> bool:
 
 
 def _find_donations(plan: FunctionPlan, a: Analysis) -> None:
-    """Results that may take the memory of their argument: nothing reads it later."""
+    """Results that may take the memory of their argument: nothing reads it later.
+
+    A result that shares memory with another is not placed there: the argument may be state, which
+    the next call overwrites.
+    """
     for result, argument in plan.donates.items():
         value, source = plan.outputs[result], plan.inputs[argument]
-        if value not in a.fresh or value in a.donated or argument in a.donated.values():
+        if (
+            sum(value in a.roots[v] for v in plan.outputs) > 1
+            or value not in a.fresh
+            or value in a.donated
+            or argument in a.donated.values()
+        ):
             continue
         over = a.last[source] < a.first[value]
         if over or source in a.in_place.get(value, ()):

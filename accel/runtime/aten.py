@@ -9,7 +9,6 @@ that nobody vouches for may call ATen operators only, and none that reaches outs
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from accel.errors import ArtifactError
+from accel.runtime.plan import dtype_of
 
 _NAME = re.compile(r"([A-Za-z_]\w*)::(\w+)(?:\.(\w+))?")
 
@@ -124,25 +124,17 @@ class ArgumentReader:
     def _constant(self, kind: str, body: Any) -> Any:
         if kind == "size":
             return self._size(body)
-        if kind == "float" and body in ("inf", "-inf", "nan"):
-            return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[body]
         if kind == "complex" and isinstance(body, list) and len(body) == 2:
             parts = [self.read(p)[1] for p in body]
             return complex(*parts)
-        if kind in ("dtype", "layout", "memory_format") and isinstance(body, str):
-            wanted = {
-                "dtype": torch.dtype,
-                "layout": torch.layout,
-                "memory_format": torch.memory_format,
-            }[kind]
+        if kind == "dtype" and isinstance(body, str):
+            return dtype_of(body)
+        if kind == "torch" and isinstance(body, str):
             found = getattr(torch, body, None) if body.isidentifier() else None
-            if isinstance(found, wanted):
+            if isinstance(found, (torch.layout, torch.memory_format)):
                 return found
-        if kind == "device" and isinstance(body, str):
-            try:
-                return torch.device(body)
-            except RuntimeError as error:
-                raise ArtifactError(f"unknown device '{body[:40]}'") from error
+            if body == "cpu":
+                return torch.device("cpu")
         raise ArtifactError(f"bad argument template {{'{kind}': {str(body)[:80]}}}")
 
 

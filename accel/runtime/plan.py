@@ -21,7 +21,8 @@ Steps:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -62,9 +63,8 @@ class Step:
     library: name = library entry, options = its parameters.
     aten: name = overload, e.g. "aten::topk.default"; options["args"], options["kwargs"] are
         templates: {"operand": i} (a position in `inputs`), {"size": expr}, {"dtype": "float32"},
-        {"list": [...]}, {"float": "inf" | "-inf" | "nan"}, {"complex": [re, im]},
-        {"device": "cpu"}, {"layout": "strided"}, {"memory_format": "contiguous_format"}, and
-        plain None, bool, int, finite float, str.
+        {"list": [...]}, {"complex": [re, im]}, {"torch": name} for a device, layout or memory
+        format ("cpu", "strided", "contiguous_format"), and plain None, bool, int, float, str.
     view: name = "reshape" | "expand" (the output's shape says the rest), "permute"
         (options["axes"]), "slice" (options["axis"], "start", "stop", "step"; sizes may be
         expressions).
@@ -85,8 +85,10 @@ class FunctionPlan:
     """One entry point.
 
     `inputs` and `outputs` number values; `symbols` maps a size's name to its [min, max] (max null:
-    no bound); `donates` maps result -> argument. `metadata` carries the calling convention
-    (argument names, pytree specs) for whoever wraps the executor.
+    no bound); `donates` maps result -> argument. `guards` are conditions on symbols that a call
+    must meet besides: ["<", size, size] (and <=, ==, !=), ["not", c], ["and", c...], ["or", c...].
+    `metadata` carries the calling convention (`accel.runtime.convention`) for whoever wraps the
+    executor.
     """
 
     name: str
@@ -96,6 +98,7 @@ class FunctionPlan:
     steps: list[Step]
     symbols: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     donates: dict[int, int] = field(default_factory=dict)
+    guards: list[list[Any]] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -111,25 +114,48 @@ def evaluate_size(expr: SizeExpr, symbols: Mapping[str, int]) -> int:
         return symbols[expr]
     if not isinstance(expr, list) or not expr:
         raise ArtifactError(f"bad size expression {expr!r}")
-    operator, *rest = expr
-    result = _apply(operator, [evaluate_size(e, symbols) for e in rest])
+    function, *rest = expr
+    result = _apply(function, [evaluate_size(e, symbols) for e in rest])
     if result is None or abs(result) > LARGEST_SIZE:
         raise ArtifactError(f"bad size expression {str(expr)[:80]}")
     return result
 
 
-def _apply(operator: object, values: list[int]) -> int | None:
-    if operator == "+" and values:
+def _apply(function: object, values: list[int]) -> int | None:
+    if function == "+" and values:
         return sum(values)
-    if operator == "*" and values:
+    if function == "*" and values:
         return math.prod(values)
-    if operator in ("//", "%") and len(values) == 2 and values[1] != 0:
-        return values[0] // values[1] if operator == "//" else values[0] % values[1]
-    if operator == "**" and len(values) == 2 and 0 <= values[1] < 64:
+    if function in ("//", "%") and len(values) == 2 and values[1] != 0:
+        return values[0] // values[1] if function == "//" else values[0] % values[1]
+    if function == "**" and len(values) == 2 and 0 <= values[1] < 64:
         return int(values[0] ** values[1])
-    if operator in ("max", "min") and values:
-        return max(values) if operator == "max" else min(values)
+    if function in ("max", "min") and values:
+        return max(values) if function == "max" else min(values)
     return None
+
+
+_COMPARE: dict[str, Callable[[int, int], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+
+
+def evaluate_condition(condition: Any, symbols: Mapping[str, int], depth: int = 0) -> bool:
+    """Whether a guard holds. Raises ArtifactError for anything malformed."""
+    if not isinstance(condition, list) or len(condition) < 2 or depth > 16:
+        raise ArtifactError(f"bad condition {str(condition)[:80]}")
+    kind, *rest = condition
+    if kind in ("and", "or", "not"):
+        values = [evaluate_condition(c, symbols, depth + 1) for c in rest]
+        if kind == "not":
+            return not values[0]
+        return all(values) if kind == "and" else any(values)
+    if not isinstance(kind, str) or kind not in _COMPARE or len(rest) != 2:
+        raise ArtifactError(f"bad condition {str(condition)[:80]}")
+    return _COMPARE[kind](evaluate_size(rest[0], symbols), evaluate_size(rest[1], symbols))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from accel.errors import ArtifactError, InputError
-from accel.runtime.plan import FunctionPlan, SizeExpr, dtype_of, evaluate_size
+from accel.runtime.plan import (
+    FunctionPlan,
+    SizeExpr,
+    dtype_of,
+    evaluate_condition,
+    evaluate_size,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,7 @@ class Signature:
         self.function = plan.name
         self.device = device
         self.symbols = plan.symbols
+        self.guards = plan.guards
         self.arguments = [
             _Argument(
                 f"'{spec.name}'" if spec.name else f"number {position}",
@@ -86,6 +93,12 @@ class Signature:
                 )
         self._check_shapes(inputs, values)
         self._check_ranges(inputs, values)
+        for guard in self.guards:
+            if not evaluate_condition(guard, values):
+                sizes = ", ".join(f"{name} = {value}" for name, value in values.items())
+                raise self._error(
+                    f"was compiled for {_text_of_condition(guard)}; this call has {sizes}"
+                )
         return values
 
     def _error(self, what: str, advice: str = "") -> InputError:
@@ -195,3 +208,12 @@ def _text(expr: SizeExpr) -> str:
     if operator in ("max", "min"):
         return f"{operator}({', '.join(texts)})"
     return operator.join(texts)
+
+
+def _text_of_condition(condition: list[Any]) -> str:
+    kind, *rest = condition
+    if kind == "not":
+        return f"not ({_text_of_condition(rest[0])})"
+    if kind in ("and", "or"):
+        return f" {kind} ".join(f"({_text_of_condition(c)})" for c in rest)
+    return f"{_text(rest[0])} {kind} {_text(rest[1])}"

@@ -1,0 +1,148 @@
+"""What a user gets: a callable with the model's own signature, and what is known about it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.errors import OptionError
+from accel.names import near
+from accel.runtime.convention import Convention
+from accel.runtime.executor import CompiledFunction
+from accel.runtime.report import explain
+
+
+class State:
+    """Tensors that a model changes when it is called, shared by its entry points.
+
+    `initial` gives a first value by weight name. Values are replaced, never written by this class;
+    the plan may write them where it donates them.
+    """
+
+    def __init__(self, initial: Callable[[str], Tensor]) -> None:
+        self._initial = initial
+        self._values: dict[str, Tensor] = {}
+        self.lock = threading.Lock()
+
+    def get(self, name: str, weight: str) -> Tensor:
+        if name not in self._values:
+            self._values[name] = self._initial(weight).clone()
+        return self._values[name]
+
+    def set(self, name: str, value: Tensor) -> None:
+        self._values[name] = value
+
+    def reset(self) -> None:
+        with self.lock:
+            self._values.clear()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        with self.lock:
+            return {name: value.clone() for name, value in self._values.items()}
+
+
+class EntryPoint:
+    """One compiled function with its calling convention.
+
+    Raises InputError where a call does not fit. Thread-safe; calls of a function with state are
+    made one at a time.
+    """
+
+    def __init__(self, function: CompiledFunction, convention: Convention, state: State) -> None:
+        self.function, self.convention, self._state = function, convention, state
+        self.name = function.plan.name
+        self._plain = all(a.kind == "input" for a in convention.arguments)
+        self._updates = [(i, r) for i, r in enumerate(convention.results) if r.kind != "output"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = self.convention.flatten(args, kwargs)
+        return self.convention.unflatten(self.run(leaves))
+
+    def run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The same on flat lists: inputs without state in, outputs without state out."""
+        if self._plain and not self._updates:
+            return self.function(leaves)
+        with self._state.lock:
+            inputs = list(leaves)
+            for argument in self.convention.arguments[len(leaves) :]:
+                inputs.append(self._state.get(argument.name, argument.initial))
+            results = self.function(inputs)
+            for i, update in self._updates:
+                self._update(inputs[update.argument], results[i], update.argument, update.kind)
+        return results[: self.convention.outputs_count]
+
+    def _update(self, old: Tensor, new: Tensor, argument: int, kind: str) -> None:
+        if kind == "state":
+            self._state.set(self.convention.arguments[argument].name, new)
+        elif new.data_ptr() != old.data_ptr() or new.stride() != old.stride():
+            with torch.no_grad():  # an input that the model writes to
+                old.copy_(new)
+
+
+class CompiledModel:
+    """A compiled model: call it as the model; other entry points are in `entry_points`.
+
+    Attributes:
+        entry_points: name -> callable; calling the model calls the first.
+    """
+
+    def __init__(
+        self,
+        entry_points: Mapping[str, EntryPoint],
+        state: State,
+        *,
+        stages: Mapping[str, Callable[[], str]],
+        ledger: Mapping[str, Any],
+        report: Mapping[str, Any],
+    ) -> None:
+        self.entry_points = dict(entry_points)
+        self._main = next(iter(self.entry_points.values()))
+        self._state, self._stages, self._ledger, self._report = state, stages, ledger, report
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._main(*args, **kwargs)
+
+    def prepare(self) -> None:
+        """Checks and packs all weights now; otherwise the first call of an entry point does."""
+        for entry in self.entry_points.values():
+            entry.function.prepare()
+
+    def report(self) -> dict[str, Any]:
+        """What was compiled: target, versions, bytes, steps by kind, what torch runs itself."""
+        steps: dict[str, dict[str, int]] = {}
+        fallbacks: dict[str, int] = {}
+        for name, entry in self.entry_points.items():
+            kinds = steps.setdefault(name, {})
+            for step in entry.function.plan.steps:
+                kinds[step.kind] = kinds.get(step.kind, 0) + 1
+                if step.kind == "aten":
+                    fallbacks[step.name] = fallbacks.get(step.name, 0) + 1
+        return {**self._report, "steps": steps, "fallbacks": dict(sorted(fallbacks.items()))}
+
+    def explain(self) -> str:
+        """What each pass did, one line a pass."""
+        return explain(self._ledger)
+
+    def stages(self) -> list[str]:
+        """Names of the IR stages that `ir` knows."""
+        return list(self._stages)
+
+    def ir(self, stage: str | None = None) -> str:
+        """IR text of a stage (the last one if none is named). OptionError if there is none."""
+        names = self.stages()
+        wanted = stage or (names[-1] if names else "")
+        if wanted not in self._stages:
+            raise OptionError(f"no IR stage '{wanted}'", advice=near(wanted, names))
+        return self._stages[wanted]()
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the tensors that the model has changed so far."""
+        return self._state.snapshot()
+
+    def reset_state(self) -> None:
+        """Back to the values that the model was compiled with."""
+        self._state.reset()
