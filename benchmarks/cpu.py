@@ -14,7 +14,6 @@ reported on their own. Figures go to benchmarks/results/cpu.json.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import sys
@@ -24,26 +23,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from accel.cli.timing import interleaved_medians, relative_error
 from benchmarks.measure import (
     THREADS,
-    interleaved_medians,
     load_results,
     machine,
-    relative_error,
     run_worker,
     store_results,
 )
 from benchmarks.models import CASES, Case
-from benchmarks.systems import SYSTEMS, Call
+from benchmarks.systems import SYSTEMS, Call, reference
 
 # Systems that keep compiled code between processes.
 CACHED = ("inductor", "inductor-freezing", "accel")
 DEFAULT = ("eager", "inductor", "onnxruntime", "accel")
-# A system may be this much further from float64 than eager float32 is, and always 1e-6.
-ERROR_FACTOR = 10
-ERROR_FLOOR = 1e-6
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,9 +116,7 @@ def measure_row(case: Case, systems: Sequence[str], rounds: int, seconds: float)
         results[name] = {"compile_seconds": time.perf_counter() - start, "setup_seconds": setup}
         if name == "eager":
             results[name] = {}
-    wanted = reference(model, inputs)
-    own_error = relative_error(SYSTEMS["eager"](model, inputs)(), wanted)
-    allowed = max(ERROR_FLOOR, ERROR_FACTOR * own_error)
+    wanted, allowed = reference(model, inputs)
     for name, call in calls.items():
         error = relative_error(call(), wanted)
         if not error <= allowed:
@@ -151,12 +144,6 @@ def set_up(system: str) -> float:
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval()
     SYSTEMS[system](model, (torch.randn(2, 8),))()
     return time.perf_counter() - start
-
-
-def reference(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Eager PyTorch on a copy of the model in float64."""
-    wide = tuple(t.double() if t.is_floating_point() else t for t in inputs)
-    return SYSTEMS["eager"](copy.deepcopy(model).double(), wide)()
 
 
 def summary(row: dict[str, Any]) -> str:

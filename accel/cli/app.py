@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "opt": "Run passes over IR text, as mlir-opt does.",
     "bisect": "Find the rewrite that makes an output wrong.",
     "doctor": "Say what is installed and what each backend can do here.",
+    "keys": "Show your signing key, and trust others'.",
     "cache": "Show or clear the compile cache.",
     "passes": "List the passes, their contracts and options.",
     "ops": "List the IR's ops.",

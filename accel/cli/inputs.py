@@ -93,7 +93,7 @@ def make_tensor(spec: InputSpec, seed: int) -> Tensor:
     if spec.fill in ("zeros", "ones"):
         return torch.full(spec.shape, int(spec.fill == "ones"), dtype=spec.dtype)
     if spec.fill and not _RANGE.fullmatch(spec.fill):
-        return _checked(load_npy(spec.fill), spec)
+        return _checked(read_array(spec.fill), spec)
     found = _RANGE.fullmatch(spec.fill)
     if spec.dtype == torch.bool:
         return torch.randint(0, 2, spec.shape, generator=generator).bool()
@@ -116,7 +116,7 @@ def _checked(tensor: Tensor, spec: InputSpec) -> Tensor:
     return tensor
 
 
-def load_npy(path: str) -> Tensor:
+def read_array(path: str) -> Tensor:
     """The array of a .npy file; pickled objects are refused."""
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False))

@@ -1,0 +1,108 @@
+"""`accel compile`: a model into an artifact."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import accel
+from accel.cli.capture import load_example
+from accel.cli.inspect import counts, describe
+from accel.cli.output import Json, emit, facts, format_bytes, format_seconds, progress
+from accel.cli.plugins import Load, load_all_passes
+from accel.errors import OptionError
+from accel.passes.ledger import Ledger
+from accel.runtime.artifact import Artifact
+
+app = typer.Typer()
+
+
+@app.command()
+def compile(
+    model: Annotated[
+        str, typer.Argument(help="module:callable, file.py:callable, a package or a checkpoint.")
+    ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", "-i", help='"input_ids:i64[1,?128]". Repeatable.'),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: the model's name + .accel.")
+    ] = None,
+    target: Annotated[str, typer.Option("--target", help="See accel targets.")] = "cpu",
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", "--passes", "-p", help='"quantize{bits=8}". Repeatable.'),
+    ] = None,
+    pipeline: Annotated[
+        str | None, typer.Option("--pipeline", help="Instead of all tensor-level passes.")
+    ] = None,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Check every pass's contract. Slow.")
+    ] = False,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Take back a lossy pass that is past its bound.")
+    ] = False,
+    no_kernels: Annotated[bool, typer.Option("--no-kernels", help="Generate no kernels.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile everything anew.")] = False,
+    dump_dir: Annotated[str, typer.Option(help="Folder for numbered IR dumps.")] = "",
+    print_after: Annotated[str, typer.Option(help='Print IR after this pass, or "all".')] = "",
+    stop_after: Annotated[str, typer.Option(help="Stop the passes after this one.")] = "",
+    fuel: Annotated[int, typer.Option(help="How many rewrites may happen; -1: all.")] = -1,
+    seed: Annotated[int, typer.Option(help="Of the example inputs.")] = 0,
+    load: Load = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a model into an artifact."""
+    load_all_passes(load)
+    path = output or Path(f"{Path(model.rpartition(':')[2]).stem}.accel")
+    if not path.parent.is_dir():
+        raise OptionError(f"there is no folder '{path.parent}'")
+    with progress(f"loading {model}", as_json):
+        example = load_example(model, inputs or [], seed)
+    options: dict[str, Any] = {
+        "passes": ",".join(passes or []),
+        "pipeline": pipeline,
+        "validate": validate,
+        "on_violation": "undo" if undo else "raise",
+        "kernels": not no_kernels,
+        "cache": not no_cache,
+        "dump_dir": dump_dir,
+        "print_after": print_after,
+        "stop_after": stop_after,
+        "fuel": fuel,
+    }
+    start = time.perf_counter()
+    with progress(f"compiling {example.name}", as_json):
+        accel.package(
+            example.model,
+            example.args,
+            kwargs=example.kwargs,
+            path=path,
+            target=target,
+            dynamic_shapes=example.dynamic,
+            options=options,
+        )
+    report(path, time.perf_counter() - start, as_json)
+
+
+def report(path: Path, seconds: float, as_json: bool) -> None:
+    """What was made, read back from the file."""
+    with Artifact(path) as artifact:
+        data = describe(artifact, artifact.manifest.functions)
+        ledger = Ledger.from_json(dict(artifact.manifest.ledger))
+        data["report"] = artifact.manifest.report
+    data["compile_seconds"] = seconds
+    data["ledger"] = ledger.to_json()
+    rows = [
+        ("wrote", f"{path} ({format_bytes(data['bytes'])}) in {format_seconds(seconds)}"),
+        ("target", data["target"]),
+    ]
+    for name, f in data["functions"].items():
+        fallbacks = counts(f["fallbacks"])
+        rows.append((f"@{name}", f"{counts(f['steps'])}; {f['kernels']} different kernels"))
+        rows.append(("run by torch", fallbacks or "nothing"))
+    emit(data, as_json, ledger.table(), facts(rows))

@@ -1,0 +1,237 @@
+"""docs/benchmarks.md from the JSON files in benchmarks/results/.
+
+    python -m benchmarks.docs_table           # writes the page
+    python -m benchmarks.docs_table --check   # exit code 1 if the page is out of date
+
+A benchmark that has not run has no section. Nothing on the page is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from benchmarks.measure import ROOT, geometric_mean, load_results
+from benchmarks.models import CASES
+from benchmarks.systems import TITLES
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+HEAD = """# Benchmarks
+
+Made by `python -m benchmarks.docs_table` from the files in `benchmarks/results/`; a test holds both
+together. Ratios come from one run each: the systems of a row share a process and take turns, and
+every output is checked against eager PyTorch in float64 before anything is timed. Absolute times
+hold only for the machine named.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="docs/benchmarks.md from the results")
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    options = parser.parse_args(arguments)
+    text = render()
+    if options.check:
+        sys.exit(0 if PAGE.is_file() and PAGE.read_text() == text else 1)
+    PAGE.write_text(text)
+
+
+def render() -> str:
+    """The whole page."""
+    sections: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+        ("cpu", cpu_section),
+        ("compile_time", compile_time_section),
+        ("memory", memory_section),
+    )
+    parts = [HEAD]
+    for name, section in sections:
+        data = load_results(name)
+        if data:
+            parts.append(section(data))
+    return "\n".join(parts)
+
+
+def cpu_section(data: dict[str, Any]) -> str:
+    rows = [data["rows"][name] for name in CASES if name in data["rows"]]
+    names = [n for n in TITLES if any(n in row["systems"] for row in rows)]
+    peers = [n for n in names if n != "accel"]
+    return "\n".join(
+        [
+            "## CPU, float32, exact passes only",
+            "",
+            machine_line(data["machine"]),
+            "",
+            "Milliseconds of a call (medians), and how many times faster accel is than each peer.",
+            "",
+            *speed_table(rows, names, peers),
+            "",
+            "Seconds to compile with an empty cache, imports and one-time set-up excluded, and the",
+            "second compile in a new process that finds the cache.",
+            "",
+            *compile_table(rows, [n for n in peers if n != "eager"]),
+            "",
+            "Largest error against float64, relative to the largest value.",
+            "",
+            *error_table(rows, names),
+            "",
+        ]
+    )
+
+
+def speed_table(rows: list[dict[str, Any]], names: list[str], peers: list[str]) -> list[str]:
+    head = ["", *(TITLES[n] + " ms" for n in names), *(f"/ {TITLES[n]}" for n in peers)]
+    ratios: dict[str, list[float]] = {peer: [] for peer in peers}
+    lines = []
+    for row in rows:
+        seconds = {n: f["seconds"] for n, f in row["systems"].items()}
+        cells = [row["title"], *(f"{seconds[n] * 1e3:.2f}" if n in seconds else "" for n in names)]
+        for peer in peers:
+            if peer in seconds and "accel" in seconds:
+                ratio = seconds[peer] / seconds["accel"]
+                ratios[peer].append(ratio)
+                cells.append(f"{ratio:.2f}")
+            else:
+                cells.append("")
+        lines.append(cells)
+    means = [f"**{geometric_mean(r):.2f}**" if r else "" for r in ratios.values()]
+    lines.append(["**geometric mean**", *("" for _ in names), *means])
+    torch_peers = [p for p in peers if p in ("eager", "inductor")]
+    best = [
+        min(row["systems"][p]["seconds"] for p in torch_peers) / row["systems"]["accel"]["seconds"]
+        for row in rows
+        if "accel" in row["systems"] and all(p in row["systems"] for p in torch_peers)
+    ]
+    table = markdown(head, lines)
+    if best and torch_peers == ["eager", "inductor"]:
+        table += ["", f"Against the better of eager and Inductor: {geometric_mean(best):.2f}x."]
+    return table
+
+
+def compile_table(rows: list[dict[str, Any]], peers: list[str]) -> list[str]:
+    head = [
+        "",
+        "accel s",
+        *(f"{TITLES[p]} s" for p in peers),
+        *(f"accel / {TITLES[p]}" for p in peers),
+    ]
+    head += ["accel, from cache s"]
+    lines = []
+    for row in rows:
+        systems = row["systems"]
+        if "accel" not in systems:
+            continue
+        own = systems["accel"]["compile_seconds"]
+        others = [systems.get(p, {}).get("compile_seconds") for p in peers]
+        shares = [None if other is None else own / other for other in others]
+        cached = systems["accel"].get("cached_compile_seconds")
+        numbers = [own, *others, *shares, cached]
+        lines.append([row["title"], *("" if n is None else f"{n:.2f}" for n in numbers)])
+    return markdown(head, lines)
+
+
+def error_table(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
+    lines = [
+        [
+            row["title"],
+            *(f"{row['systems'][n]['error']:.1e}" if n in row["systems"] else "" for n in names),
+            f"{row['allowed_error']:.1e}",
+        ]
+        for row in rows
+    ]
+    return markdown(["", *(TITLES[n] for n in names), "allowed"], lines)
+
+
+def compile_time_section(data: dict[str, Any]) -> str:
+    depths = sorted(data["rows"], key=int)
+    rows = [data["rows"][d] for d in depths]
+    inductor = any("inductor_compile_seconds" in r for r in rows)
+    head = [
+        "layers",
+        "ops",
+        "compile s",
+        "ms per op",
+        "verification",
+        "kernels made",
+        "from cache s",
+    ]
+    lines = []
+    for depth, r in zip(depths, rows):
+        cells = [
+            depth,
+            str(r["ops"]),
+            f"{r['compile_seconds']:.2f}",
+            f"{r['compile_seconds'] * 1e3 / r['ops']:.2f}",
+            f"{r['verify_seconds'] / r['compile_seconds']:.1%}",
+            str(r["kernels"]),
+            f"{r['cached_compile_seconds']:.2f}",
+        ]
+        if inductor:
+            cells.append(f"{r.get('inductor_compile_seconds', float('nan')):.2f}")
+        lines.append(cells)
+    growth = rows[-1]["compile_seconds"] / rows[0]["compile_seconds"]
+    return "\n".join(
+        [
+            "## Compile time against depth",
+            "",
+            machine_line(data["machine"]),
+            "",
+            "Transformers of equal layers (`benchmarks/compile_time.py`), empty cache.",
+            "",
+            *markdown(head + (["Inductor s"] if inductor else []), lines),
+            "",
+            f"{depths[-1]} layers take {growth:.2f}x the time of {depths[0]}.",
+            "",
+        ]
+    )
+
+
+def memory_section(data: dict[str, Any]) -> str:
+    head = [
+        "artifact",
+        "file",
+        "weights",
+        "arena",
+        "load s",
+        "first call s",
+        "peak",
+        "peak - weights - arena",
+    ]
+    lines = []
+    for name, r in data["rows"].items():
+        rest = r["peak_bytes"] - r["weight_bytes"] - r["arena_bytes"]
+        sizes = [megabytes(r[k]) for k in ("file_bytes", "weight_bytes", "arena_bytes")]
+        times = [f"{r['load_seconds']:.3f}", f"{r['first_call_seconds']:.3f}"]
+        lines.append([name, *sizes, *times, megabytes(r["peak_bytes"]), megabytes(rest)])
+    return "\n".join(
+        [
+            "## Loading an artifact",
+            "",
+            machine_line(data["machine"]),
+            "",
+            "A fresh process that never imports the compiler; memory beyond `import torch`.",
+            "",
+            *markdown(head, lines),
+            "",
+        ]
+    )
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:.0f} MB"
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
+    system = f"{machine['processor']}, {machine['threads']} threads"
+    return f"{system}; Python {machine['python']}, {packages}."
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table; the first column is left-aligned, the others right-aligned."""
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+if __name__ == "__main__":
+    main()
