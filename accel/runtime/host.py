@@ -14,7 +14,11 @@ from accel.runtime.interfaces import HostCode, KernelFunction
 
 
 class SharedObject:
-    """Kernels of one shared object. It stays loaded as long as the process lives."""
+    """Kernels of one shared object. It stays loaded as long as the process lives.
+
+    So does its file handle: the dynamic loader knows libraries by name, and would take another file
+    under the same /proc/self/fd/N for the library that it has loaded already.
+    """
 
     def __init__(self, data: bytes) -> None:
         handle = os.memfd_create("accel-kernels")
@@ -23,9 +27,8 @@ class SharedObject:
                 file.write(data)
             self._library = ctypes.CDLL(f"/proc/self/fd/{handle}")
         except OSError as error:
-            raise ArtifactError(f"the host code cannot be loaded: {error}") from error
-        finally:
             os.close(handle)
+            raise ArtifactError(f"the host code cannot be loaded: {error}") from error
 
     def function(self, symbol: str) -> KernelFunction:
         """The kernel of that name: takes the address of its argument words."""
