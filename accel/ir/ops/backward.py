@@ -14,7 +14,7 @@ from accel.ir.op import Arg, Aten, Lit, Trait, aten, define
 from accel.ir.ops.contract import CONTRACTION
 from accel.ir.ops.elementwise import check_dtype
 from accel.ir.ops.norm_backward import check_grad, wanted
-from accel.ir.ops.pool import POOL, check_upsample, spatial_forms, upsample_forms
+from accel.ir.ops.pool import POOL, check_upsample, pooled, spatial_forms, upsample_forms
 from accel.ir.ops.training import REDUCTIONS, check_flash, class_axis, flash_scores, nll_weights
 from accel.ir.types import Shape, TensorType, same_dim, same_shape, simplify_dim
 
@@ -73,6 +73,8 @@ class MaxPoolBackward:
         ceil_mode: bool = False,
     ) -> TensorType:
         check_dtype("max_pool_backward", "f", grad, x)
+        y = pooled("max_pool_backward", x, kernel, stride, padding, dilation, ceil_mode)
+        check_grad("max_pool_backward", grad, y)
         if indices.dtype != torch.int64 or not same_shape(indices.shape, grad.shape):
             raise TypeInferenceError(f"accel.max_pool_backward: {grad} at {indices}")
         return x
@@ -100,6 +102,9 @@ class AvgPoolBackward:
         divisor: int | None = None,
     ) -> TensorType:
         check_dtype("avg_pool_backward", "f", grad, x)
+        ones = (1,) * len(kernel)
+        y = pooled("avg_pool_backward", x, kernel, stride, padding, ones, ceil_mode)
+        check_grad("avg_pool_backward", grad, y)
         return x
 
     evaluate = spatial_forms(

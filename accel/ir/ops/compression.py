@@ -16,7 +16,16 @@ from torch import Tensor
 
 from accel.errors import TypeInferenceError
 from accel.ir.op import Trait, define
-from accel.ir.types import SUB_BYTE_BITS, Shape, TensorType, normalize_axis, same_shape, value_dtype
+from accel.ir.ops.elementwise import MOVABLE, check_dtype
+from accel.ir.types import (
+    SUB_BYTE_BITS,
+    Shape,
+    TensorType,
+    is_integer,
+    normalize_axis,
+    same_shape,
+    value_dtype,
+)
 
 if TYPE_CHECKING:
     from accel.ir.builder import Builder
@@ -73,6 +82,11 @@ def _check(
     axis: int | None,
     group: int,
 ) -> None:
+    check_dtype(name, "f", scale)
+    if zero is not None:
+        check_dtype(name, "fiq", zero)
+    if group < 0:
+        raise TypeInferenceError(f"accel.{name}: group {group}")
     if axis is not None:
         axis = normalize_axis(axis, x.rank)
     wanted = scale_shape(x.shape, axis, group)
@@ -94,6 +108,7 @@ class Dequantize:
         axis: int | None = None,
         group: int = 0,
     ) -> TensorType:
+        check_dtype("dequantize", "fiueq", q)
         _check("dequantize", q, scale, zero, axis, group)
         return q.with_dtype(scale.dtype)
 
@@ -146,6 +161,8 @@ class Quantize:
         axis: int | None = None,
         group: int = 0,
     ) -> TensorType:
+        check_dtype("quantize", "f", x)
+        check_dtype("quantize", "ieq", x.with_dtype(dtype))
         _check("quantize", x, scale, zero, axis, group)
         return x.with_dtype(dtype)
 
@@ -203,6 +220,9 @@ class UnpackNOfM:
 
     @staticmethod
     def infer(values: TensorType, index: TensorType, *, n: int, m: int) -> TensorType:
+        check_dtype("unpack_n_of_m", MOVABLE + "e", values)
+        if not is_integer(index.dtype):
+            raise TypeInferenceError(f"accel.unpack_n_of_m: places of {index.dtype}")
         if not values.rank or not same_shape(values.shape, index.shape) or not 0 < n < m:
             raise TypeInferenceError(f"accel.unpack_n_of_m: {values} with {index}, {n}:{m}")
         last = values.shape[-1]
@@ -212,21 +232,30 @@ class UnpackNOfM:
 
     @staticmethod
     def evaluate(values: Tensor, index: Tensor, *, n: int, m: int) -> Tensor:
+        dtype = values.dtype
+        if dtype.is_floating_point and dtype.itemsize == 1:
+            values = values.view(torch.uint8)  # torch cannot scatter these; 0 is all zero bits
         groups = values.shape[-1] // n
         grouped = (*values.shape[:-1], groups, n)
         out = torch.zeros(*values.shape[:-1], groups, m, dtype=values.dtype)
         out.scatter_(-1, index.reshape(grouped).to(torch.int64), values.reshape(grouped))
-        return out.reshape(*values.shape[:-1], groups * m)
+        dense = out.reshape(*values.shape[:-1], groups * m)
+        return dense if dense.dtype == dtype else dense.view(dtype)
 
     @staticmethod
     def decompose(b: Builder, values: Value, index: Value, *, n: int, m: int) -> Value:
         # Slot j of a group is the sum over i of values[i] where index[i] = j: one term or none.
         *lead, last = values.shape
         groups = last // n
-        stored = b.reshape(values, shape=(*lead, groups, n, 1))
+        wide = values
+        if values.dtype.is_floating_point and values.dtype.itemsize == 1:
+            wide = b.cast(values, dtype=torch.float32)
+        elif not (values.dtype.is_floating_point or values.dtype.is_complex):
+            wide = b.cast_to(values, torch.int64)
+        stored = b.reshape(wide, shape=(*lead, groups, n, 1))
         place = b.cast_to(b.reshape(index, shape=(*lead, groups, n, 1)), torch.int32)
         slots = b.iota(shape=(m,), axis=0, dtype=torch.int32)
-        zero = b.scalar(0, values.dtype)
+        zero = b.scalar(0, wide.dtype)
         spread = b.where(b.eq(place, slots), stored, zero)
         dense = b.sum(spread, axes=(len(values.shape),))
         return b.reshape(b.cast_to(dense, values.dtype), shape=(*lead, groups * m))

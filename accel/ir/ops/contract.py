@@ -114,7 +114,7 @@ class Conv:
         groups: int = 1,
         layout: str = "nchw",
     ) -> TensorType:
-        check_dtype("conv", "fc", x, weight, bias)
+        check_dtype("conv", "f", x, weight, bias)
         if layout not in ("nchw", "nhwc"):
             raise TypeInferenceError(f"accel.conv: layout = '{layout}'")
         last = layout == "nhwc"
@@ -188,7 +188,7 @@ class ConvTranspose:
         output_padding: tuple[int, ...],
         groups: int = 1,
     ) -> TensorType:
-        check_dtype("conv_transpose", "fc", x, weight, bias)
+        check_dtype("conv_transpose", "f", x, weight, bias)
         rank = x.rank - 2
         lengths = {len(stride), len(padding), len(dilation), len(output_padding)}
         if x.rank != weight.rank or not 1 <= rank <= 3 or lengths != {rank}:
@@ -203,7 +203,7 @@ class ConvTranspose:
                 x.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding
             )
         ]
-        if any(isinstance(d, int) and d < 1 for d in out):
+        if 0 in x.shape[2:] or any(isinstance(d, int) and d < 1 for d in out):
             raise TypeInferenceError(
                 f"accel.conv_transpose: an output of {format_shape(tuple(out))}"
             )

@@ -21,6 +21,7 @@ from accel.ir.op import Arg, Aten, Lit, Trait, aten, define
 from accel.ir.types import (
     BOOL,
     COMPLEX,
+    DTYPE_NAMES,
     FLOATS,
     INTEGERS,
     SUB_BYTE_BITS,
@@ -43,7 +44,12 @@ _KINDS: dict[str, frozenset[torch.dtype]] = {
     "b": BOOL,
     "c": COMPLEX,
     "u": frozenset({torch.uint16, torch.uint32, torch.uint64}),
+    "e": frozenset(d for d in DTYPE_NAMES if d.is_floating_point and d.itemsize == 1)
+    - {torch.float8_e8m0fnu},  # a format of scales: it has no zero and no sign
+    "q": frozenset(SUB_BYTE_BITS),
 }
+# What torch can move, pad and scatter.
+MOVABLE = "fibcq"
 # How a result dtype follows from the operands' one.
 _RESULTS: dict[str, Callable[[torch.dtype], torch.dtype]] = {
     "same": lambda dtype: dtype,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from accel.errors import TypeInferenceError
 from accel.ir.op import Arg, Trait, aten, define
+from accel.ir.ops.elementwise import MOVABLE, check_dtype
 from accel.ir.ops.shape import slice_length
 from accel.ir.types import (
     Dim,
@@ -126,6 +127,7 @@ class TakeAlong:
 
     @staticmethod
     def infer(x: TensorType, index: TensorType, *, axis: int) -> TensorType:
+        check_dtype("take_along", MOVABLE, x)
         if index.dtype != torch.int64:
             raise TypeInferenceError(f"accel.take_along: indices have dtype {index.dtype}")
         normalize_axis(axis, max(x.rank, 1))
@@ -166,6 +168,7 @@ class IndexPut:
         axes: tuple[int, ...],
         accumulate: bool = False,
     ) -> TensorType:
+        check_dtype("index_put", MOVABLE, x)
         shape = _indexed_shape("index_put", x, indices, axes)
         if values.dtype != x.dtype:
             raise TypeInferenceError(f"accel.index_put: {values.dtype} into {x.dtype}")
@@ -203,6 +206,7 @@ class Scatter:
         reduce: str = "none",
         include_self: bool = True,
     ) -> TensorType:
+        check_dtype("scatter", MOVABLE if reduce == "none" else "fi", x)
         if index.dtype != torch.int64:
             raise TypeInferenceError(f"accel.scatter: indices have dtype {index.dtype}")
         normalize_axis(axis, max(x.rank, 1))
@@ -210,8 +214,6 @@ class Scatter:
             raise TypeInferenceError(f"accel.scatter: {source} into {x} at {index}")
         if reduce not in _SCATTER_REDUCE:
             raise TypeInferenceError(f"accel.scatter: reduce = '{reduce}'")
-        if reduce != "none" and x.dtype.is_complex:
-            raise TypeInferenceError(f"accel.scatter: reduce = '{reduce}' of {x.dtype}")
         return x
 
     evaluate = (
@@ -353,6 +355,7 @@ class MaskedScatter:
 
     @staticmethod
     def infer(x: TensorType, mask: TensorType, source: TensorType) -> TensorType:
+        check_dtype("masked_scatter", MOVABLE, x)
         if mask.dtype != torch.bool or source.dtype != x.dtype:
             raise TypeInferenceError(f"accel.masked_scatter: {source} into {x} by {mask}")
         if not same_shape(broadcast_shapes(x.shape, mask.shape), x.shape):

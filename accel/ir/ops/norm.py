@@ -65,6 +65,11 @@ class Softmax:
 
     @staticmethod
     def decompose(b: Builder, x: Value, *, axis: int) -> Value:
+        if not x.shape:
+            row = b.reshape(x, shape=(1,))
+            return b.reshape(b.softmax(row, axis=0), shape=())
+        if x.shape[axis] == 0:
+            return x  # nothing in it
         wide = b.widen(x)
         shifted = b.sub(wide, b.amax(wide, axes=(axis,), keepdim=True))
         e = b.exp(shifted)
@@ -85,6 +90,11 @@ class LogSoftmax:
 
     @staticmethod
     def decompose(b: Builder, x: Value, *, axis: int) -> Value:
+        if not x.shape:
+            row = b.reshape(x, shape=(1,))
+            return b.reshape(b.log_softmax(row, axis=0), shape=())
+        if x.shape[axis] == 0:
+            return x  # nothing in it
         wide = b.widen(x)
         shifted = b.sub(wide, b.amax(wide, axes=(axis,), keepdim=True))
         total = b.log(b.sum(b.exp(shifted), axes=(axis,), keepdim=True))
@@ -258,6 +268,8 @@ class BatchNorm:
         eps: float,
     ) -> TensorType:
         if x.rank < 2:
+            raise TypeInferenceError(f"accel.batch_norm: {x} has no channels")
+        if x.shape[1] == 0:
             raise TypeInferenceError(f"accel.batch_norm: {x} has no channels")
         check_parameters("batch_norm", x, x.shape[1:2], mean, variance, weight, bias)
         return x

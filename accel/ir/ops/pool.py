@@ -28,7 +28,7 @@ def spatial_forms(
     return tuple(aten(name.format(rank), *args, when=when(rank)) for rank in ranks)
 
 
-def _pooled(
+def pooled(
     name: str,
     x: TensorType,
     kernel: tuple[int, ...],
@@ -37,6 +37,7 @@ def _pooled(
     dilation: tuple[int, ...],
     ceil_mode: bool,
 ) -> TensorType:
+    """The type of x after pooling; TypeInferenceError where the windows do not fit."""
     rank = len(kernel)
     lengths = {len(stride), len(padding), len(dilation)}
     lead = x.rank - rank
@@ -44,6 +45,10 @@ def _pooled(
         raise TypeInferenceError(f"accel.{name}: kernel {kernel}, stride {stride} for {x}")
     if any(2 * p > k for p, k in zip(padding, kernel)) or any(s < 1 for s in stride):
         raise TypeInferenceError(f"accel.{name}: padding {padding} for kernel {kernel}")
+    if rank == 3 and name.startswith("avg") and x.dtype.itemsize == 2:
+        raise TypeInferenceError(
+            f"accel.{name}: {x.dtype} over three axes", advice="insert accel.cast"
+        )
     out: list[Dim] = []
     for size, k, s, p, d in zip(x.shape[lead:], kernel, stride, padding, dilation):
         span = simplify_dim(size + 2 * p - d * (k - 1) - 1)
@@ -64,6 +69,8 @@ def _check_size(name: str, x: TensorType, size: Shape) -> TensorType:
     lead = x.rank - len(size)
     if not 1 <= len(size) <= 3 or lead not in (1, 2):
         raise TypeInferenceError(f"accel.{name}: size {size} for {x}")
+    if any(d == 0 for d in x.shape[lead:]):
+        raise TypeInferenceError(f"accel.{name}: {x} is empty")
     return x.with_shape((*x.shape[:lead], *size))
 
 
@@ -82,7 +89,7 @@ class MaxPool:
         ceil_mode: bool = False,
     ) -> TensorType:
         check_dtype("max_pool", "f", x)
-        return _pooled("max_pool", x, kernel, stride, padding, dilation, ceil_mode)
+        return pooled("max_pool", x, kernel, stride, padding, dilation, ceil_mode)
 
     evaluate = spatial_forms(
         "max_pool{}d", "kernel", "x", "kernel", "stride", "padding", "dilation", "ceil_mode"
@@ -106,7 +113,7 @@ class MaxPoolWithIndices:
         check_dtype("max_pool_with_indices", "f", x)
         if len(kernel) < 2:
             raise TypeInferenceError("accel.max_pool_with_indices: needs two or three axes")
-        y = _pooled("max_pool_with_indices", x, kernel, stride, padding, dilation, ceil_mode)
+        y = pooled("max_pool_with_indices", x, kernel, stride, padding, dilation, ceil_mode)
         return y, y.with_dtype(torch.int64)
 
     evaluate = spatial_forms(
@@ -138,7 +145,7 @@ class AvgPool:
         check_dtype("avg_pool", "f", x)
         if divisor == 0 or (divisor is not None and len(kernel) == 1):
             raise TypeInferenceError(f"accel.avg_pool: divisor {divisor} for kernel {kernel}")
-        return _pooled("avg_pool", x, kernel, stride, padding, (1,) * len(kernel), ceil_mode)
+        return pooled("avg_pool", x, kernel, stride, padding, (1,) * len(kernel), ceil_mode)
 
     evaluate = (
         aten(
@@ -170,8 +177,6 @@ class AdaptiveMaxPool:
     @staticmethod
     def infer(x: TensorType, *, size: Shape) -> tuple[TensorType, TensorType]:
         y = _check_size("adaptive_max_pool", x, size)
-        if any(d == 0 for d in x.shape[x.rank - len(size) :]):
-            raise TypeInferenceError(f"accel.adaptive_max_pool: {x} is empty")
         return y, y.with_dtype(torch.int64)
 
     evaluate = spatial_forms("adaptive_max_pool{}d", "size", "x", "size")
@@ -214,6 +219,8 @@ def check_upsample(name: str, x: TensorType, size: Shape, mode: str, scales: Sha
     rank = len(size)
     if x.rank != rank + 2 or (mode, rank) not in _UPSAMPLE or len(scales) not in (0, rank):
         raise TypeInferenceError(f"accel.{name}: mode '{mode}', size {size} for {x}")
+    if any(d == 0 for d in (*x.shape[1:], *size)):
+        raise TypeInferenceError(f"accel.{name}: {x} to {size} is empty")
 
 
 @define("upsample", Trait.PURE)

@@ -86,6 +86,8 @@ class NativeDropout:
         check_dtype("native_dropout", "f", x)
         if not 0 <= p <= 1:
             raise TypeInferenceError(f"accel.native_dropout: p = {p}")
+        if x.numel() == 0:  # torch's mask would not be bool
+            raise TypeInferenceError(f"accel.native_dropout: {x} is empty")
         return x, x.with_dtype(torch.bool)
 
     evaluate = aten("native_dropout", "x", "p", Lit(True))

@@ -231,12 +231,13 @@ class LogSumExp:
 
     @staticmethod
     def decompose(b: Builder, x: Value, *, axes: tuple[int, ...], keepdim: bool = False) -> Value:
+        result = reduced(x.type, axes, keepdim)
+        if any(x.shape[a] == 0 for a in axes):
+            return b.full_of(result.shape, float("-inf"), x.dtype)
         wide = b.widen(x)
         top = b.amax(wide, axes=axes, keepdim=True)
         # An infinite maximum is not subtracted: inf - inf would be NaN.
         top = b.where(b.isinf(top), b.scalar(0.0, wide.dtype), top)
         total = b.sum(b.exp(b.sub(wide, top)), axes=axes, keepdim=True)
         y = b.add(b.log(total), top)
-        result = x.type if keepdim else reduced(x.type, axes, False)
-        y = y if keepdim else b.reshape_to(y, result.shape)
-        return b.cast_to(y, x.dtype)
+        return b.cast_to(b.reshape_to(y, result.shape), x.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accel.errors import TypeInferenceError
 from accel.ir.op import Arg, Lit, Trait, aten, define
-from accel.ir.ops.elementwise import check_dtype
+from accel.ir.ops.elementwise import MOVABLE, check_dtype
 from accel.ir.types import (
     Dim,
     Shape,
@@ -112,6 +112,7 @@ class Flip:
 
     @staticmethod
     def infer(x: TensorType, *, axes: tuple[int, ...]) -> TensorType:
+        check_dtype("flip", MOVABLE, x)
         if len({normalize_axis(axis, x.rank) for axis in axes}) != len(axes):
             raise TypeInferenceError(f"accel.flip: axes {axes} repeat an axis")
         return x
@@ -125,6 +126,7 @@ class Pad:
 
     @staticmethod
     def infer(x: TensorType, *, low: Shape, high: Shape, value: float = 0.0) -> TensorType:
+        check_dtype("pad", MOVABLE + "ue", x)
         if not len(low) == len(high) == x.rank:
             raise TypeInferenceError(f"accel.pad: amounts for rank {len(low)}, not {x.rank}")
         shape = tuple(simplify_dim(a + d + b) for a, d, b in zip(low, x.shape, high))

@@ -65,6 +65,8 @@ class NativeLayerNorm:
         if not 1 <= rank <= x.rank:
             raise TypeInferenceError(f"accel.native_layer_norm: {rank} axes of {x}")
         check_parameters("native_layer_norm", x, x.shape[x.rank - rank :], weight, bias)
+        if product(x.shape[x.rank - rank :]) == 0:
+            raise TypeInferenceError(f"accel.native_layer_norm: rows of {x} are empty")
         shape = (*x.shape[: x.rank - rank], *(1 for _ in range(rank)))
         row = TensorType(shape, statistics_dtype(x, weight, bias))
         return x, row, row
@@ -118,6 +120,8 @@ class NativeGroupNorm:
     ) -> tuple[TensorType, ...]:
         check_groups("native_group_norm", x, groups)
         check_parameters("native_group_norm", x, x.shape[1:2], weight, bias)
+        if product(x.shape[1:]) == 0:
+            raise TypeInferenceError(f"accel.native_group_norm: groups of {x} are empty")
         row = TensorType((x.shape[0], groups), statistics_dtype(x, weight, bias))
         return x, row, row
 
@@ -224,6 +228,8 @@ def check_flash(
     check_dtype(name, "f", q, k, v)
     if q.rank != 4 or not same_shape(k.shape, v.shape) or k.rank != 4:
         raise TypeInferenceError(f"accel.{name}: {q}, {k}, {v}")
+    if 0 in (*q.shape, *k.shape):  # torch's kernel divides by these
+        raise TypeInferenceError(f"accel.{name}: {q} and {k} are empty")
     if not same_shape((*q.shape[:2], q.shape[3]), (*k.shape[:2], k.shape[3])):
         raise TypeInferenceError(f"accel.{name}: {q}, {k}, {v}")
     if mask is not None:
