@@ -86,7 +86,8 @@ def run_all(options: argparse.Namespace) -> None:
                     environment=environment,
                 )  # fmt: skip
                 row["systems"][system].update(again)
-        data["rows"][name] = row
+        rows = {**data["rows"], name: row}
+        data["rows"] = {n: rows[n] for n in CASES if n in rows}
         store_results("cpu", data)
         print(summary(row), file=sys.stderr, flush=True)
 

@@ -1,9 +1,10 @@
-"""docs/benchmarks.md from the JSON files in benchmarks/results/.
+"""Generated documentation: docs/benchmarks.md, and the table of passes in README.md.
 
-    python -m benchmarks.docs_table           # writes the page
-    python -m benchmarks.docs_table --check   # exit code 1 if the page is out of date
+    python -m benchmarks.docs_table           # writes both; also: make docs
+    python -m benchmarks.docs_table --check   # exit code 1 if one is out of date
 
-A benchmark that has not run has no section. Nothing on the page is typed by hand.
+The page comes from the JSON files in benchmarks/results/: a benchmark that has not run has no
+section, and nothing on it is typed by hand. The table comes from the registered passes.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.measure import ROOT, geometric_mean, load_results
-from benchmarks.models import CASES
-from benchmarks.systems import TITLES
+from accel.cli.passes import describe
+from accel.passes.registry import load_passes
+from benchmarks.measure import ROOT, TITLES, geometric_mean, load_results
 
+README = ROOT / "README.md"
+START = "<!-- passes: made by `make docs` -->"
+END = "<!-- end of passes -->"
 PAGE = ROOT / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
@@ -31,10 +35,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="docs/benchmarks.md from the results")
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     options = parser.parse_args(arguments)
-    text = render()
+    files = {PAGE: render(), README: readme(README.read_text())}
     if options.check:
-        sys.exit(0 if PAGE.is_file() and PAGE.read_text() == text else 1)
-    PAGE.write_text(text)
+        sys.exit(int(any(not f.is_file() or f.read_text() != text for f, text in files.items())))
+    for file, text in files.items():
+        file.write_text(text)
+
+
+def readme(text: str) -> str:
+    """The README with its table of passes up to date."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return "".join([before, START, "\n", *(f"{row}\n" for row in passes_table()), END, after])
+
+
+def passes_table() -> list[str]:
+    rows = [describe(cls) for cls in load_passes().values()]
+    lines = [
+        "| pass | what it does | contract | options |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        what = " ".join(row["doc"].split("\n\n")[0].split())
+        options = ", ".join(f"`{name}`" for name in row["options"])
+        lines.append(f"| `{row['name']}` | {what} | {row['contract']} | {options} |")
+    return lines
 
 
 def render() -> str:
@@ -53,7 +78,7 @@ def render() -> str:
 
 
 def cpu_section(data: dict[str, Any]) -> str:
-    rows = [data["rows"][name] for name in CASES if name in data["rows"]]
+    rows = list(data["rows"].values())
     names = [n for n in TITLES if any(n in row["systems"] for row in rows)]
     peers = [n for n in names if n != "accel"]
     return "\n".join(

@@ -15,6 +15,13 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 THREADS = 2
+TITLES = {
+    "eager": "eager",
+    "inductor": "Inductor",
+    "inductor-freezing": "Inductor, frozen",
+    "onnxruntime": "ONNX Runtime",
+    "accel": "accel",
+}
 PACKAGES = ("torch", "apache-tvm", "onnxruntime", "transformers")
 
 
@@ -79,5 +86,5 @@ def load_results(name: str) -> dict[str, Any]:
 def store_results(name: str, data: Mapping[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(data, indent=2) + "\n")
     return path

@@ -99,10 +99,3 @@ SYSTEMS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Call]] = {
     "onnxruntime": onnx_runtime,
     "accel": accel_compile,
 }
-TITLES = {
-    "eager": "eager",
-    "inductor": "Inductor",
-    "inductor-freezing": "Inductor, frozen",
-    "onnxruntime": "ONNX Runtime",
-    "accel": "accel",
-}

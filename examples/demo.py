@@ -30,8 +30,8 @@ from accel.cli.timing import interleaved_medians, relative_error
 from accel.frontends.checkpoints import find_checkpoint, load_checkpoint, load_tokenizer
 from accel.passes.ledger import Ledger, format_bytes
 from accel.runtime.artifact import Artifact
-from benchmarks.measure import THREADS
-from benchmarks.systems import SYSTEMS, TITLES, Call, reference
+from benchmarks.measure import THREADS, TITLES
+from benchmarks.systems import SYSTEMS, Call, reference
 
 QUESTION = "What does a compiler do? Answer in two sentences."
 LENGTHS = (32, 256)

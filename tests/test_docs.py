@@ -1,0 +1,48 @@
+"""Generated documentation is up to date, and what the pages say exists."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from accel.cli.app import VERBS
+from accel.ir import parse_module
+from accel.passes.pipeline import parse_pipeline
+from accel.passes.registry import load_passes
+from benchmarks import docs_table
+from benchmarks.measure import ROOT
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    """`make docs` writes them."""
+    assert docs_table.PAGE.read_text() == docs_table.render()
+    text = docs_table.README.read_text()
+    assert text == docs_table.readme(text)
+    assert all(f"`{name}`" in text for name in load_passes())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def commands(text: str) -> list[str]:
+    """Verbs of `accel VERB` in code: spans, and lines of blocks that start with it."""
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))
+    return re.findall(r"`accel ([a-z]+)", text) + re.findall(r"^accel ([a-z]+)", blocks, re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_programs_parse_and_verbs_and_pipelines_exist(page) -> None:
+    text = page.read_text()
+    for block in re.findall(r"```mlir\n(\"accel\.func.*?)```", text, re.DOTALL):
+        parse_module(block, page.name)
+    for verb in commands(text):
+        assert verb in VERBS, f"{page.name}: accel {verb}"
+    load_passes()
+    for pipeline in re.findall(r'--passes "([^"]+)"|"passes": "([^"]+)"', text):
+        parse_pipeline("".join(pipeline))
