@@ -1,0 +1,183 @@
+"""`TvmBackend`: what generated CPU kernels can take, and their code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from accel.backends.tvm import accumulate, dtypes, scalar, trace
+from accel.backends.tvm.kernel import KernelCode, generate, region_symbols
+from accel.backends.tvm.shim import c_source
+from accel.backends.tvm.toolchain import build, version
+from accel.errors import BackendError
+from accel.ir.builder import Builder
+from accel.ir.fingerprint import region_fingerprint
+from accel.ir.module import Op, Region, Value, clone_region_into
+from accel.ir.op import Trait
+from accel.ir.types import SUB_BYTE_BITS, Dim, is_float, symbol
+
+_LARGEST_SUPPORTED_RANK = 12
+
+
+@dataclass
+class CompiledKernels:
+    """A library of kernels.
+
+    Attributes:
+        symbols: the C function of each kernel that was asked for, in order; equal ones share one.
+        sources: readable source by symbol (TVMScript), and the C shim as "shim.c".
+        library: the shared object.
+        inplace: by symbol, pairs (result, input) where the result may overwrite the input.
+    """
+
+    symbols: list[str]
+    sources: dict[str, str]
+    library: bytes
+    inplace: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+
+
+class TvmBackend:
+    """Generated kernels for CPUs. Stateless; one may serve many compiles."""
+
+    name = "tvm"
+
+    def version(self) -> str:
+        """A cache key for machine code."""
+        return version()
+
+    def supports(self, op: Op) -> str | None:
+        """None if a kernel region may hold this op, else the reason why not."""
+        reason = _type_reason(op)
+        if reason is not None:
+            return reason
+        if op.name in trace.INDEX_OPS:
+            return _index_reason(op)
+        if op.name in accumulate.SUPPORTED:
+            return _reduction_reason(op)
+        if op.has(Trait.ELEMENTWISE):
+            return self._elementwise_reason(op)
+        return f"accel.{op.name} has no generated code"
+
+    def _elementwise_reason(self, op: Op) -> str | None:
+        reason = scalar.supports(op)
+        if reason is None or op.definition.decompose is None:
+            return reason
+        region = Region([v.type for v in op.operands])
+        copy = Op(op.definition, region.args, op.attributes, [r.type for r in op.results],
+                  segments=op.segments)  # fmt: skip
+        Builder(region).decompose(copy)
+        inner = (self.supports(made) for made in region.ops)
+        return next((r for r in inner if r is not None), None)
+
+    def dims(self, kernel: Op) -> tuple[Dim, ...]:
+        """The sizes to pass after a kernel's buffers."""
+        return tuple(symbol(name) for name in region_symbols(kernel.regions[0]))
+
+    def compile(self, kernels: Sequence[Op], cpu: str = "") -> CompiledKernels:
+        """Compiles `accel.kernel` ops into one library.
+
+        Args:
+            cpu: LLVM's name of the CPU; "" is this machine's.
+
+        Raises BackendError with the reason if an op has no code, or a tool fails.
+        """
+        made: dict[str, KernelCode] = {}
+        symbols: list[str] = []
+        for kernel in kernels:
+            _check_packed(kernel)
+            print_ = region_fingerprint(kernel.regions[0])
+            if print_ not in made:
+                made[print_] = self._generate(f"accel_{print_[:16]}", kernel)
+            symbols.append(made[print_].name)
+        unique = list(made.values())
+        library = build(unique, cpu) if unique else b""
+        sources = {k.name: k.source for k in unique}
+        if unique:
+            sources["shim.c"] = c_source(unique)
+        return CompiledKernels(symbols, sources, library, {k.name: k.inplace for k in unique})
+
+    def _generate(self, name: str, kernel: Op) -> KernelCode:
+        region = self.primitive_region(kernel.regions[0])
+        for op in region.ops:
+            if op.has(Trait.TERMINATOR):
+                continue
+            reason = self.supports(op)
+            if reason is not None:
+                raise BackendError(
+                    f"no generated kernel: {reason}", where=str(op.location or kernel.location)
+                )
+        return generate(name, region)
+
+    def primitive_region(self, region: Region) -> Region:
+        """A copy in which every op has code of its own; composites without are decomposed."""
+        copy = Region([a.type for a in region.args])
+        clone_region_into(region, copy, {})
+        pending = list(copy.ops)
+        while pending:
+            op = pending.pop()
+            if op.definition.decompose is None or _has_own_code(op):
+                continue
+            before = op.prev
+            op.replace_with(Builder(before=op).decompose(op))
+            current = copy.first if before is None else before.next
+            while current is not None and current is not op.next:
+                pending.append(current)
+                current = current.next
+        return copy
+
+
+def _has_own_code(op: Op) -> bool:
+    if op.name in trace.INDEX_OPS or op.name in accumulate.SUPPORTED:
+        return True
+    return op.has(Trait.ELEMENTWISE) and scalar.supports(op) is None
+
+
+def _type_reason(op: Op) -> str | None:
+    for value in (*op.operands, *op.results):
+        if not dtypes.is_known(value.dtype):
+            return f"dtype {value.dtype}"
+        if value.type.rank > _LARGEST_SUPPORTED_RANK:
+            return f"rank {value.type.rank}"
+    for value in op.operands:
+        if value.dtype in SUB_BYTE_BITS and not _is_stored(value):
+            return "a sub-byte operand that is not a stored weight"
+    if any(r.dtype in SUB_BYTE_BITS for r in op.results):
+        return "a result of less than a byte an element"
+    return None
+
+
+def _is_stored(value: Value) -> bool:
+    """Whether kernels get the value packed: weights are, and region arguments stand for them."""
+    return value.op is None or value.op.name == "constant"
+
+
+def _index_reason(op: Op) -> str | None:
+    for position in trace.LOOKUPS.get(op.name, ()):
+        if is_float(op.operands[position].dtype):
+            return "floating indices"
+    if op.name == "arange" and not all(
+        not isinstance(op.attribute(a), float) for a in ("start", "step")
+    ):
+        return "a floating arange"
+    if op.name in ("full", "pad") and isinstance(op.attribute("value"), complex):
+        return "complex numbers"
+    if op.name in ("arange", "iota") and op.result.dtype in dtypes.READ_ONLY:
+        return f"dtype {op.result.dtype}"
+    return None
+
+
+def _reduction_reason(op: Op) -> str | None:
+    if op.operands[0].dtype in dtypes.READ_ONLY:
+        return f"a reduction of {op.operands[0].dtype}"
+    attributes = {a.name for a in op.definition.attributes}
+    if "axes" not in attributes and op.attribute("axis") is None:
+        return f"accel.{op.name} over all axes at once"
+    return None
+
+
+def _check_packed(kernel: Op) -> None:
+    for value in kernel.operands:
+        if value.dtype in SUB_BYTE_BITS and not _is_stored(value):
+            raise BackendError(
+                f"a kernel reads a computed {value.dtype} tensor", where=str(kernel.location or "")
+            )

@@ -1,0 +1,215 @@
+"""One kernel: a region becomes TIR functions, one a phase, and a C function that runs them.
+
+The TIR functions have plain C signatures,
+
+    k_p0(inputs..., results..., scratch..., int *status, sizes..., begin, end)
+
+and compute rows begin <= row < end of their phase, so any thread pool can share them out. The C
+function `k(words, threads)` (see `shim`) takes the addresses and sizes in one array, allocates
+scratch memory, and shares the rows of each phase among the threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from accel.backends.tvm import dtypes, tir
+from accel.backends.tvm.code import Emitter
+from accel.backends.tvm.index import Affine
+from accel.backends.tvm.merge import Sizes
+from accel.backends.tvm.nests import Nest
+from accel.backends.tvm.phases import Phase, Planner
+from accel.backends.tvm.survey import Survey
+from accel.ir.module import Region, Value
+from accel.ir.types import Dim, product
+
+
+@dataclass
+class PhaseCode:
+    """One TIR function, the number of its rows, and the work in one row."""
+
+    name: str
+    function: object
+    rows: Dim
+    cost: Dim
+
+
+@dataclass
+class KernelCode:
+    """Everything about one kernel but its machine code.
+
+    Attributes:
+        scratch: bytes of each scratch buffer.
+        pure: no run-time index is checked, so the kernel cannot fail.
+        inplace: pairs (result, input) where the result may overwrite the input.
+    """
+
+    name: str
+    inputs: int
+    results: int
+    symbols: tuple[str, ...]
+    phases: list[PhaseCode]
+    scratch: list[Dim]
+    inplace: list[tuple[int, int]]
+
+    @property
+    def source(self) -> str:
+        """The TIR as TVMScript."""
+        return "\n\n".join(_script(p.function) for p in self.phases)
+
+
+def _script(function: object) -> str:
+    lines = str(function.script()).splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line for line in lines if not line.startswith("# from tvm")).strip() + "\n"
+
+
+def region_symbols(region: Region) -> tuple[str, ...]:
+    """Names of the symbolic sizes that a region mentions, sorted."""
+    found: set[str] = set()
+
+    def collect(value: object) -> None:
+        if isinstance(value, sympy.Expr):
+            found.update(s.name for s in value.free_symbols)
+        elif isinstance(value, tuple):
+            for v in value:
+                collect(v)
+
+    for value in region.args:
+        collect(value.shape)
+    for op in region.ops:
+        for attribute in op.attributes.values():
+            collect(attribute)
+        for value in op.results:
+            collect(value.shape)
+    return tuple(sorted(found))
+
+
+def generate(name: str, region: Region) -> KernelCode:
+    """Code of a region of primitive ops. Raises BackendError for what has none."""
+    planner = Planner(region)
+    planner.run()
+    symbols = region_symbols(region)
+    scratch = list(planner.scratch)
+    phases = [
+        _phase(f"{name}_p{number}", phase, planner, region, symbols)
+        for number, phase in enumerate(planner.phases)
+    ]
+    sizes = [_scratch_bytes(v) for v in scratch]
+    pairs = _inplace(planner, region)
+    return KernelCode(
+        name, len(region.args), len(region.results), symbols, phases, sizes, pairs
+    )  # fmt: skip
+
+
+def _scratch_dtype(value: Value) -> str:
+    kind = dtypes.compute(value.dtype)
+    return "uint8" if kind == "bool" else kind
+
+
+def _scratch_bytes(value: Value) -> Dim:
+    width = torch.empty(0, dtype=getattr(torch, _scratch_dtype(value))).element_size()
+    return product((width, *value.shape))
+
+
+class _Parameters:
+    """Parameters of one function: typed pointers with a flat buffer over each."""
+
+    def __init__(self) -> None:
+        self.variables: list[tir.Var] = []
+        self.block = tir.Block()
+
+    def pointer(self, name: str, dtype: str, count: tir.Expr) -> tir.Buffer:
+        variable = tir.tirx.Var(name, tir.PointerType(tir.PrimType(dtype)))
+        self.variables.append(variable)
+        buffer = tir.tirx.decl_buffer((count,), dtype, name.upper(), data=variable)
+        self.block.statements.append(tir.tirx.DeclBuffer(buffer, data=variable))
+        return buffer
+
+
+def _phase(
+    name: str, phase: Phase, planner: Planner, region: Region, symbols: tuple[str, ...]
+) -> PhaseCode:
+    sizes = Sizes({s: tir.var(s) for s in symbols})
+    parameters = _Parameters()
+
+    def count(value: Value) -> tir.Expr:
+        if dtypes.storage(value.dtype) == "uint8":
+            return sizes.code(value.type.nbytes())
+        return sizes.code(value.type.numel())
+
+    buffers = {
+        value: parameters.pointer(f"x{i}", dtypes.storage(value.dtype), count(value))
+        for i, value in enumerate(region.args)
+    }
+    results = [
+        parameters.pointer(f"y{i}", dtypes.storage(value.dtype), count(value))
+        for i, value in enumerate(region.results)
+    ]
+    scratch = [
+        parameters.pointer(f"t{i}", _scratch_dtype(value), sizes.code(value.type.numel()))
+        for i, value in enumerate(planner.scratch)
+    ]
+    status = parameters.pointer("status", "int32", tir.i64(1))
+    places = dict(zip(planner.scratch, scratch))
+    emitter = Emitter(
+        planner.indexer, buffers | {v: places[v] for v in phase.needs}, sizes
+    )  # fmt: skip
+    targets = {
+        position: (results if store.place.kind == "result" else scratch)[store.place.number]
+        for position, store in enumerate(phase.stores)
+    }
+    begin, end = tir.var("begin"), tir.var("end")
+    nest = Nest(phase, emitter, targets)
+    body = nest.emit(begin, end)
+    block = parameters.block
+    if emitter.failed is not None:
+        zero = tir.i64(0)
+        block.allocate(emitter.failed)
+        block.store(emitter.failed, tir.const(0, "int32"), zero)
+        report = tir.Block()
+        report.store(status, tir.const(1, "int32"), zero)
+        body.branch(tir.ne(tir.load(emitter.failed, zero), tir.const(0, "int32")), report)
+    block.statements.extend(body.statements)
+    variables = [*parameters.variables, *sizes.symbols.values(), begin, end]
+    function = tir.tirx.PrimFunc(variables, block.statement())
+    function = function.with_attr({"global_symbol": name, "tirx.noalias": True})
+    return PhaseCode(name, function, nest.rows, nest.cost)
+
+
+def _inplace(planner: Planner, region: Region) -> list[tuple[int, int]]:
+    """Results that may overwrite an input: every read of it is at the very place of the write.
+
+    Only in kernels of one phase with one loop of stores, so that nothing reads the input later.
+    """
+    if len(planner.phases) != 1:
+        return []
+    (phase,) = planner.phases
+    if len({store.inner for store in phase.stores}) != 1:
+        return []
+    reads = _argument_reads(planner, phase)
+    pairs: list[tuple[int, int]] = []
+    for store in phase.stores:
+        written = planner.indexer.flatten(store.index, store.value.shape)
+        for number, arg in enumerate(region.args):
+            fits = arg.type.numel() == store.value.type.numel()
+            width = dtypes.storage(arg.dtype) == dtypes.storage(store.value.dtype)
+            if fits and width and reads[arg] == {written} and store.place.kind == "result":
+                pairs.append((store.place.number, number))
+    return pairs
+
+
+def _argument_reads(planner: Planner, phase: Phase) -> dict[Value, set[Affine]]:
+    """Flat positions at which each argument is read."""
+    reads: dict[Value, set[Affine]] = {arg: set() for arg in planner.region.args}
+    survey = Survey(planner.indexer, {})
+    for store in phase.stores:
+        survey.element(store.value, store.index)
+    for reduce in phase.reduces:
+        survey.element(reduce.op.operands[0], reduce.source)
+    for value, index in survey.costly:
+        if value in reads:
+            reads[value].add(planner.indexer.flatten(index, value.shape))
+    return reads

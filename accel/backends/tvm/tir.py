@@ -1,0 +1,143 @@
+"""The only door to TVM: its classes under short names, and builders of straight-line code.
+
+Generated kernels are TVM `PrimFunc`s of plain loops over flat buffers. LLVM vectorizes the scalar
+loops; nothing here writes a vector by hand. A `Block` collects the statements of one loop body;
+`let` names a value, so that shared subexpressions are computed once and the printed source reads
+like a program.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from accel.errors import MissingDependencyError
+
+try:
+    import tvm
+    from tvm import tirx
+    from tvm.ir import PointerType, PrimType
+except ImportError as error:  # pragma: no cover - depends on the installation
+    raise MissingDependencyError(
+        "generated CPU kernels need apache-tvm", advice="pip install 'accel-compiler[tvm]'"
+    ) from error
+
+Expr: TypeAlias = Any  # tvm.ir.Expr: the package ships without type stubs
+Var: TypeAlias = Any
+Buffer: TypeAlias = Any
+Statement: TypeAlias = Any
+
+__all__ = ["Block", "PointerType", "PrimType", "tirx", "tvm"]
+
+
+def i64(value: int) -> Expr:
+    return tirx.const(value, "int64")
+
+
+def f32(value: float) -> Expr:
+    return tirx.const(value, "float32")
+
+
+def const(value: bool | int | float, dtype: str) -> Expr:
+    return tirx.const(value, dtype)
+
+
+def dtype_of(value: Expr) -> str:
+    return str(value.ty.dtype)
+
+
+def var(name: str, dtype: str = "int64") -> Var:
+    return tirx.Var(name, dtype)
+
+
+def is_const(value: Expr, number: int) -> bool:
+    return isinstance(value, tirx.IntImm) and int(value.value) == number
+
+
+def select(condition: Expr, yes: Expr, no: Expr) -> Expr:
+    """Both sides are computed; keep out of reach what must not be (see `guarded`)."""
+    return tirx.Select(condition, yes, no)
+
+
+def eq(a: Expr, b: Expr) -> Expr:
+    return tirx.EQ(a, b)
+
+
+def ne(a: Expr, b: Expr) -> Expr:
+    """True where either is NaN: LLVM's code for TVM's own NE compares ordered."""
+    return tirx.Not(tirx.EQ(a, b))
+
+
+def is_nan(value: Expr) -> Expr:
+    return tirx.isnan(value)
+
+
+def bits(value: Expr, dtype: str) -> Expr:
+    """The same bits as another dtype of the same width."""
+    return tirx.reinterpret(dtype, value)
+
+
+def cast(value: Expr, dtype: str) -> Expr:
+    return value if dtype_of(value) == dtype else tirx.Cast(dtype, value)
+
+
+def extern(dtype: str, name: str, *args: Expr) -> Expr:
+    """A call of a C library function without side effects."""
+    return tirx.call_pure_extern(dtype, name, *args)
+
+
+def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:
+    """An LLVM intrinsic that vectorizes."""
+    return tirx.call_llvm_pure_intrin(dtype, name, *args)
+
+
+class Block:
+    """Statements of one loop body, in order."""
+
+    def __init__(self) -> None:
+        self.statements: list[Statement] = []
+
+    def let(self, value: Expr, name: str = "v") -> Var:
+        """Names a value. Constants and variables stay as they are."""
+        if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)):
+            return value
+        variable = tirx.Var(name, value.ty)
+        self.statements.append(tirx.Bind(variable, value))
+        return variable
+
+    def store(self, buffer: Buffer, value: Expr, *index: Expr) -> None:
+        self.statements.append(tirx.BufferStore(buffer, value, list(index)))
+
+    def loop(self, variable: Var, extent: Expr, body: Block, begin: Expr | None = None) -> None:
+        """Runs `body` for variable = begin (0), ..., begin + extent - 1."""
+        if not body.statements:
+            return
+        first = i64(0) if begin is None else begin
+        self.statements.append(
+            tirx.For(variable, first, extent, tirx.ForKind.SERIAL, body.statement())
+        )
+
+    def branch(self, condition: Expr, yes: Block, no: Block | None = None) -> None:
+        other = no.statement() if no is not None else None
+        self.statements.append(tirx.IfThenElse(condition, yes.statement(), other))
+
+    def allocate(self, buffer: Buffer) -> None:
+        self.statements.append(tirx.AllocBuffer(buffer))
+
+    def statement(self) -> Statement:
+        if not self.statements:
+            return tirx.Evaluate(i64(0))
+        if len(self.statements) == 1:
+            return self.statements[0]
+        return tirx.SeqStmt(self.statements)
+
+
+def local_array(name: str, length: int, dtype: str) -> Buffer:
+    return tirx.decl_buffer((length,), dtype, name, scope="local")
+
+
+def load(buffer: Buffer, *index: Expr) -> Expr:
+    return tirx.BufferLoad(buffer, list(index))
+
+
+def element_type(buffer: Buffer) -> str:
+    return str(buffer.dtype)
