@@ -145,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
     console = Console()
+    console.width = max(console.width, 140)  # the table is wide; a log file does not mind
     tokens = windows(given.windows)
     base = capture(load_checkpoint(find_checkpoint(MODEL)), (tokens[0],))
     rows: dict[str, dict[str, Any]] = {}

@@ -110,14 +110,15 @@ class LowRank(WeightSelection):
                 context.miss(self.name, site.constants[0], f"weight '{site.name}': {reason}")
                 continue
             matrix = MatrixForm(tuple(tensor.shape), site.contracted).to_matrix(tensor)
-            u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-            rank = rank_by_energy(s, self.energy, self.multiple)
+            wide = matrix.double()
+            rank = rank_by_energy(torch.linalg.svdvals(wide), self.energy, self.multiple)
             reason = self._too_dear(site, matrix, rank, cost_model(context, matrix.dtype))
             if reason:
                 context.miss(self.name, site.constants[0], f"weight '{site.name}': {reason}")
                 continue
             if not context.rewrite(self.name, site.constants[0]):
                 break
+            u, s, vt = torch.linalg.svd(wide, full_matrices=False)
             root = s[:rank].sqrt()
             factors = ((root[:, None] * vt[:rank]), (u[:, :rank] * root))
             rows.append(self._factor(site, matrix, factors, module))
