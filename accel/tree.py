@@ -197,7 +197,7 @@ def _make_object(node: Node, leaves: Sequence[Any], resolve: Callable[[str], typ
     fields = {k: _unflatten(v, leaves, resolve) for k, v in node["fields"]}
     if cls is None:
         return fields
-    result = cls.__new__(cls)
+    result: Any = object.__new__(cls)
     for name, value in fields.items():
         object.__setattr__(result, name, value)
     return result

@@ -445,7 +445,6 @@ def _multimodal() -> list[Row]:
     def row(name: str, config: str, model: str, options: dict[str, Any]) -> Row:
         return Row(name, "multimodal", config, model, options, image_and_text(32))
 
-    towers = {"text_config": CLIP_TEXT, "vision_config": CLIP_VISION}
     return [
         row(
             "clip",

@@ -1,10 +1,10 @@
 """Views and in-place writes as pure values.
 
-Every fake tensor met while importing has a `Handle`: which storage it lives in and, if it is a view,
-of which tensor and through which call. A write replaces the handle's value and, through the inverse
-of each view, the values of the tensors it is a view of. Other views of that storage are read again
-(their call is lowered once more over the new value) the next time somebody asks for them. So the
-program holds no writes, and a view that nobody writes through costs nothing.
+Every fake tensor met while importing has a `Handle`: which storage it lives in and, if it is a
+view, of which tensor and through which call. A write replaces the handle's value and, through the
+inverse of each view, the values of the tensors it is a view of. Other views of that storage are
+read again (their call is lowered once more over the new value) the next time somebody asks for
+them. So the program holds no writes, and a view that nobody writes through costs nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import CaptureError
-from accel.frontends.trace import Call
+from accel.frontends.calls import Call, storage_key
 from accel.ir.module import Value
 from accel.ir.types import same_shape
 
@@ -149,13 +149,6 @@ class Aliases:
     def _add(self, tensor: Tensor, handle: Handle) -> None:
         self._handles[id(tensor)] = handle
         self._keep.append(tensor)
-
-
-def storage_key(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return 0  # sparse and opaque tensors have none, so they alias nothing
 
 
 Inverse = Callable[["Importer", Handle, Value, Value], Value]

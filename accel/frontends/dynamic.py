@@ -1,6 +1,6 @@
 """Dynamic sizes of a capture: what the user declared, and what tracing learned.
 
-Declared axes get symbols in a `ShapeEnv`; axes of one name are one symbol. Tracing may then narrow a
+Declared axes get symbols in a `ShapeEnv`; axes of one name are one symbol. Tracing may narrow a
 symbol's range (a position table has 4096 rows), which is taken over, or state a condition (a length
 divisible by 8), which becomes a guard of the program; a size that the model fixes is an error.
 """
@@ -72,7 +72,7 @@ class DynamicShapes:
                     advice="give an example of size 2 or more along dynamic axes",
                 )
             kinds[axis.axis] = DimDynamic.DYNAMIC
-        context = StatelessSymbolicContext(
+        context: Any = StatelessSymbolicContext(
             dynamic_sizes=kinds,
             constraint_sizes=[None] * rank,
             dynamic_strides=[DimDynamic.INFER_STRIDE] * rank,
@@ -119,8 +119,8 @@ class DynamicShapes:
         assert self.shape_env is not None
         place = ""
         for guard in self.shape_env.guards[self._count :]:
-            if isinstance(guard.expr, sympy.Eq):
-                place = user_place(guard.sloc.user_stack if hasattr(guard.sloc, "user_stack") else None)
+            if isinstance(guard.expr, sympy.Eq) and guard.sloc.maybe_user_loc:
+                place = str(guard.sloc.maybe_user_loc)
                 break
         label = f"axis {axis.axis} of '{self.names[axis.leaf]}'"
         return CaptureError(
@@ -130,18 +130,18 @@ class DynamicShapes:
             advice="leave this axis static, or remove what compares or indexes with its size",
         )
 
-    def guards(self, symbols: Symbols) -> list[str]:
+    def guards(self, symbols: Symbols) -> list[dict[str, str]]:
         """Conditions that tracing relied on and that ranges and equal names do not imply."""
         if self.shape_env is None:
             return []
-        found: list[str] = []
+        found: list[dict[str, str]] = []
         for guard in self.shape_env.guards[self._count :]:
             expr = self.shape_env.replace(guard.expr)
             if expr in (sympy.true, sympy.false) or self._implied(expr):
                 continue
-            plain = symbols.plain(expr)
-            if plain != sympy.true and str(plain) not in found:
-                found.append(str(plain))
+            condition = relation(symbols, expr)
+            if condition is not None and condition not in found:
+                found.append(condition)
         return found
 
     def _implied(self, expr: Any) -> bool:
@@ -232,15 +232,34 @@ def _by_position(spec: Any, args: tree.Node, kwargs: tree.Node, model: Any) -> A
     unknown = set(spec) - set(positional) - set(keys)
     if unknown:
         raise OptionError(
-            f"dynamic_shapes names inputs that are not given: {', '.join(sorted(map(str, unknown)))}",
+            f"dynamic_shapes names what is not passed: {', '.join(sorted(map(str, unknown)))}",
             advice=f"the inputs are: {', '.join([*positional, *keys])}",
         )
     return [spec.get(name) for name in positional], {k: spec.get(k) for k in keys}
 
 
-def user_place(stack: Any) -> str:
-    """file:line of a stack's innermost frame."""
-    if not stack:
-        return ""
-    frame = stack[-1]
-    return f"{frame.filename}:{frame.lineno}"
+_RELATIONS: dict[type, str] = {
+    sympy.Eq: "==",
+    sympy.Ne: "!=",
+    sympy.Lt: "<",
+    sympy.Le: "<=",
+    sympy.Gt: ">",
+    sympy.Ge: ">=",
+}
+
+
+def relation(symbols: Symbols, expr: Any) -> dict[str, str] | None:
+    """A condition as {"relation": "<=", "left": text, "right": text}, texts as in IR attributes.
+
+    None for one that holds in plain arithmetic. Raises CaptureError for one that is no comparison.
+    """
+    kind = next((name for cls, name in _RELATIONS.items() if isinstance(expr, cls)), None)
+    if kind is None:
+        raise CaptureError(
+            f"the model depends on the condition {expr} between dynamic sizes",
+            advice="leave one of the axes static",
+        )
+    left, right = (symbols.plain(side) for side in expr.args)
+    if (type(expr)(left, right)) == sympy.true:
+        return None
+    return {"relation": kind, "left": str(left), "right": str(right)}

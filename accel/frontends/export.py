@@ -2,9 +2,9 @@
 
     module = capture(model, (x,), {"mask": m}, dynamic_shapes={"mask": {0: "batch"}})
 
-Parameters and buffers go to the weight store, tied ones once. Buffers that the model writes (running
-statistics) are state: an argument, a result, and a donation. Inputs and outputs may be any nest of
-containers; `Function.metadata` tells the calling side how they map to the flat arguments:
+Parameters and buffers go to the weight store, tied ones once. Buffers that the model writes
+(running statistics) are state: an argument, a result, and a donation. Inputs and outputs may be any
+nest of containers; `Function.metadata` tells the calling side how they map to the flat arguments:
 
     arguments   one entry an argument: {"name", "kind": "input" | "state", "initial": weight name}
     results     one entry a result: {"kind": "output"}, or {"kind": "state" | "mutation",
@@ -25,11 +25,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import accel.frontends.aten  # noqa: F401  (fills the table)
 from accel import tree
-from accel.errors import AccelError, CaptureError, InputError
+from accel.errors import AccelError, InputError
+from accel.frontends.calls import Call, storage_key, written_storages
 from accel.frontends.dynamic import DynamicShapes
-from accel.frontends.importer import Importer, written_storages
-from accel.frontends.aliases import storage_key
-from accel.frontends.trace import Call, FrameLocator, record
+from accel.frontends.importer import Importer
+from accel.frontends.trace import FrameLocator, record
 from accel.ir.module import Function, Module, Value
 from accel.ir.types import TensorType
 
@@ -125,7 +125,7 @@ class _Capture:
     ) -> tuple[list[Call], Any, dict[str, Tensor]]:
         """Runs the model on fakes. Returns calls, result, and buffers assigned anew."""
         locate = FrameLocator()
-        args, kwargs = tree.unflatten(self.inputs, self.fakes, _class_of(self.leaves))
+        args, kwargs = tree.unflatten(self.inputs, self.fakes)
         try:
             if not isinstance(model, nn.Module):
                 calls, result = record(lambda: model(*args, **kwargs), self.fake_mode, locate)
@@ -235,11 +235,6 @@ def _named_weights(model: Any) -> dict[str, Tensor]:
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
     return named
-
-
-def _class_of(leaves: Sequence[Any]) -> None:
-    """Classes of the caller's own arguments are loaded, so `sys.modules` has them."""
-    return None
 
 
 def _leaf_names(model: Any, inputs: tree.Node, count: int) -> list[str]:

@@ -20,13 +20,23 @@ import sympy
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from accel.config import logger
 from accel.errors import CaptureError, TypeInferenceError
-from accel.frontends.aliases import Aliases, storage_key
+from accel.frontends.aliases import Aliases
+from accel.frontends.calls import (
+    Call,
+    fake_mode_of,
+    flat_tensors,
+    functional_twin,
+    has_complex,
+    is_plain,
+    normalize,
+    results_of,
+)
 from accel.frontends.symbols import Symbols
-from accel.frontends.trace import Call, record
+from accel.frontends.trace import record
 from accel.ir.builder import Builder
 from accel.ir.module import Function, Location, Module, Value
 from accel.ir.types import DTYPE_NAMES, Dim, TensorType, is_float, same_shape
@@ -191,7 +201,13 @@ class Importer:
         self._used.update(id(t) for t in results)
         for call in calls:
             self.b.location = call.location
-            self._import(call)
+            try:
+                self._import(call)
+            except TypeInferenceError as error:
+                raise CaptureError(
+                    f"{call.target} cannot be imported: {error.what}",
+                    where=str(call.location or ""),
+                ) from error
 
     def _import(self, call: Call) -> None:
         schema = call.target._schema
@@ -244,6 +260,8 @@ class Importer:
         except (NotImplementedError, RuntimeError, TypeError, AssertionError) as error:
             _log.debug("%s does not decompose: %s", target, error)
             return self.fallback(call)
+        if any(p.target.namespace == "prims" and p.target.name() not in LOWERINGS for p in calls):
+            return self.fallback(call)  # nothing would be gained
         tensors = results_of(call)
         made = [result] if isinstance(result, Tensor) else list(result)
         wanted = [m for m, t in zip(made, tensors) if self.is_used(t)]
@@ -392,7 +410,7 @@ class Importer:
         for d in shape:
             count *= d
         numbers = torch.arange(count).reshape(shape)
-        first = next(flat_tensors(call))
+        first = next(iter(flat_tensors(call)))
         args = [numbers if a is first else a for a in call.args]
         return call.target(*args, **call.kwargs)
 
@@ -404,89 +422,3 @@ _KEEP_WHOLE = {
     "aten::convolution_backward",
     "aten::_fft_c2c",
 }
-
-
-def functional_twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
-    """`aten::add.Tensor` for `aten::add_.Tensor`; None if there is none."""
-    name = target._schema.name
-    if not name.endswith("_") or name.endswith("__"):
-        return None
-    namespace, _, base = name.partition("::")
-    packet = getattr(getattr(torch.ops, namespace), base[:-1], None)
-    if packet is None:
-        return None
-    overload = target._schema.overload_name or "default"
-    found = getattr(packet, overload, None)
-    return found if found is not None else getattr(packet, "default", None)
-
-
-def normalize(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with those that the schema takes by position put there."""
-    if not call.kwargs:
-        return call.args, call.kwargs
-    arguments = call.target._schema.arguments
-    args, kwargs = list(call.args), dict(call.kwargs)
-    for argument in arguments[len(args) :]:
-        if argument.kwarg_only or argument.name not in kwargs:
-            break
-        args.append(kwargs.pop(argument.name))
-    return tuple(args), kwargs
-
-
-def results_of(call: Call) -> list[Any]:
-    """The call's results as a flat list."""
-    if isinstance(call.result, (list, tuple)):
-        flat: list[Any] = []
-        for r in call.result:
-            flat.extend(r if isinstance(r, (list, tuple)) else (r,))
-        return flat
-    return [] if call.result is None else [call.result]
-
-
-def flat_tensors(call: Call) -> Iterable[Tensor]:
-    """The tensors among a call's arguments, in order."""
-
-    def walk(arg: Any) -> Iterable[Tensor]:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            for a in arg:
-                yield from walk(a)
-
-    for arg in (*call.args, *call.kwargs.values()):
-        yield from walk(arg)
-
-
-def fake_mode_of(call: Call) -> FakeTensorMode | None:
-    """The mode of the call's fake tensors."""
-    for t in (*flat_tensors(call), *results_of(call)):
-        if isinstance(t, FakeTensor):
-            return t.fake_mode
-    return None
-
-
-def written_storages(calls: Sequence[Call]) -> set[int]:
-    """Storages that some call writes to."""
-    found: set[int] = set()
-    for call in calls:
-        schema = call.target._schema
-        if schema.is_mutable and call.args and isinstance(call.args[0], Tensor):
-            found.add(storage_key(call.args[0]))
-        elif schema.name == "aten::batch_norm" and call.args[5]:
-            found.update(storage_key(t) for t in call.args[3:5] if t is not None)
-    found.discard(0)
-    return found
-
-
-def has_complex(call: Call) -> bool:
-    return any(t.dtype.is_complex for t in flat_tensors(call)) or any(
-        isinstance(t, Tensor) and t.dtype.is_complex for t in results_of(call)
-    )
-
-
-def is_plain(dtype: torch.dtype) -> bool:
-    """Whether a Python number holds a value of this dtype exactly."""
-    return dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool,
-        torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
-    )  # fmt: skip

@@ -94,6 +94,17 @@ class Symbols:
         self.used[ours] = s
         return symbol(ours)
 
+    def is_nonnegative(self, size: int | torch.SymInt) -> bool:
+        """Whether a size is provably >= 0 within the symbols' ranges."""
+        if isinstance(size, int):
+            return size >= 0
+        expr = size.node.expr
+        if expr.is_nonnegative:
+            return True
+        if self.shape_env is None:
+            return False
+        return bool(self.shape_env.bound_sympy(expr).lower >= 0)
+
     def infos(self) -> dict[str, SymbolInfo]:
         """Ranges of the symbols met so far."""
         return {name: self._info(s) for name, s in self.used.items()}

@@ -13,11 +13,11 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -27,24 +27,16 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.errors import CaptureError
+from accel.frontends.calls import Call
 from accel.ir.module import Location
 
 _HIDDEN = tuple(
-    os.path.dirname(os.path.abspath(p)) + os.sep for p in (torch.__file__, __file__, contextlib.__file__)
+    os.path.dirname(os.path.abspath(p)) + os.sep
+    for p in (torch.__file__, __file__, contextlib.__file__)
 )
-
-
-@dataclass(slots=True)
-class Call:
-    """One ATen call: arguments and result are fake tensors, SymInts and Python values."""
-
-    target: torch._ops.OpOverload
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
-    location: Location | None
 
 
 class Recorder(ProxyTorchDispatchMode):
@@ -56,7 +48,7 @@ class Recorder(ProxyTorchDispatchMode):
         self.calls: list[Call] = []
         self.where = where
 
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload,
         types: Any,
@@ -69,16 +61,86 @@ class Recorder(ProxyTorchDispatchMode):
                 f"the higher-order op '{func}' is not supported", where=str(self.where() or "")
             )
         try:
+            if _is_vmapped(args):
+                with _InnerRecorder(self):
+                    return func(*args, **kwargs)
+            if func._schema.name in _CHANGES_SHAPE:
+                return self._reshape_in_place(func, args, kwargs)
             result = func(*args, **kwargs)
         except _REFUSALS as error:
             raise refusal(error, func, self.where()) from error
         self.calls.append(Call(func, args, kwargs, result, self.where()))
         return result
 
+    def _reshape_in_place(
+        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """`x.unsqueeze_(0)` and the like give a tensor another shape: from here on the Python
+        object is the result of `unsqueeze`, and what came before meant its old self."""
+        tensor = args[0]
+        if not any(_mentions(c.result, tensor) for c in self.calls):
+            raise CaptureError(
+                f"{func} changes the shape of an input or a weight", where=str(self.where() or "")
+            )
+        old = torch.ops.aten.alias.default(tensor)
+        for call in self.calls:
+            if _mentions((call.args, call.kwargs, call.result), tensor):
+                call.args = _replace(call.args, tensor, old)
+                call.kwargs = _replace(call.kwargs, tensor, old)
+                call.result = _replace(call.result, tensor, old)
+        func(*args, **kwargs)
+        twin = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::").rstrip("_"))
+        overload = getattr(twin, func._schema.overload_name or "default")
+        self.calls.append(Call(overload, (old, *args[1:]), kwargs, tensor, self.where()))
+        return tensor
+
     def __sym_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         return func(*args, **kwargs)
+
+
+_CHANGES_SHAPE = frozenset(
+    f"aten::{name}_" for name in ("squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims")
+)
+
+
+def _mentions(value: Any, tensor: torch.Tensor) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_mentions(v, tensor) for v in value)
+    if isinstance(value, dict):
+        return any(_mentions(v, tensor) for v in value.values())
+    return value is tensor
+
+
+def _replace(value: Any, tensor: torch.Tensor, new: torch.Tensor) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_replace(v, tensor, new) for v in value)
+    if isinstance(value, dict):
+        return {k: _replace(v, tensor, new) for k, v in value.items()}
+    return new if value is tensor else value
+
+
+class _InnerRecorder(TorchDispatchMode):
+    """Records what a call on vmapped tensors does to the tensors inside, for another recorder."""
+
+    def __init__(self, outer: Recorder) -> None:
+        super().__init__()
+        self.outer = outer
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.outer.calls.append(Call(func, args, kwargs, result, self.outer.where()))
+        return result
+
+
+def _is_vmapped(args: Any) -> bool:
+    if isinstance(args, (list, tuple)):
+        return any(_is_vmapped(a) for a in args)
+    return isinstance(args, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(args)
 
 
 _REFUSALS = (
@@ -173,9 +235,30 @@ def record(
     recorder = Recorder(where)
     with (
         torch.no_grad(),
+        _compiling(),
         fake_mode,
-        torch._dispatch.python.enable_python_dispatcher(),
+        enable_python_dispatcher(),
         recorder,
     ):
         result = function()
     return recorder.calls, result
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Makes `torch.compiler.is_exporting()` true: models then avoid what cannot be traced.
+
+    Fused kernels for recurrent layers and encoder layers are off: they would hide what they do.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    flags = torch.compiler
+    before = flags._is_compiling_flag, flags._is_exporting_flag
+    flags._is_compiling_flag = flags._is_exporting_flag = True
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        # Choosing among libraries would also tie the program to this batch size.
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        flags._is_compiling_flag, flags._is_exporting_flag = before

@@ -8,6 +8,7 @@
     contractions  linear, matmul, convolution, attention
     nn            normalizations, softmax, pooling, upsampling
     random        draws
+    training      saved statistics and gradients
     checks        overloads that leave no op
 
 An overload that is in none of them is decomposed by PyTorch's rules and imported by parts; what has
@@ -23,6 +24,7 @@ from accel.frontends.aten import (
     nn,
     random,
     reductions,
+    training,
     views,
 )
 from accel.frontends.importer import LOWERINGS
@@ -37,5 +39,6 @@ __all__ = [
     "nn",
     "random",
     "reductions",
+    "training",
     "views",
 ]

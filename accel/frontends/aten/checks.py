@@ -1,4 +1,4 @@
-"""Overloads without an effect in a program: assertions that tracing already made, and bookkeeping."""
+"""Overloads without an effect in a program: assertions that tracing made already, bookkeeping."""
 
 from __future__ import annotations
 

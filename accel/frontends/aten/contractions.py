@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accel.frontends.calls import Call
 from accel.frontends.importer import Importer, lower
 from accel.ir.module import Region, Value, constant_name
 from accel.ir.types import is_float
@@ -98,7 +99,7 @@ def addmv(
     return result
 
 
-def _per_axis(value: Sequence[int] | int, rank: int) -> tuple[int, ...]:
+def per_axis(value: Sequence[int] | int, rank: int) -> tuple[int, ...]:
     values = [value] if isinstance(value, int) else list(value)
     return tuple(int(v) for v in (values * rank if len(values) == 1 else values))
 
@@ -113,14 +114,14 @@ def _conv(
     if single:
         value = c.b.reshape(value, shape=(1, *value.shape))
     options: dict[str, Any] = {
-        "stride": _per_axis(stride, rank),
-        "padding": _per_axis(padding, rank),
-        "dilation": _per_axis(dilation, rank),
+        "stride": per_axis(stride, rank),
+        "padding": per_axis(padding, rank),
+        "dilation": per_axis(dilation, rank),
         "groups": int(groups),
     }
     extra = None if bias is None else c(bias)
     if transposed:
-        options["output_padding"] = _per_axis(output_padding, rank)
+        options["output_padding"] = per_axis(output_padding, rank)
         made = c.b.conv_transpose(value, c(weight), extra, **options)
     else:
         made = c.b.conv(value, c(weight), extra, **options)
@@ -152,7 +153,7 @@ def conv_named_padding(
     if padding == "valid":
         return _conv(c, x, weight, bias, stride, (0,), dilation, groups)
     total = [
-        d * (k - 1) for d, k in zip(_per_axis(dilation, rank), (int(k) for k in weight.shape[2:]))
+        d * (k - 1) for d, k in zip(per_axis(dilation, rank), (int(k) for k in weight.shape[2:]))
     ]
     if any(t % 2 for t in total):
         return NotImplemented  # padded more on one side
@@ -210,7 +211,28 @@ def sdpa_cpu(
     c: Importer, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> list[Value | None]:  # fmt: skip
-    """With the log-sum-exp in use (training), torch's own kernel stays: its backward needs it."""
-    if dropout != 0.0 or c.is_used(c.call.result[1]):
+    """With its log-sum-exp only if that is used, which is in training."""
+    if dropout != 0.0:
         return c.fallback(c.call)
+    if c.is_used(c.call.result[1]):
+        factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+        mask = None if attn_mask is None else c(attn_mask)
+        return list(c.b.flash_attention(c(q), c(k), c(v), mask, scale=factor, causal=bool(causal)))
     return [_attention(c, q, k, v, attn_mask, causal, scale), None]
+
+
+@lower("transformers::grouped_mm_fallback")
+def grouped_mm(c: Importer, x: Tensor, weight: Tensor, ends: Tensor) -> Any:
+    """transformers' stand-in for a mixture's expert products, for tracers without its shape rule.
+
+    ATen has the same op; with that one, an artifact does not need transformers to run. Its kernel
+    wants rows of whole 16 bytes.
+    """
+    target = getattr(torch.ops.aten, "_grouped_mm", None)
+    widths = (weight.shape[1], weight.shape[2])
+    if target is None or any(int(w) * x.dtype.itemsize % 16 for w in widths):
+        return c.fallback(c.call)
+    call = c.call
+    if ends.dtype != torch.int32:
+        return c.fallback(c.call)
+    return c.fallback(Call(target.default, (x, weight, ends), {}, call.result, call.location))

@@ -15,9 +15,7 @@ def filled(c: Importer, value: Any) -> Value:
     """A tensor of the result's shape and dtype with one value."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         single = c.scalar(value, c.out_dtype)
-        result: Value = (
-            c.b.broadcast_to(single, shape=c.out_shape) if c.out_shape else single
-        )
+        result: Value = c.b.broadcast_to(single, shape=c.out_shape) if c.out_shape else single
         return result
     if c.out_dtype == torch.bool:
         value = bool(value)
@@ -99,4 +97,3 @@ def triangle_indices(c: Importer, *args: Any, **ignored: Any) -> Value:
     """Positions depend on static sizes only, so they are a constant."""
     made = c.call.target(*args, dtype=torch.int64, device="cpu")
     return c.b.cast_to(c.tensor_constant(made, "indices"), c.out_dtype)
-

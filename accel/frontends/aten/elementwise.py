@@ -1,8 +1,8 @@
 """Elementwise overloads.
 
-Every row of the IR's elementwise table that is one ATen overload is registered from that table; what
-is left here is promotion (implicit in ATen, explicit casts in the IR) and the few overloads whose
-arguments mean more than their operands.
+Every row of the IR's elementwise table that is one ATen overload is registered from that table;
+what is left here is promotion (implicit in ATen, explicit casts in the IR) and the few overloads
+whose arguments mean more than their operands.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def binary(c: Importer, name: str, x: Any, y: Any) -> Value:
 
 def _inexact(x: Any, dtype: torch.dtype) -> bool:
     """Whether a Python number loses something in `dtype`."""
-    if isinstance(x, Tensor) or isinstance(x, _SYMBOLIC) or isinstance(x, complex):
+    if isinstance(x, (Tensor, complex, *_SYMBOLIC)):
         return False
     if not math.isfinite(x):
         return False
@@ -301,6 +301,12 @@ def elu(
 def softplus(c: Importer, x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Value:
     result: Value = c.b.softplus(c(x), beta=float(beta), threshold=float(threshold))
     return result
+
+
+@lower("__lshift__.Tensor", "__lshift__.Scalar", "__rshift__.Tensor", "__rshift__.Scalar")
+def shift(c: Importer, x: Any, y: Any) -> Value:
+    left = "lshift" in c.call.target._schema.name
+    return binary(c, "shift_left" if left else "shift_right", x, y)
 
 
 @lower("prims::convert_element_type")

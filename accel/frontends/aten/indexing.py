@@ -161,7 +161,7 @@ def slice_scatter(
     axis = axis_of(x, dim)
     values = c.b.cast_to(c(source), c.out_dtype)
     length = c.dim(source.shape[axis])
-    first = first_of_slice(c, c.dim(x.shape[axis]), start, length)
+    first = first_of_slice(c, x.shape[axis], start)
     if length == 0:
         return c(x)
     stop = simplify_dim(first + (length - 1) * step + 1)
@@ -174,7 +174,7 @@ def slice_scatter(
 @lower("select_scatter")
 def select_scatter(c: Importer, x: Tensor, source: Tensor, dim: int, index: Any) -> Value:
     axis = axis_of(x, dim)
-    first = first_of_slice(c, c.dim(x.shape[axis]), index, 1)
+    first = first_of_slice(c, x.shape[axis], index)
     shape = (*c.out_shape[:axis], 1, *c.out_shape[axis + 1 :])
     values = c.b.reshape_to(c.b.cast_to(c(source), c.out_dtype), shape)
     stop = simplify_dim(first + 1)

@@ -49,10 +49,14 @@ def native_layer_norm(
     c: Importer, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None,
     eps: float,
 ) -> Any:  # fmt: skip
-    """Whole, unless the statistics are used (training): then by parts, which shares them."""
-    if c.is_used(c.call.result[1]) or c.is_used(c.call.result[2]):
-        return NotImplemented
-    return [layer_norm(c, x, shape, weight, bias, eps), None, None]
+    """With its statistics only if they are used, which is in training."""
+    if not any(c.is_used(t) for t in c.call.result[1:]):
+        return [layer_norm(c, x, shape, weight, bias, eps), None, None]
+    return list(
+        c.b.native_layer_norm(
+            c(x), optional(c, weight), optional(c, bias), rank=len(shape), eps=float(eps)
+        )
+    )
 
 
 @lower("rms_norm")
@@ -83,9 +87,13 @@ def native_group_norm(
     c: Importer, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: Any, channels: Any,
     size: Any, groups: int, eps: float,
 ) -> Any:  # fmt: skip
-    if c.is_used(c.call.result[1]) or c.is_used(c.call.result[2]):
-        return NotImplemented
-    return [group_norm(c, x, groups, weight, bias, eps), None, None]
+    if not any(c.is_used(t) for t in c.call.result[1:]):
+        return [group_norm(c, x, groups, weight, bias, eps), None, None]
+    return list(
+        c.b.native_group_norm(
+            c(x), optional(c, weight), optional(c, bias), groups=int(groups), eps=float(eps)
+        )
+    )
 
 
 def _normalized(
@@ -108,53 +116,40 @@ def batch_norm(
     """In training also writes the running statistics, which ATen's schema does not say."""
     if not training and mean is not None and variance is not None:
         return _normalized(c, x, weight, bias, mean, variance, eps)
-    y, batch_mean, batch_variance = batch_statistics(c, x, weight, bias, eps)[:3]
-    if mean is not None and variance is not None:
-        count = x.numel() // x.shape[1]
-        _update(c, mean, batch_mean, momentum)
-        unbiased = c.b.mul(batch_variance, _bessel(c, count, batch_variance.dtype))
-        _update(c, variance, unbiased, momentum)
+    if mean is None or variance is None:
+        return batch_statistics(c, x, weight, bias, eps)
+    y, _, _, new_mean, new_variance = batch_norm_training(
+        c, x, weight, bias, mean, variance, momentum, eps
+    )
+    c.write(mean, new_mean)
+    c.write(variance, new_variance)
     return y
 
 
-def _bessel(c: Importer, count: Any, dtype: torch.dtype) -> Value:
-    """count / (count - 1), which makes a variance unbiased."""
-    if isinstance(count, int):
-        return c.scalar(count / max(count - 1, 1), dtype)
-    size = c.scalar(count, dtype)
-    result: Value = c.b.div(size, c.b.sub(size, c.scalar(1, dtype)))
-    return result
-
-
-def _update(c: Importer, running: Tensor, new: Value, momentum: float) -> None:
-    wide = c.b.widen(c(running))
-    new = c.b.cast_to(new, wide.dtype)
-    kept = c.b.mul(wide, c.scalar(1 - momentum, wide.dtype))
-    c.write(running, c.b.add(kept, c.b.mul(new, c.scalar(momentum, wide.dtype))))
+def batch_norm_training(
+    c: Importer, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
+    variance: Tensor, momentum: float, eps: float,
+) -> list[Value]:  # fmt: skip
+    return list(
+        c.b.native_batch_norm(
+            c(x), c(mean), c(variance), optional(c, weight), optional(c, bias),
+            momentum=float(momentum), eps=float(eps),
+        )
+    )  # fmt: skip
 
 
 def batch_statistics(
     c: Importer, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Value, Value, Value, Value]:
-    """Training batch norm: result, mean, (biased) variance and 1 / sqrt(variance + eps)."""
+) -> Value:
+    """Batch norm with the batch's own statistics, and none kept."""
     value = c.b.widen(c(x))
-    dtype = value.dtype
     axes = (0, *range(2, x.dim()))
-    lead = (value.shape[1], *(1 for _ in value.shape[2:]))
-
-    def spread(v: Value) -> Value:
-        return c.b.reshape_to(c.b.cast_to(v, dtype), lead)
-
     mean = c.b.mean(value, axes=axes)
-    centered = c.b.sub(value, spread(mean))
+    centered = c.b.sub(value, c.b.mean(value, axes=axes, keepdim=True))
     variance = c.b.mean(c.b.mul(centered, centered), axes=axes)
-    rstd = c.b.rsqrt(c.b.add(variance, c.scalar(float(eps), dtype)))
-    y = c.b.mul(centered, spread(rstd))
-    if weight is not None:
-        y = c.b.mul(y, spread(c(weight)))
-    if bias is not None:
-        y = c.b.add(y, spread(c(bias)))
-    return c.b.cast_to(y, x.dtype), mean, variance, rstd
+    extra = [None if t is None else c.b.cast_to(c(t), value.dtype) for t in (weight, bias)]
+    y = c.b.batch_norm(value, mean, variance, *extra, eps=float(eps))
+    return c.b.cast_to(y, x.dtype)
 
 
 @lower("_native_batch_norm_legit_no_training")
@@ -174,19 +169,7 @@ def batch_norm_functional(
 ) -> Any:  # fmt: skip
     if not training:
         return NotImplemented
-    y, batch_mean, batch_variance, rstd = batch_statistics(c, x, weight, bias, eps)
-    count = x.numel() // x.shape[1]
-    unbiased = c.b.mul(batch_variance, _bessel(c, count, batch_variance.dtype))
-    moved = []
-    for running, new in ((mean, batch_mean), (variance, unbiased)):
-        old = c.b.widen(c(running))
-        kept = c.b.mul(old, c.scalar(1 - momentum, old.dtype))
-        fresh = c.b.mul(c.b.cast_to(new, old.dtype), c.scalar(momentum, old.dtype))
-        moved.append(c.b.cast_to(c.b.add(kept, fresh), running.dtype))
-    saved = [
-        c.b.cast_to(v, t.dtype) for v, t in zip((batch_mean, rstd), c.call.result[1:3])
-    ]
-    return [y, *saved, *moved]
+    return batch_norm_training(c, x, weight, bias, mean, variance, momentum, eps)
 
 
 @lower("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
@@ -237,6 +220,14 @@ def max_pool_with_indices(
     return list(c.b.max_pool_with_indices(c(x), **options, ceil_mode=ceil_mode))
 
 
+def _within(x: Tensor, kernel: tuple[int, ...], padding: tuple[int, ...]) -> tuple[int, ...]:
+    """Windows cut to the padded input: a larger one, as ceil mode allows, sees no more."""
+    sizes = x.shape[x.dim() - len(kernel) :]
+    if not all(isinstance(s, int) for s in sizes):
+        return kernel
+    return tuple(min(k, int(s) + 2 * p) for k, s, p in zip(kernel, sizes, padding))
+
+
 @lower("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def avg_pool(
     c: Importer, x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0,
@@ -245,6 +236,8 @@ def avg_pool(
     rank = int(c.call.target._schema.name[-2])
     options = pool_options(rank, kernel, stride, padding)
     del options["dilation"]
+    if ceil_mode and divisor is None:
+        options["kernel"] = _within(x, options["kernel"], options["padding"])
     result: Value = c.b.avg_pool(
         c(x), **options, ceil_mode=ceil_mode, count_include_pad=count_include_pad, divisor=divisor
     )

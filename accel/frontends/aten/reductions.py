@@ -176,7 +176,7 @@ def vector_norm(
 def running(c: Importer, x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Value:
     name = c.call.target._schema.name.removeprefix("aten::")
     value = c.b.cast_to(at_least_1d(c, x), c.out_dtype) if dtype is not None else at_least_1d(c, x)
-    made = getattr(c.b, name)(value, axis=axis_of(x, dim))
+    made = c.b.cast_to(getattr(c.b, name)(value, axis=axis_of(x, dim)), c.out_dtype)
     return c.b.reshape_to(made, c.out_shape)
 
 

@@ -1,7 +1,8 @@
 """Views, copies and rearrangements: ops that move elements and compute none.
 
 Overloads whose result has the operand's elements in C order are all one `reshape` to the shape that
-torch computed. Sizes in attributes come from the fake result, so symbolic cases need no special care.
+torch computed. Sizes in attributes come from the fake result, so symbolic ones need no special
+care.
 """
 
 from __future__ import annotations
@@ -145,25 +146,23 @@ def slice_axis(
     return result
 
 
-def first_of_slice(c: Importer, size: Dim, start: Any, length: Dim) -> Dim:
+def first_of_slice(c: Importer, size: Any, start: Any) -> Dim:
     """A slice's start within [0, size], from Python's start, which may be negative or too far."""
     if start is None:
         return 0
-    first = c.dim(start)
-    if isinstance(first, int):
-        if isinstance(size, int):
-            return max(0, min(first + size if first < 0 else first, size))
-        if first >= 0:
-            return first if length != 0 else 0
-        return simplify_dim(size + first)
-    if first.is_nonnegative:
-        return first
-    if (-first).is_nonnegative:
-        return simplify_dim(size + first)
+    if isinstance(size, int) and isinstance(start, int):
+        return max(0, min(start + size if start < 0 else start, size))
+    if c.symbols.is_nonnegative(start):
+        return c.dim(start) if c.symbols.is_nonnegative(size - start) else c.dim(size)
+    if c.symbols.is_nonnegative(-start):
+        if c.symbols.is_nonnegative(size + start):
+            return c.dim(size + start)
+        if c.symbols.is_nonnegative(-(size + start)):
+            return 0
     raise CaptureError(
-        f"a slice from {first}, which may be negative or not",
+        f"a slice from {start}, of which nobody knows whether it is negative or past the end",
         where=str(c.location or ""),
-        advice="slice from a position that is known not to be negative",
+        advice="slice from a position that is known to lie inside",
     )
 
 
@@ -173,7 +172,7 @@ def slice_(
 ) -> Value:
     axis = axis_of(x, dim)
     length = c.out_shape[axis]
-    first = first_of_slice(c, c.dim(x.shape[axis]), start, length)
+    first = first_of_slice(c, x.shape[axis], start)
     return slice_axis(c, c(x), axis, first, length, step)
 
 
@@ -181,14 +180,14 @@ def slice_(
 def narrow(c: Importer, x: Tensor, dim: int, start: Any, length: Any) -> Value:
     axis = axis_of(x, dim)
     size = c.dim(length)
-    first = first_of_slice(c, c.dim(x.shape[axis]), start, size)
+    first = first_of_slice(c, x.shape[axis], start)
     return slice_axis(c, c(x), axis, first, size)
 
 
 @lower("select.int", "select_copy.int")
 def select(c: Importer, x: Tensor, dim: int, index: Any) -> Value:
     axis = axis_of(x, dim)
-    first = first_of_slice(c, c.dim(x.shape[axis]), index, 1)
+    first = first_of_slice(c, x.shape[axis], index)
     return c.b.reshape_to(slice_axis(c, c(x), axis, first, 1), c.out_shape)
 
 
@@ -204,7 +203,7 @@ def split(c: Importer, x: Tensor, sizes: Any, dim: int = 0) -> list[Value]:
     for part in c.call.result:
         length = c.dim(part.shape[axis])
         parts.append(slice_axis(c, value, axis, start, length))
-        start = simplify_dim(start + length)  # type: ignore[assignment]
+        start = simplify_dim(start + length)
     return parts
 
 
