@@ -31,18 +31,32 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
-import sympy
 import torch
 
-from accel.errors import InterpretError, OptionError, TypeInferenceError
+from accel.errors import AccelError, OptionError, TypeInferenceError
+from accel.ir.aten import Arg, Aten, AtenCall, Lit, aten, resolve_overload
+from accel.ir.attributes import Attribute, attribute_check, attributes_key
 from accel.ir.types import TensorType
 
-# What an attribute may hold. Shapes are tuples of int and sympy.Expr.
-Attribute: TypeAlias = (
-    bool | int | float | complex | str | torch.dtype | sympy.Expr | tuple[Any, ...] | None
-)
+__all__ = [
+    "Arg",
+    "Aten",
+    "AtenCall",
+    "Attribute",
+    "AttributeSpec",
+    "Lit",
+    "OpDefinition",
+    "OperandSpec",
+    "Trait",
+    "aten",
+    "define",
+    "definition",
+    "definitions",
+    "has_definition",
+    "resolve_overload",
+]
 
 
 class Trait(enum.Flag):
@@ -73,92 +87,18 @@ class OperandSpec:
 
 @dataclass(frozen=True, slots=True)
 class AttributeSpec:
+    """An attribute's name and annotation, with its default if it may be left out."""
+
     name: str
     annotation: str
     default: Any = inspect.Parameter.empty
 
+    def accepts(self, value: Any) -> bool:
+        return attribute_check(self.annotation)(value)
+
     @property
     def required(self) -> bool:
         return self.default is inspect.Parameter.empty
-
-
-@dataclass(frozen=True, slots=True)
-class Lit:
-    """A literal in an `aten(...)` form."""
-
-    value: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Arg:
-    """An argument computed from the operands' shapes and dtypes and from the attributes.
-
-    The function gets all of them by name. Operands are tensors when a program is interpreted and
-    IR values when it is lowered: both have `shape` and `dtype`, and may be put into the result.
-    """
-
-    function: Callable[[Mapping[str, Any]], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class AtenCall:
-    """One ATen overload with its arguments: `aten::topk.default`'s spelling is `aten::topk`."""
-
-    overload: str
-    args: list[Any]
-    kwargs: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Aten:
-    """A meaning given by one ATen overload, for which a runtime needs no definition.
-
-    `args` and `kwargs` name the definition's operands and attributes; `Lit` wraps a literal and
-    `Arg` computes an argument. With `when`, the form holds only where that says so. Results that
-    ATen returns as None (an output mask said so) are left out.
-    """
-
-    overload: str
-    args: tuple[str | Lit | Arg, ...] = ()
-    kwargs: Mapping[str, str | Lit | Arg] = field(default_factory=dict)
-    when: Callable[[Mapping[str, Any]], bool] | None = None
-
-    def bind(self, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        def get(a: str | Lit | Arg) -> Any:
-            if isinstance(a, str):
-                return values[a]
-            return a.value if isinstance(a, Lit) else a.function(values)
-
-        return [get(a) for a in self.args], {k: get(a) for k, a in self.kwargs.items()}
-
-    def resolve(self) -> Callable[..., Any]:
-        return resolve_overload(self.overload)
-
-
-def resolve_overload(overload: str) -> Callable[..., Any]:
-    """The function of a name such as `aten::add.Tensor`.
-
-    Raises InterpretError if there is no such operator: the name may come from a file, and must not
-    reach anything but registered operators.
-    """
-    namespace, _, rest = overload.partition("::")
-    name, _, suffix = rest.partition(".")
-    found: Any = torch.ops
-    for part in (namespace, name, suffix or "default"):
-        found = getattr(found, part, None) if part.isidentifier() else None
-    if not isinstance(found, torch._ops.OpOverload):
-        raise InterpretError(f"there is no operator '{overload}'")
-    return found
-
-
-def aten(
-    overload: str,
-    *args: str | Lit | Arg,
-    when: Callable[[Mapping[str, Any]], bool] | None = None,
-    **kwargs: str | Lit | Arg,
-) -> Aten:
-    """`aten("topk", "x", "k", "axis")`: the namespace `aten::` is implied."""
-    return Aten(f"aten::{overload}", args, kwargs, when)
 
 
 @dataclass(eq=False)
@@ -175,6 +115,7 @@ class OpDefinition:
     calls: tuple[Aten, ...]
     doc: str
     group: str = ""
+    _inferred: dict[Any, tuple[TensorType, ...]] = field(default_factory=dict, repr=False)
 
     def has(self, trait: Trait) -> bool:
         return bool(self.traits._value_ & trait._value_)
@@ -229,7 +170,11 @@ class OpDefinition:
         A variadic group is spliced in place: it is always the last one.
         """
         sizes = segments if segments is not None else self.default_segments(len(operands))
-        if len(sizes) != len(self.operands) or sum(sizes) != len(operands):
+        if (
+            len(sizes) != len(self.operands)
+            or sum(sizes) != len(operands)
+            or any(size < 0 for size in sizes)
+        ):
             raise TypeInferenceError(
                 f"accel.{self.name}: operand_segments {sizes} do not fit {len(operands)} operands"
             )
@@ -249,21 +194,33 @@ class OpDefinition:
 
     def complete_attributes(self, given: Mapping[str, Attribute]) -> dict[str, Any]:
         """The given attributes with defaults filled in; unknown or missing ones are errors."""
-        known = {a.name: a for a in self.attributes}
-        for name in given:
-            if name not in known:
-                raise TypeInferenceError(
-                    f"accel.{self.name} has no attribute '{name}'",
-                    advice=f"it has: {', '.join(known) or 'none'}",
-                )
         result: dict[str, Any] = {}
+        found = 0
         for spec in self.attributes:
             if spec.name in given:
                 result[spec.name] = given[spec.name]
+                found += 1
             elif spec.required:
                 raise TypeInferenceError(f"accel.{self.name} needs the attribute '{spec.name}'")
             else:
                 result[spec.name] = spec.default
+        if found < len(given):
+            name = next(n for n in given if n not in result)
+            raise TypeInferenceError(
+                f"accel.{self.name} has no attribute '{name}'",
+                advice=f"it has: {', '.join(result) or 'none'}",
+            )
+        return result
+
+    def check_attributes(self, given: Mapping[str, Attribute]) -> dict[str, Any]:
+        """`complete_attributes`, and every value fits its annotation. TypeInferenceError if not."""
+        result = self.complete_attributes(given)
+        for spec in self.attributes:
+            if not spec.accepts(result[spec.name]):
+                raise TypeInferenceError(
+                    f"accel.{self.name}: {spec.name} = {result[spec.name]!r} is not "
+                    f"{spec.annotation}"
+                )
         return result
 
     def infer_types(
@@ -272,13 +229,49 @@ class OpDefinition:
         attributes: Mapping[str, Attribute],
         segments: tuple[int, ...] | None = None,
     ) -> tuple[TensorType, ...]:
-        """Result types. Raises TypeInferenceError for operands or attributes that do not fit."""
+        """Result types. Raises TypeInferenceError for operands or attributes that do not fit.
+
+        Results are remembered: `infer` is a function of these arguments alone, and models repeat
+        their layers.
+        """
+        try:
+            key = (tuple(types), segments, attributes_key(attributes))
+            known = self._inferred.get(key)
+        except TypeError as error:
+            raise TypeInferenceError(
+                f"accel.{self.name}: an attribute holds {error}", advice="use tuples"
+            ) from error
+        if known is None:
+            known = self._infer(types, attributes, segments)
+            if len(self._inferred) >= _REMEMBERED:
+                self._inferred.clear()
+            self._inferred[key] = known
+        return known
+
+    def _infer(
+        self,
+        types: Sequence[TensorType],
+        attributes: Mapping[str, Attribute],
+        segments: tuple[int, ...] | None,
+    ) -> tuple[TensorType, ...]:
         if self.infer is None:
             raise TypeInferenceError(f"accel.{self.name} carries its own result types")
+        complete = self.check_attributes(attributes)
         args = self.group_operands(types, segments)
-        result = self.infer(*args, **self.complete_attributes(attributes))
+        try:
+            result = self.infer(*args, **complete)
+        except AccelError:
+            raise
+        except Exception as error:  # operands or attributes of a kind that `infer` did not expect
+            raise TypeInferenceError(
+                f"accel.{self.name}: operands or attributes do not fit: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         return (result,) if isinstance(result, TensorType) else tuple(result)
 
+
+# Inferred types that each definition remembers.
+_REMEMBERED = 20000
 
 _REGISTRY: dict[str, OpDefinition] = {}
 
@@ -319,6 +312,8 @@ def define(name: str, traits: Trait = Trait.NONE) -> Callable[[type], OpDefiniti
         if source is None:
             raise OptionError(f"op '{name}' has neither infer nor evaluate")
         operands, attributes = _signature(source)
+        for spec in attributes:
+            attribute_check(spec.annotation)  # an unknown annotation is an error here
         calls = evaluate if isinstance(evaluate, (Aten, tuple)) else getattr(cls, "call", ())
         full = traits | (Trait.COMPOSITE if decompose is not None else Trait.NONE)
         made = OpDefinition(
