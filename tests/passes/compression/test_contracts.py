@@ -89,6 +89,14 @@ def test_passes_compose_under_their_contracts() -> None:
     assert [sum(row.rewrites.values()) for row in ledger.rows] == [1, 4, 0]
 
 
+@pytest.mark.parametrize("pipeline", LOSSY)
+def test_exact_passes_afterwards_leave_encoded_weights_encoded(pipeline: str) -> None:
+    module = network()
+    ledger = run_pipeline(module, f"{pipeline},canonicalize,cse,fold,dce")
+    assert ledger.rows[-1].after.weight_bytes <= ledger.rows[0].after.weight_bytes
+    assert ledger.rows[0].after.weight_bytes < 4 * 64 * 64 * 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_encoded_programs_keep_their_types(dtype: torch.dtype) -> None:
     for pipeline in LOSSY:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from accel.frontends.export import capture
 from accel.ir import Module, Value
+from accel.passes.manager import run_pipeline
 from accel.passes.reparameterize import Reparameterize
 from tests.passes.compression.programs import Outcome, Program, apply, random, run
 
@@ -186,6 +188,40 @@ def test_it_equals_a_torch_repvgg_block() -> None:
     apply(module, Reparameterize())
     assert [op.name for op in module.main.ops].count("conv") == 1
     torch.testing.assert_close(run(module, x), wanted, rtol=1e-5, atol=1e-5)
+
+
+class Block(nn.Module):
+    """A RepVGG block of training time."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, groups: int = 1) -> None:
+        super().__init__()
+        self.dense = nn.Conv2d(inputs, outputs, 3, stride, 1, groups=groups, bias=False)
+        self.dense_norm = nn.BatchNorm2d(outputs)
+        self.point = nn.Conv2d(inputs, outputs, 1, stride, groups=groups, bias=False)
+        self.point_norm = nn.BatchNorm2d(outputs)
+        self.identity = nn.BatchNorm2d(inputs) if inputs == outputs and stride == 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dense_norm(self.dense(x)) + self.point_norm(self.point(x))
+        return torch.relu(y if self.identity is None else y + self.identity(x))
+
+
+@pytest.mark.parametrize("pipeline", ["reparameterize", "canonicalize,reparameterize,fold,dce"])
+def test_a_captured_network_becomes_plain(pipeline: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Block(3, 8, 2), Block(8, 8, 1), Block(8, 16, 2, 2), Block(16, 16, 1, 2))
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    x = random(2, 3, 16, 16)
+    program = capture(net.eval(), (x,))
+    ledger = run_pipeline(program, pipeline, validate=True)
+    assert next(r for r in ledger.rows if r.name == "reparameterize").total_rewrites == 4
+    names = [op.name for op in program.main.ops if op.name != "constant"]
+    assert names == ["conv", "relu"] * 4 + ["return"]
+    with torch.no_grad():
+        torch.testing.assert_close(run(program, x), net(x), rtol=1e-4, atol=1e-4)
 
 
 def near_misses() -> dict[str, tuple[Net, Value, str]]:
