@@ -179,7 +179,7 @@ class DropBroadcast(Rule):
     def apply(self, op: Op, b: Builder, context: RewriteContext) -> Made:
         operands = [_operand_of(v, "broadcast_to") for v in op.operands]
         shape = broadcast_shapes(*(v.shape for v in operands))
-        bare = [_without_leading_ones(v) for v in operands]
+        bare = [without_leading_ones(v) for v in operands]
         if same_shape(broadcast_shapes(*(v.shape for v in bare)), shape):
             operands = bare
         if all(new is old for new, old in zip(operands, op.operands)):
@@ -197,7 +197,7 @@ def _operand_of(value: Value, name: str) -> Value:
     return made.operands[0] if made is not None and made.name == name else value
 
 
-def _without_leading_ones(value: Value) -> Value:
+def without_leading_ones(value: Value) -> Value:
     """The operand of a reshape that only adds leading axes of size 1."""
     inner = _operand_of(value, "reshape")
     extra = len(value.shape) - len(inner.shape)

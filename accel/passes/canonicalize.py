@@ -23,9 +23,10 @@ from accel.ir.module import Module
 from accel.ir.rewrite import RuleSet, rewrite
 from accel.passes.algebra import algebra_rules
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
+from accel.passes.position_rules import position_rules
 from accel.passes.view_rules import view_rules
 
-RULES = RuleSet([*view_rules(), *algebra_rules()])
+RULES = RuleSet([*view_rules(), *position_rules(), *algebra_rules()])
 
 
 @register_pass

@@ -393,6 +393,80 @@ CASES = {
         (lambda b, a: b.flip(b.flip(a, axes=(0,)), axes=(0,)), M),
         (lambda b, a: b.flip(b.flip(a, axes=(0,)), axes=(1,)), M),
     ),
+    "index_as_view": (
+        (
+            lambda b, a: b.index(
+                a,
+                b.full_of((1, 1), 1, I64),
+                b.reshape(b.iota(shape=(3,), axis=0, dtype=I64, start=1), shape=(1, 3)),
+                axes=(0, 1),
+            ),
+            t(2, 4, 5),
+        ),
+        (
+            lambda b, a: b.index(
+                a,
+                b.iota(shape=(2,), axis=0, dtype=I64),
+                b.iota(shape=(2,), axis=0, dtype=I64),
+                axes=(0, 1),
+            ),
+            t(2, 4, 5),
+        ),
+    ),
+    "compare_positions": (
+        (
+            lambda b, p: b.logical_and(
+                p,
+                b.le(
+                    b.iota(shape=(1, 4), axis=1, dtype=I64),
+                    b.iota(shape=(3, 1), axis=0, dtype=I64, start=1),
+                ),
+            ),
+            t(3, 4, dtype=BOOL),
+        ),
+        (
+            lambda b, p: b.logical_and(
+                p,
+                b.le(
+                    b.iota(shape=(1, 4), axis=1, dtype=I64, step=2),
+                    b.iota(shape=(3, 1), axis=0, dtype=I64, start=1),
+                ),
+            ),
+            t(3, 4, dtype=BOOL),
+        ),
+    ),
+    "tri_mask_constant": (
+        (
+            lambda b, p: b.logical_and(p, b.tri_mask(rows=3, columns=4, diagonal=3)),
+            t(3, 4, dtype=BOOL),
+        ),
+        (
+            lambda b, p: b.logical_and(p, b.tri_mask(rows=3, columns=4, diagonal=2)),
+            t(3, 4, dtype=BOOL),
+        ),
+    ),
+    "tri_mask_and": (
+        (
+            lambda b, p: b.logical_and(
+                p,
+                b.logical_and(
+                    b.tri_mask(rows=3, columns=4, diagonal=1),
+                    b.tri_mask(rows=3, columns=4, diagonal=4, lower=-2),
+                ),
+            ),
+            t(3, 4, dtype=BOOL),
+        ),
+        (
+            lambda b, p: b.logical_and(
+                p,
+                b.logical_and(
+                    b.tri_mask(rows=3, columns=4, diagonal=1),
+                    b.tri_mask(rows=1, columns=4, diagonal=2),
+                ),
+            ),
+            t(3, 4, dtype=BOOL),
+        ),
+    ),
     "flip_nothing": (
         (lambda b, a: b.flip(a, axes=()), M),
         (lambda b, a: b.flip(a, axes=(0,)), M),
@@ -506,3 +580,70 @@ def test_lossless_is_what_a_round_trip_shows(narrow, wide):
     if wide != BOOL and not (narrow.is_floating_point and not wide.is_floating_point):
         in_range = narrow == wide or survives
         assert lossless(narrow, wide) or not in_range or {narrow, wide} & {I32, I64}
+
+
+def positions(b, size, axis, rank=2, start=0):
+    shape = [1] * rank
+    shape[axis] = size
+    return b.reshape(b.arange(length=size, dtype=I64, start=start), shape=tuple(shape))
+
+
+@pytest.mark.parametrize("name", ["le", "lt", "ge", "gt"])
+@pytest.mark.parametrize("offset", [-7, -2, -1, 0, 1, 3, 9])
+@pytest.mark.parametrize("swap", [False, True])
+def test_comparisons_of_positions_keep_their_meaning(name, offset, swap):
+    def make(b, p):
+        i, j = positions(b, 3, 0, start=offset), positions(b, 4, 1)
+        i, j = (j, i) if swap else (i, j)
+        return b.logical_and(p, getattr(b, name)(i, j))
+
+    module = program(make, t(3, 4, dtype=BOOL))
+    row = run_pipeline(module, "canonicalize", validate=True).rows[0]
+    assert "compare_positions" in row.rewrites and name not in compute(module)
+
+
+def test_a_symbolic_causal_mask_with_a_window():
+    s = symbol("s")
+
+    def make(b, p):
+        i, j = positions(b, s, 2, 4), positions(b, s, 3, 4)
+        causal, near = b.le(j, i), b.gt(j, b.sub(i, b.scalar(4, I64)))
+        always = b.ge(j, b.scalar(0, I64))
+        mask = b.bitwise_and(b.bitwise_and(causal, near), always)
+        return b.logical_and(p, b.broadcast_to(mask, shape=(1, 1, s, s)))
+
+    module = program(make, t(1, 1, s, s, dtype=BOOL))
+    run_pipeline(module, "canonicalize", validate=True)
+    assert compute(module) == ["tri_mask", "logical_and"]
+    mask = find(module, "tri_mask")
+    assert mask.attribute("diagonal") == 0 and mask.attribute("lower") == -4
+
+
+def test_symbolic_positions_read_a_slice():
+    s = symbol("s")
+
+    def make(b, table, a):
+        ids = b.reshape(b.arange(length=s, dtype=I64, start=2), shape=(1, s))
+        return b.add(a, b.embedding(table, ids))
+
+    module = program(make, t(100, 8), t(1, s, 8))
+    run_pipeline(module, "canonicalize", validate=True)
+    assert compute(module) == ["slice", "add"]
+
+
+def test_negative_positions_are_not_a_slice():
+    def make(b, a):
+        return b.gather(a, b.arange(length=3, dtype=I64, start=-1), axis=0)
+
+    module = canonical(make, t(5, 2))
+    assert "gather" in compute(module)
+
+
+def test_indices_apart_go_to_the_front():
+    def make(b, a):
+        i = b.scalar(1, I64)
+        j = b.arange(length=2, dtype=I64, start=1)
+        return b.index(a, i, j, axes=(0, 2))
+
+    module = canonical(make, t(2, 3, 4))
+    assert "index" not in compute(module)
