@@ -145,8 +145,9 @@ def resnet50() -> tuple[nn.Module, tuple[Tensor, ...]]:
     model = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # as after training: neither 0 nor 1
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
+            statistics = module.state_dict()
+            statistics["running_mean"].normal_(0, 0.1)
+            statistics["running_var"].uniform_(0.5, 1.5)
     return VisionModel(model).eval(), (torch.randn(1, 3, 224, 224),)
 
 

@@ -112,10 +112,10 @@ def generate_eager(model: nn.Module, prompt: Tensor, new: int) -> list[int]:
 
 def compare(
     model: nn.Module, path: Path, peers: list[str], compile_seconds: float
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str | int, float]]:
     """Seconds of a forward at each length for each system; outputs are checked first."""
     program = accel.load(path)
-    rows: dict[str, dict[str, Any]] = {name: {} for name in [*peers, "accel"]}
+    rows: dict[str, dict[str | int, float]] = {name: {} for name in [*peers, "accel"]}
     rows["accel"]["compile"] = compile_seconds
     for length in LENGTHS:
         ids = torch.arange(1000, 1000 + length).unsqueeze(0)
@@ -136,7 +136,7 @@ def compare(
 
 
 def report(
-    path: Path, rows: dict[str, dict[str, Any]], made: dict[str, Any], eager_seconds: float
+    path: Path, rows: dict[str, dict[str | int, float]], made: dict[str, Any], eager_seconds: float
 ) -> None:
     """The table, and the ledger."""
     table = Table(title="SmolLM2-135M, float32, 2 threads", title_justify="left")

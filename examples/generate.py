@@ -42,7 +42,7 @@ def main() -> None:
     load_seconds = time.perf_counter() - start
 
     ids = torch.tensor([options.ids])
-    times = []
+    times: list[float] = []
     while len(times) < options.new:
         start = time.perf_counter()
         token = program(ids)[0, -1].argmax()

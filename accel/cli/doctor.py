@@ -12,19 +12,24 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import typer
+from torch import nn
 
 import accel
 from accel.cli.output import Json, emit, facts, format_seconds, progress, table
 from accel.compiler.targets import host_target
 from accel.config import c_compiler, cache_dir
 from accel.errors import AccelError, BackendError
+from accel.runtime import libraries
+from accel.runtime.interfaces import Operand
 
 app = typer.Typer()
 
@@ -116,6 +121,7 @@ def run_checks() -> list[Check]:
     return [
         _try("C compiler", _c_compiler, "install a C compiler, or set ACCEL_CC", needed=True),
         _try("oneDNN linear", _onednn, "use a torch build with oneDNN"),
+        _try("attention", _attention, "use another torch build"),
         _try("generated CPU kernels", _generated, _install("tvm")),
         _try("compile and run", _end_to_end, "see the checks above", needed=True),
         _try("torch.compile backend", _dynamo, "pip install accel-compiler (its entry point)"),
@@ -161,33 +167,50 @@ def _c_compiler() -> str:
 
 
 def _onednn() -> str:
-    if not torch.backends.mkldnn.is_available():
-        raise Missing("this torch has no oneDNN")
     x, w = torch.randn(8, 16), torch.randn(4, 16)
-    packed = torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), 8)
-    got = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    torch.testing.assert_close(got, x @ w.T, rtol=1e-4, atol=1e-4)
-    return "packed weights, result checked"
+    operands = [Operand(x.dtype, (8, 16)), Operand(w.dtype, (4, 16), w), None]
+    call = libraries.get("onednn.linear").prepare({"unary": "relu"}, operands)
+    torch.testing.assert_close(call(x), (x @ w.T).relu(), rtol=1e-4, atol=1e-4)
+    return "weights packed, ReLU fused, result checked"
+
+
+def _attention() -> str:
+    q, k, v = torch.randn(3, 1, 2, 4, 8)
+    operands = [Operand(q.dtype, tuple(q.shape))] * 3
+    call = libraries.get("sdpa").prepare({"scale": 8**-0.5, "causal": True}, [*operands, None])
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(call(q, k, v), wanted, rtol=1e-4, atol=1e-4)
+    return "causal, result checked"
 
 
 def _generated() -> str:
-    """Compiles a kernel that no library has, and checks its result."""
+    """Compiles kernels that no library has, and checks their results."""
     if _version("apache-tvm") is None:
         raise Missing("apache-tvm is not installed")
-    compiled, seconds, report = _compile_probe()
-    kernels = report["kernels"]
-    if not kernels:
+    seconds, steps = _compile_probe()
+    if not steps.get("kernel"):
         raise BackendError("no kernel was generated")
-    return f"{len(kernels)} kernel(s) in {format_seconds(seconds)}, result checked"
+    return f"{steps['kernel']} in {format_seconds(seconds)}, result checked"
 
 
 def _end_to_end() -> str:
-    _, seconds, _ = _compile_probe()
-    return f"a two-layer model in {format_seconds(seconds)}, result checked"
+    seconds, steps = _compile_probe()
+    done = ", ".join(f"{n} {kind}" for kind, n in steps.items())
+    return f"a small model in {format_seconds(seconds)} ({done}), result checked"
 
 
-def _compile_probe() -> Any:
-    raise NotImplementedError
+@cache
+def _compile_probe() -> tuple[float, dict[str, int]]:
+    """Compiles a small model and checks it; seconds, and its steps by kind."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 8)).eval()
+    x = torch.randn(4, 16)
+    start = time.perf_counter()
+    compiled = accel.compile(model, inputs=(x,), options={"cache": False})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    seconds = time.perf_counter() - start
+    steps: dict[str, int] = next(iter(compiled.report()["steps"].values()))
+    return seconds, steps
 
 
 def _dynamo() -> str:
