@@ -8,7 +8,7 @@ divisible by 8), which becomes a guard of the program; a size that the model fix
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -49,6 +49,7 @@ class DynamicShapes:
         self.axes: list[_Axis] = []
         self.shape_env: ShapeEnv | None = None
         self._sizes: list[tuple[_Axis, torch.SymInt]] = []
+        self._fixed_at: Location | None = None
         if spec is not None:
             args, kwargs = inputs["tuple"]
             self._walk(_by_position(spec, args, kwargs, model), inputs)
@@ -103,6 +104,19 @@ class DynamicShapes:
                 first[axis.name] = size
         self._count = len(self.shape_env.guards) if self.shape_env is not None else 0
 
+    def watch(self, where: Callable[[], Location | None]) -> Callable[[], Location | None]:
+        """`where`, which also remembers the first place after a dynamic size became a number."""
+        if not self._sizes:
+            return where
+
+        def watched() -> Location | None:
+            place = where()
+            if self._fixed_at is None and any(s.node.expr.is_number for _, s in self._sizes):
+                self._fixed_at = place
+            return place
+
+        return watched
+
     def symbols(self) -> Symbols:
         """Names for torch's symbols: the user's. Raises CaptureError for a size that was fixed."""
         names: dict[str, str] = {}
@@ -116,17 +130,11 @@ class DynamicShapes:
         return Symbols(self.shape_env, names)
 
     def _fixed(self, axis: _Axis, value: int) -> CaptureError:
-        assert self.shape_env is not None
-        place = ""
-        for guard in self.shape_env.guards[self._count :]:
-            if isinstance(guard.expr, sympy.Eq) and guard.sloc.maybe_user_loc:
-                place = str(guard.sloc.maybe_user_loc)
-                break
         label = f"axis {axis.axis} of '{self.names[axis.leaf]}'"
         return CaptureError(
             f"{label} ({axis.name or 'dynamic'}) was declared dynamic, but the model fixes it to "
             f"{value}",
-            where=place,
+            where=str(self._fixed_at or ""),
             advice="leave this axis static, or remove what compares or indexes with its size",
         )
 

@@ -125,10 +125,11 @@ class _Capture:
     ) -> tuple[list[Call], Any, dict[str, Tensor]]:
         """Runs the model on fakes. Returns calls, result, and buffers assigned anew."""
         locate = FrameLocator()
+        where = self.dynamic.watch(locate)
         args, kwargs = tree.unflatten(self.inputs, self.fakes)
         try:
             if not isinstance(model, nn.Module):
-                calls, result = record(lambda: model(*args, **kwargs), self.fake_mode, locate)
+                calls, result = record(lambda: model(*args, **kwargs), self.fake_mode, where)
                 return calls, result, {}
             probe = _Probe(model)
             replaced = {f"model.{name}": t for name, t in fakes.items()}
@@ -138,7 +139,7 @@ class _Capture:
                         probe, replaced, args, kwargs, tie_weights=False
                     ),
                     self.fake_mode,
-                    locate,
+                    where,
                 )
         except AccelError:
             raise

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accel.frontends.aten.elementwise import as_dtype
 from accel.frontends.aten.reductions import at_least_1d, axis_of
-from accel.frontends.aten.views import broadcast, first_of_slice, permute_to
+from accel.frontends.aten.views import broadcast, first_of_slice, permute_to, position_of
 from accel.frontends.importer import Importer, lower
 from accel.ir.module import Value
 from accel.ir.types import simplify_dim
@@ -161,7 +161,7 @@ def slice_scatter(
     axis = axis_of(x, dim)
     values = c.b.cast_to(c(source), c.out_dtype)
     length = c.dim(source.shape[axis])
-    first = first_of_slice(c, x.shape[axis], start)
+    first = first_of_slice(c, x.shape[axis], start, length)
     if length == 0:
         return c(x)
     stop = simplify_dim(first + (length - 1) * step + 1)
@@ -174,7 +174,7 @@ def slice_scatter(
 @lower("select_scatter")
 def select_scatter(c: Importer, x: Tensor, source: Tensor, dim: int, index: Any) -> Value:
     axis = axis_of(x, dim)
-    first = first_of_slice(c, x.shape[axis], index)
+    first = position_of(c, x.shape[axis], index)
     shape = (*c.out_shape[:axis], 1, *c.out_shape[axis + 1 :])
     values = c.b.reshape_to(c.b.cast_to(c(source), c.out_dtype), shape)
     stop = simplify_dim(first + 1)

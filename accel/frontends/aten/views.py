@@ -146,8 +146,11 @@ def slice_axis(
     return result
 
 
-def first_of_slice(c: Importer, size: Any, start: Any) -> Dim:
-    """A slice's start within [0, size], from Python's start, which may be negative or too far."""
+def first_of_slice(c: Importer, size: Any, start: Any, length: Dim) -> Dim:
+    """A slice's start within [0, size], from Python's start, which may be negative or too far.
+
+    `length` is that of the result: `[-3:]` of length 3 lies inside.
+    """
     if start is None:
         return 0
     if isinstance(size, int) and isinstance(start, int):
@@ -155,7 +158,7 @@ def first_of_slice(c: Importer, size: Any, start: Any) -> Dim:
     if c.symbols.is_nonnegative(start):
         return c.dim(start) if c.symbols.is_nonnegative(size - start) else c.dim(size)
     if c.symbols.is_nonnegative(-start):
-        if c.symbols.is_nonnegative(size + start):
+        if length == c.dim(-start) or c.symbols.is_nonnegative(size + start):
             return c.dim(size + start)
         if c.symbols.is_nonnegative(-(size + start)):
             return 0
@@ -166,13 +169,20 @@ def first_of_slice(c: Importer, size: Any, start: Any) -> Dim:
     )
 
 
+def position_of(c: Importer, size: Any, index: Any) -> Dim:
+    """An index, which lies inside, counted from the front."""
+    if isinstance(index, int):
+        return index if index >= 0 else c.dim(size + index)
+    return first_of_slice(c, size, index, 1)
+
+
 @lower("slice.Tensor", "slice_copy.Tensor")
 def slice_(
     c: Importer, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Value:
     axis = axis_of(x, dim)
     length = c.out_shape[axis]
-    first = first_of_slice(c, x.shape[axis], start)
+    first = first_of_slice(c, x.shape[axis], start, length)
     return slice_axis(c, c(x), axis, first, length, step)
 
 
@@ -180,14 +190,14 @@ def slice_(
 def narrow(c: Importer, x: Tensor, dim: int, start: Any, length: Any) -> Value:
     axis = axis_of(x, dim)
     size = c.dim(length)
-    first = first_of_slice(c, x.shape[axis], start)
+    first = first_of_slice(c, x.shape[axis], start, size)
     return slice_axis(c, c(x), axis, first, size)
 
 
 @lower("select.int", "select_copy.int")
 def select(c: Importer, x: Tensor, dim: int, index: Any) -> Value:
     axis = axis_of(x, dim)
-    first = first_of_slice(c, x.shape[axis], index)
+    first = position_of(c, x.shape[axis], index)
     return c.b.reshape_to(slice_axis(c, c(x), axis, first, 1), c.out_shape)
 
 
