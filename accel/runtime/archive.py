@@ -198,7 +198,7 @@ class Archive:
         tail_at = self.size - _TAIL
         tail = self.read_at(tail_at, _TAIL)
         _, _, _, _, _, _, count, _, size, start = _END64.unpack_from(tail)
-        if tail != _tail(count, start, size) or start + size != tail_at:
+        if start + size != tail_at or tail != _tail(count, start, size):
             raise self._foreign()
         if count > _MAX_ENTRIES or size > _MAX_DIRECTORY:
             raise self.fail("the archive's directory is too large")

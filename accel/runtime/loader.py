@@ -18,7 +18,7 @@ from accel.runtime.artifact import Artifact
 from accel.runtime.aten import check_untrusted
 from accel.runtime.convention import Convention, classes_of_data
 from accel.runtime.executor import CompiledFunction
-from accel.runtime.host import load_host_code
+from accel.runtime.host import HostLibrary
 from accel.runtime.interfaces import HostCode, HostCodeLoader, Libraries
 from accel.runtime.manifest import check_machine
 from accel.runtime.model import CompiledModel, EntryPoint, State
@@ -50,7 +50,7 @@ def load(
     *,
     rebuild: Rebuild | None = None,
     find_library: Libraries = libraries.get,
-    load_host: HostCodeLoader = load_host_code,
+    load_host: HostCodeLoader = HostLibrary,
 ) -> CompiledModel:
     """Loads an artifact. The result is called as the model was.
 

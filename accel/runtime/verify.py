@@ -20,7 +20,7 @@ from accel.runtime import libraries
 from accel.runtime.artifact import Artifact, GoldenCase
 from accel.runtime.aten import resolve
 from accel.runtime.golden import Deviation, compare
-from accel.runtime.host import load_host_code
+from accel.runtime.host import HostLibrary
 from accel.runtime.interfaces import HostCodeLoader, Libraries
 from accel.runtime.loader import Rebuild, is_signed_by_trusted_key, load
 from accel.runtime.manifest import Golden, check_machine
@@ -67,7 +67,7 @@ def verify_artifact(
     *,
     rebuild: Rebuild | None = None,
     find_library: Libraries = libraries.get,
-    load_host: HostCodeLoader = load_host_code,
+    load_host: HostCodeLoader = HostLibrary,
 ) -> Verification:
     """Checks an artifact on this machine. It never raises for what it finds: see the result."""
     found = _Verifier(path)

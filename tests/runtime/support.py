@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import subprocess
 import tempfile
@@ -16,20 +15,23 @@ from torch import Tensor
 from accel.config import c_compiler
 from accel.errors import ArtifactError, MissingDependencyError
 from accel.runtime.executor import CompiledFunction
-from accel.runtime.interfaces import KernelFunction, Library, LibraryCall, Operand
+from accel.runtime.host import HostLibrary
+from accel.runtime.interfaces import Library, LibraryCall, Operand
 from accel.runtime.plan import FunctionPlan, SizeExpr, Step, ValueSpec
 from accel.runtime.prepare import TensorWeights
 
 C_SOURCE = r"""
 #include <stdint.h>
-#include <string.h>
 #define F(i) ((float*)w[i])
-void add(int64_t* w)   { for (int64_t i = 0; i < w[3]; i++) F(2)[i] = F(0)[i] + F(1)[i]; }
-void mul(int64_t* w)   { for (int64_t i = 0; i < w[3]; i++) F(2)[i] = F(0)[i] * F(1)[i]; }
-void twice(int64_t* w) { for (int64_t i = 0; i < w[2]; i++) F(1)[i] = 2.0f * F(0)[i]; }
-void reverse(int64_t* w) { for (int64_t i = 0; i < w[2]; i++) F(1)[i] = F(0)[w[2] - 1 - i]; }
-void split(int64_t* w) {
+#define KERNEL(name) int32_t accel_##name(int64_t* w, int64_t threads)
+void accel_use_pool(void* a, void* b, void* c) {}
+KERNEL(add)   { for (int64_t i = 0; i < w[3]; i++) F(2)[i] = F(0)[i] + F(1)[i]; return 0; }
+KERNEL(mul)   { for (int64_t i = 0; i < w[3]; i++) F(2)[i] = F(0)[i] * F(1)[i]; return 0; }
+KERNEL(twice) { for (int64_t i = 0; i < w[2]; i++) F(1)[i] = 2.0f * F(0)[i]; return 0; }
+KERNEL(reverse) { for (int64_t i = 0; i < w[2]; i++) F(1)[i] = F(0)[w[2] - 1 - i]; return 0; }
+KERNEL(split) {
   for (int64_t i = 0; i < w[3]; i++) { float x = F(0)[i]; F(1)[i] = x + 1.0f; F(2)[i] = x - 1.0f; }
+  return 0;
 }
 """
 # symbol -> (number of inputs, number of outputs, in-place pairs, meaning)
@@ -53,26 +55,9 @@ def shared_object() -> bytes:
         return target.read_bytes()
 
 
-class CCode:
-    """Host code from the bytes of a shared object, through ctypes."""
-
-    def __init__(self, data: bytes) -> None:
-        with tempfile.NamedTemporaryFile(suffix=".so") as file:
-            file.write(data)
-            file.flush()
-            self._library = ctypes.CDLL(file.name)
-
-    def function(self, symbol: str) -> KernelFunction:
-        found = getattr(self._library, symbol, None)
-        if found is None:
-            raise ArtifactError(f"no kernel '{symbol}'")
-        found.argtypes, found.restype = [ctypes.c_void_p], None
-        return found  # type: ignore[no-any-return]
-
-
 @functools.cache
-def host_code() -> CCode:
-    return CCode(shared_object())
+def host_code() -> HostLibrary:
+    return HostLibrary(shared_object())
 
 
 class LinearLibrary:
@@ -141,7 +126,7 @@ class Plan:
         outputs = [self.value("buffer", shape) for _ in range(count)]
         size: SizeExpr = ["*", 1, *shape]
         options = {"inplace": pairs} if pairs else {}
-        self.steps.append(Step("kernel", symbol, [*operands], outputs, options, [size]))
+        self.steps.append(Step("kernel", f"accel_{symbol}", [*operands], outputs, options, [size]))
         self._mean(meaning, operands, outputs)
         return outputs[0] if count == 1 else outputs
 
@@ -161,7 +146,7 @@ class Plan:
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        dtype = kwargs.pop("dtype", self.values[operands[0]].dtype if operands else "float32")
+        dtype = kwargs.pop("result", self.values[operands[0]].dtype if operands else "float32")
         meaning = kwargs.pop("meaning")
         output = self.value("owned", shape, dtype)
         options = {"args": list(args), "kwargs": kwargs}

@@ -36,11 +36,10 @@ def test_aten_templates() -> None:
     p = Plan(n=(1, None))
     x = p.input("n", 3)
     filled = p.aten(
-        "aten::full", [], ["n", 3], {"list": [{"size": "n"}, 3]}, {"float": "-inf"},
-        dtype={"dtype": "float32"}, device={"device": "cpu"},
+        "aten::full", [], ["n", 3], {"list": [{"size": "n"}, 3]}, -torch.inf,
+        result="float32", dtype={"dtype": "float32"}, device={"torch": "cpu"},
         meaning=lambda: torch.full((5, 3), -torch.inf),
     )  # fmt: skip
-    p.values[filled].dtype = "float32"
     y = p.aten("aten::maximum", [x, filled], ["n", 3], operand(0), operand(1),
                meaning=torch.maximum)  # fmt: skip
     run = p.compile(y)
@@ -460,7 +459,7 @@ class TestMalformedPlans:
     @pytest.mark.parametrize(
         ("edit", "says"),
         [
-            (lambda f: setattr(f.steps[0], "name", "nothing"), "no kernel 'nothing'"),
+            (lambda f: setattr(f.steps[0], "name", "accel_nothing"), "no function 'accel_nothing'"),
             (lambda f: setattr(f.values[2], "shape", [["*", "n", 5]]), "invalid for input"),
             (lambda f: setattr(f.values[1], "shape", [["+", "n", -9], 4]), r"of shape \(-7, 4\)"),
             (lambda f: setattr(f.values[1], "shape", [["**", 9, 60]]), "bad size expression"),
