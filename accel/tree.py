@@ -136,17 +136,16 @@ def _resolver(
     if callable(classes):
         return classes
     known = classes or {}
+    return lambda name: known[name] if name in known else class_named(name)
 
-    def resolve(name: str) -> type | None:
-        if name in known:
-            return known[name]
-        module, _, qualified = name.partition(":")
-        found: Any = sys.modules.get(module)
-        for part in qualified.split("."):
-            found = getattr(found, part, None)
-        return found if isinstance(found, type) else None
 
-    return resolve
+def class_named(name: str) -> type | None:
+    """The class of a description ("module:Name"), if its module is loaded."""
+    module, _, qualified = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in qualified.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, type) else None
 
 
 def _unflatten(node: Node, leaves: Sequence[Any], resolve: Callable[[str], type | None]) -> Any:

@@ -24,10 +24,14 @@ from accel.runtime.plan import FunctionPlan, SizeExpr, Step, ValueKind, ValueSpe
 
 @dataclass(frozen=True)
 class KernelSymbol:
-    """Where a kernel op's code is: its symbol and the sizes to pass after the buffers."""
+    """Where a kernel op's code is: its symbol and the sizes to pass after the buffers.
+
+    `inplace` has pairs (result, input) where the result may overwrite the input.
+    """
 
     symbol: str
     dims: tuple[Dim, ...] = ()
+    inplace: tuple[tuple[int, int], ...] = ()
 
 
 def lower_function(
@@ -58,7 +62,7 @@ class _Lowering:
             if any(r.uses for r in op.results) or not op.has(Trait.PURE):
                 self.lower(op)
         outputs = [self.ids[v] for v in function.results]
-        plan = FunctionPlan(
+        return FunctionPlan(
             name=function.name,
             values=self.values,
             inputs=inputs,
@@ -68,8 +72,6 @@ class _Lowering:
             donates=dict(function.donates),
             metadata=dict(function.metadata),
         )
-        mark_last_uses(plan)
-        return plan
 
     def new(self, value: Value, kind: ValueKind, *, name: str = "", index: int = 0) -> int:
         shape = [size_expr(d) for d in value.shape]
@@ -85,7 +87,9 @@ class _Lowering:
         elif op.name == "kernel":
             symbol = self.kernels[op]
             dims = [size_expr(d) for d in symbol.dims]
-            self.step("kernel", symbol.symbol, op, op.operands, "buffer", dims=dims)
+            options = {"inplace": [list(p) for p in symbol.inplace]} if symbol.inplace else {}
+            name = symbol.symbol
+            self.step("kernel", name, op, op.operands, "buffer", options=options, dims=dims)
         elif op.name == "call":
             options = {k: _json(v) for k, v in op.attribute("options")}
             library = str(op.attributes["library"])
@@ -230,26 +234,3 @@ def _fallback_template(value: Any) -> Any:
 
 def _source(op: Op) -> str:
     return str(op.location) if op.location is not None else f"accel.{op.name}"
-
-
-def mark_last_uses(plan: FunctionPlan) -> None:
-    """Fills `frees`: owned values die after the last step that reads them or a view of them."""
-    base: dict[int, int] = {}
-
-    def root(v: int) -> int:
-        while v in base:
-            v = base[v]
-        return v
-
-    for step in plan.steps:
-        if step.kind == "view" and step.inputs:
-            base[step.outputs[0]] = step.inputs[0]
-    kept = {root(v) for v in plan.outputs}
-    last: dict[int, Step] = {}
-    for step in plan.steps:
-        for v in (*step.inputs, *step.outputs):
-            if v >= 0:
-                last[root(v)] = step
-    for value, step in last.items():
-        if plan.values[value].kind == "owned" and value not in kept:
-            step.frees.append(value)

@@ -20,7 +20,7 @@ class Options:
             "quantize{bits=8}" or "low_rank{energy=0.99}".
         pipeline: replaces the whole tensor-level pipeline, as pipeline text ("" is none).
         validate: check each pass's contract on random (or calibration) inputs. Slow, exact.
-        on_violation: "error" fails the compile when a lossy pass is past its bound, "undo"
+        on_violation: "raise" fails the compile when a lossy pass is past its bound, "undo"
             takes the pass back.
         kernels: generate kernels for what vendor libraries do not take.
         cache: use the persistent compile cache.
@@ -35,7 +35,7 @@ class Options:
     passes: str = ""
     pipeline: str | None = None
     validate: bool = False
-    on_violation: str = "error"
+    on_violation: str = "raise"
     kernels: bool = True
     cache: bool = True
     dynamic: bool | None = None
@@ -65,8 +65,8 @@ class Options:
                     f"option '{name}' must be {type(default).__name__}, got {given!r}"
                 )
         chosen = Options(**value)
-        if chosen.on_violation not in ("error", "undo"):
-            raise OptionError(f"on_violation = '{chosen.on_violation}'", advice="error or undo")
+        if chosen.on_violation not in ("raise", "undo"):
+            raise OptionError(f"on_violation = '{chosen.on_violation}'", advice="raise or undo")
         return chosen
 
 

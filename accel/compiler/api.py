@@ -1,0 +1,203 @@
+"""The public functions: `compile` for this process, `package` for a file."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accel import tree
+from accel.compiler.assemble import to_contents, to_function, to_model
+from accel.compiler.options import Options
+from accel.compiler.pipeline import Program, compile_module
+from accel.compiler.targets import Target, get_target
+from accel.errors import CaptureError, InputError, OptionError
+from accel.frontends.export import capture
+from accel.ir.module import Module
+from accel.runtime.artifact import write_artifact
+from accel.runtime.convention import describe_parameters
+from accel.runtime.golden import record
+from accel.runtime.model import CompiledModel
+
+_MOST_SIGNATURES = 64
+
+Model = nn.Module | Callable[..., Any]
+
+
+def compile(
+    model: Model,
+    *,
+    inputs: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    target: str | Target = "cpu",
+    dynamic_shapes: Any = None,
+    options: Options | Mapping[str, Any] | None = None,
+    calibration: Sequence[Sequence[Tensor]] = (),
+) -> Compiled:
+    """Compiles a model for inference.
+
+    Parameters and buffers are frozen into constants. With example `inputs` the model is captured
+    and compiled now, for their shapes (sizes in `dynamic_shapes` may vary), and a call that does
+    not fit raises InputError. Without, each new structure, dtype or shape of inputs compiles at its
+    first call.
+
+    Args:
+        model: a module, or any callable over tensors.
+        inputs, kwargs: example arguments.
+        target: a name of `list_targets()`, or a `Target`.
+        dynamic_shapes: as for `torch.export`: {"input_ids": {0: "batch", 1: Dim("length")}}.
+        options: an `Options`, or a mapping of its fields.
+        calibration: flat input lists on which lossy passes are measured.
+
+    Raises CaptureError, OptionError, ContractError, BackendError.
+    """
+    made = Compiled(model, get_target(target), Options.of(options), dynamic_shapes, calibration)
+    if inputs is not None or kwargs is not None:
+        made.fix(inputs or (), kwargs or {})
+    elif dynamic_shapes is not None:
+        raise OptionError("dynamic_shapes need example inputs", advice="pass inputs=(...) as well")
+    return made
+
+
+def package(
+    model: Model,
+    inputs: Sequence[Any] = (),
+    *,
+    path: str | os.PathLike[str],
+    kwargs: Mapping[str, Any] | None = None,
+    target: str | Target = "cpu",
+    dynamic_shapes: Any = None,
+    options: Options | Mapping[str, Any] | None = None,
+    calibration: Sequence[Sequence[Tensor]] = (),
+) -> Compiled:
+    """Compiles ahead of time into an artifact at `path`, which `accel.load` runs.
+
+    The file appears at once and complete, or not at all. Raises CaptureError for a model in
+    training mode, and what `compile` raises.
+    """
+    if isinstance(model, nn.Module) and model.training:
+        raise CaptureError(
+            "the model is in training mode: dropout would be random and batch norm would learn",
+            advice="call model.eval() first",
+        )
+    made = compile(
+        model,
+        inputs=inputs,
+        kwargs=kwargs or {},
+        target=target,
+        dynamic_shapes=dynamic_shapes,
+        options=options,
+        calibration=calibration,
+    )
+    made.save(path)
+    return made
+
+
+class Compiled:
+    """A compiled model with the model's own signature.
+
+    One program per signature of inputs (structure, constants, dtypes, shapes); a single one if
+    example inputs were given.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        target: Target,
+        options: Options,
+        dynamic_shapes: Any,
+        calibration: Sequence[Sequence[Tensor]],
+    ) -> None:
+        self.model, self.target, self.options = model, target, options
+        self._dynamic_shapes, self._calibration = dynamic_shapes, calibration
+        self._fixed: CompiledModel | None = None
+        self._programs: dict[Any, tuple[Program, CompiledModel, list[Tensor]]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._fixed is not None:
+            return self._fixed(*args, **kwargs)
+        return self._specialize(args, kwargs)(*args, **kwargs)
+
+    def fix(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Compiles for these inputs, and refuses others from now on."""
+        self._fixed = self._specialize(args, kwargs)
+
+    def _specialize(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CompiledModel:
+        leaves, description = tree.flatten((tuple(args), dict(kwargs)))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        key = (repr(description), tuple((t.dtype, tuple(t.shape)) for t in tensors))
+        found = self._programs.get(key)
+        if found is not None:
+            return found[1]
+        with self._lock:
+            if key not in self._programs:
+                if len(self._programs) >= _MOST_SIGNATURES:
+                    raise InputError(
+                        f"more than {_MOST_SIGNATURES} different input signatures were compiled",
+                        advice="pass inputs= and dynamic_shapes= to compile once for all sizes",
+                    )
+                program = self._compile(args, kwargs)
+                self._programs[key] = (program, to_model(program), tensors)
+        return self._programs[key][1]
+
+    def _compile(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
+        start = time.perf_counter()
+        module = capture(self.model, args, kwargs, dynamic_shapes=self._dynamic_shapes)
+        forward = self.model.forward if isinstance(self.model, nn.Module) else self.model
+        module.main.metadata["parameters"] = describe_parameters(forward)
+        seconds = time.perf_counter() - start
+        program = compile_module(module, self.target, self.options, calibration=self._calibration)
+        program.seconds = {"capture": seconds, **program.seconds}
+        return program
+
+    def _latest(self) -> tuple[Program, CompiledModel, list[Tensor]]:
+        if not self._programs:
+            raise InputError(
+                "nothing is compiled yet", advice="call the model once, or pass inputs= to compile"
+            )
+        return next(reversed(self._programs.values()))
+
+    @property
+    def program(self) -> Program:
+        """The program compiled last."""
+        return self._latest()[0]
+
+    def report(self) -> dict[str, Any]:
+        """What was compiled: seconds by phase, kernels, steps by kind, what torch runs itself."""
+        return self._latest()[1].report()
+
+    def explain(self) -> str:
+        """What each pass did."""
+        return self._latest()[1].explain()
+
+    def stages(self) -> list[str]:
+        return self._latest()[1].stages()
+
+    def ir(self, stage: str | None = None) -> str:
+        """IR text: "captured", "optimized" or "kernels" (the default)."""
+        return self._latest()[1].ir(stage)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the program compiled last as an artifact, with golden vectors if so chosen."""
+        program, model, tensors = self._latest()
+        golden = []
+        if self.options.golden:
+            entry = next(iter(model.entry_points.values()))
+            with torch.random.fork_rng():
+                golden.append(record(entry.name, entry.run, tensors))
+            model.reset_state()
+        write_artifact(path, to_contents(program, golden))
+
+
+def compile_function(
+    module: Module, options: Options | Mapping[str, Any] | None = None, target: str = "cpu"
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Compiles a captured module to a function on flat lists of tensors (for `torch.compile`)."""
+    program = compile_module(module, get_target(target), Options.of(options))
+    return to_function(program, module.main.name)

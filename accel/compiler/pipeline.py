@@ -1,0 +1,187 @@
+"""From a captured module to a compiled program: passes, kernels, plans.
+
+tensor level:  exact clean-up, the user's techniques, clean-up again
+kernel level:  select_libraries, decompose, fuse
+code:          equal kernels are compiled once; the cache answers for those seen before
+plan:          one per function
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from accel import __version__
+from accel.backends.tvm import TvmBackend
+from accel.backends.vendor import OneDnnConv, OneDnnLinear, ScaledDotProduct, TorchLinear
+from accel.compiler.cache import CompileCache, cache_key
+from accel.compiler.lower import KernelSymbol, lower_function
+from accel.compiler.options import Options
+from accel.compiler.targets import Target
+from accel.errors import OptionError
+from accel.ir.fingerprint import region_fingerprint
+from accel.ir.module import Module, Op
+from accel.ir.printer import print_module
+from accel.ir.storage import WeightStore
+from accel.passes.base import Context
+from accel.passes.ledger import Ledger
+from accel.passes.manager import PassManager
+from accel.passes.pipelines import EXACT_PIPELINE
+from accel.passes.registry import load_passes
+from accel.runtime.plan import FunctionPlan
+
+KERNEL_PIPELINE = ("select_libraries", "decompose", "cse", "dce", "fuse", "dce")
+
+
+@dataclass
+class Program:
+    """A compiled program, in memory: what the runtime executes and the artifact stores.
+
+    Attributes:
+        plans: one per entry point.
+        weights: what the plans' weights are read from.
+        library: the shared object with the generated kernels; None if there are none.
+        sources: readable source by kernel symbol.
+        stages: IR text by stage name: "captured", "optimized", "kernels".
+        seconds: compile time by phase.
+        fallbacks: how many ops of each ATen overload torch runs.
+    """
+
+    plans: dict[str, FunctionPlan]
+    weights: WeightStore
+    target: Target
+    ledger: Ledger
+    library: bytes | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+    stages: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for plan in self.plans.values():
+            for step in plan.steps:
+                if step.kind == "aten":
+                    counts[step.name] = counts.get(step.name, 0) + 1
+        return dict(sorted(counts.items()))
+
+
+def compile_module(
+    module: Module,
+    target: Target,
+    options: Options,
+    *,
+    calibration: Sequence[Sequence[Tensor]] = (),
+) -> Program:
+    """Compiles a captured module, which is rewritten in place.
+
+    Raises AccelError subclasses: ContractError where a pass breaks its promise, BackendError where
+    no backend takes an op, OptionError for a pipeline that does not parse.
+    """
+    if target.kind != "cpu":
+        raise OptionError(
+            f"target '{target.name}' has no code generator in this version",
+            advice="use target='cpu'",
+        )
+    load_passes()
+    seconds: dict[str, float] = {}
+    backend = TvmBackend() if options.kernels else None
+    context = Context(
+        target=target,
+        generator=backend,
+        libraries=(OneDnnLinear(), OneDnnConv(), ScaledDotProduct(), TorchLinear()),
+        calibration=calibration,
+        fuel=None if options.fuel < 0 else options.fuel,
+    )
+    stages = {"captured": print_module(module, locations=True)}
+    start = time.perf_counter()
+    manager = PassManager(
+        tensor_pipeline(options),
+        context,
+        validate=options.validate,
+        on_violation="undo" if options.on_violation == "undo" else "raise",
+        dump_dir=options.dump_dir or None,
+        print_after=options.print_after or (),
+        stop_after=options.stop_after or None,
+    )
+    ledger = manager.run(module)
+    stages["optimized"] = print_module(module, locations=True)
+    lowering = PassManager(list(KERNEL_PIPELINE), context, validate=options.validate)
+    ledger.extend(lowering.run(module))
+    stages["kernels"] = print_module(module, locations=True)
+    seconds["passes"] = time.perf_counter() - start
+    start = time.perf_counter()
+    symbols, library, sources = compile_kernels(module, backend, target, options)
+    seconds["kernels"] = time.perf_counter() - start
+    start = time.perf_counter()
+    plans = {f.name: lower_function(f, module, symbols) for f in module.functions.values()}
+    _drop_unused_weights(module, plans)
+    seconds["plan"] = time.perf_counter() - start
+    return Program(
+        plans=plans,
+        weights=module.weights,
+        target=target,
+        ledger=ledger,
+        library=library,
+        sources=sources,
+        stages=stages,
+        seconds=seconds,
+        metadata=dict(module.metadata),
+    )
+
+
+def tensor_pipeline(options: Options) -> list[str]:
+    """Pass strings before lowering: exact passes around the user's techniques."""
+    if options.pipeline is not None:
+        return [options.pipeline] if options.pipeline else []
+    pipeline = list(EXACT_PIPELINE)
+    if options.passes:
+        pipeline += [options.passes, *EXACT_PIPELINE]
+    return pipeline
+
+
+def compile_kernels(
+    module: Module, backend: TvmBackend | None, target: Target, options: Options
+) -> tuple[dict[Op, KernelSymbol], bytes | None, dict[str, str]]:
+    """Code for every kernel op; equal bodies share one symbol."""
+    kernels = [op for f in module.functions.values() for op in f.ops if op.name == "kernel"]
+    if not kernels or backend is None:
+        return {}, None, {}
+    prints = {op: region_fingerprint(op.regions[0]) + str(op.attributes["kind"]) for op in kernels}
+    unique: dict[str, Op] = {}
+    for op in kernels:
+        unique.setdefault(prints[op], op)
+    cache = CompileCache()
+    key = cache_key(__version__, backend.version(), target.arch, ",".join(target.features), *unique)
+    entry = cache.get(key) if options.cache else None
+    if entry is None:
+        compiled = backend.compile(list(unique.values()))
+        header: dict[str, Any] = {
+            "names": dict(zip(unique, compiled.symbols)),
+            "sources": compiled.sources,
+            "inplace": compiled.inplace,
+        }
+        library = compiled.library
+        if options.cache:
+            cache.put(key, header, library)
+    else:
+        header, library = entry.header, entry.payload
+    names, inplace = header["names"], header["inplace"]
+    symbols: dict[Op, KernelSymbol] = {}
+    for op in kernels:
+        name = names[prints[op]]
+        pairs = tuple((int(r), int(i)) for r, i in inplace.get(name, ()))
+        symbols[op] = KernelSymbol(name, backend.dims(op), pairs)
+    return symbols, library, header["sources"]
+
+
+def _drop_unused_weights(module: Module, plans: dict[str, FunctionPlan]) -> None:
+    used = {v.name for plan in plans.values() for v in plan.values if v.kind == "weight"}
+    for name in module.weights.names():
+        if name not in used:
+            module.weights.remove(name)

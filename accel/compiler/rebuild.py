@@ -1,0 +1,28 @@
+"""Code for an artifact whose own host code is not trusted, or is for another CPU."""
+
+from __future__ import annotations
+
+from accel.backends.tvm import TvmBackend
+from accel.compiler.lower import lower_function
+from accel.compiler.options import Options
+from accel.compiler.pipeline import compile_kernels
+from accel.compiler.targets import host_target
+from accel.errors import ArtifactError
+from accel.ir.parser import parse_module
+from accel.runtime.artifact import Artifact
+from accel.runtime.host import HostLibrary
+from accel.runtime.loader import Rebuilt
+
+
+def rebuild(artifact: Artifact) -> Rebuilt:
+    """Plans and kernels made anew from the artifact's kernel-level IR.
+
+    Raises ArtifactError if the artifact has no such IR; IRParseError and VerifyError if the IR is
+    damaged.
+    """
+    if "kernels" not in artifact.stages():
+        raise ArtifactError("the artifact has no kernel-level IR to rebuild its code from")
+    module = parse_module(artifact.ir("kernels"), f"{artifact.archive.path}:ir/kernels.mlir")
+    symbols, library, _ = compile_kernels(module, TvmBackend(), host_target(), Options())
+    plans = {f.name: lower_function(f, module, symbols) for f in module.functions.values()}
+    return Rebuilt(plans, HostLibrary(library) if library else None)

@@ -1,0 +1,6 @@
+"""The default pipelines, as lists of pass strings."""
+
+from __future__ import annotations
+
+# Exact clean-up, applied to every program; techniques go between two runs of it.
+EXACT_PIPELINE: tuple[str, ...] = ("canonicalize", "fold", "cse", "dce")
