@@ -1,0 +1,211 @@
+"""`torch.compile(model, backend="accel", options={...})`.
+
+Without gradients, Dynamo's graph is recorded directly, so composites stay whole; parameters become
+constants (`freeze`), and every call checks that nobody has changed them since. With gradients,
+AOTAutograd makes a forward and a backward graph, with a min-cut partition that recomputes what is
+cheaper to recompute than to keep, and both are compiled; the backward when it is first needed.
+
+Options of the frontend, all others go to the compiler:
+
+    freeze                      parameters are constants in inference (default True)
+    activation_memory_budget    share of the activations that training may keep, 0 to 1 (default 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import (  # type: ignore[import-untyped]
+    make_boxed_func,
+    min_cut_rematerialization_partition,
+)
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
+from torch.utils._python_dispatch import _disable_current_modes
+
+from accel.config import logger
+from accel.errors import CaptureError, OptionError
+from accel.frontends.graph import Output, Program, import_aten_graph, import_dynamo_graph
+from accel.ir.interpret import interpret
+from accel.ir.module import Module
+
+Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+CompileFunction = Callable[[Module, Mapping[str, Any]], Compiled]
+
+_compiler: list[CompileFunction] = []
+_log = logger("frontends")
+
+
+def register_compiler(function: CompileFunction) -> None:
+    """Says what compiles captured modules: called once, by `accel.compiler`.
+
+    `function(module, options)` returns a callable over one tensor per argument of `module.main`
+    that returns one tensor per result.
+    """
+    _compiler[:] = [function]
+
+
+def interpret_module(module: Module, options: Mapping[str, Any]) -> Compiled:
+    """A `CompileFunction` that runs the reference interpreter."""
+    return lambda inputs: interpret(module.main, inputs, module.weights)
+
+
+def accel_backend(
+    graph: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend that Dynamo calls. Raises CaptureError, OptionError, the compiler's errors."""
+    if not _compiler:
+        raise OptionError(
+            "no compiler is registered", advice="import accel before torch.compile runs"
+        )
+    return make_backend(_compiler[0])(graph, inputs, options=options)
+
+
+def make_backend(compile_function: CompileFunction) -> Callable[..., Any]:
+    """A Dynamo backend over any `CompileFunction`."""
+
+    def backend(
+        graph: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+    ) -> Callable[..., Any]:
+        rest = dict(options or {})
+        freeze = bool(rest.pop("freeze", True))
+        budget = float(rest.pop("activation_memory_budget", 1.0))
+        if not 0 <= budget <= 1:
+            raise OptionError(f"activation_memory_budget is {budget}", advice="give 0 to 1")
+
+        def compile_module(module: Module) -> Compiled:
+            with _disable_current_modes():
+                return compile_function(module, rest)
+
+        if not _wants_gradients(graph, inputs):
+            try:
+                return InferenceGraph(graph, inputs, compile_module, freeze)
+            except CaptureError as error:
+                _log.info("recording failed (%s); AOTAutograd's graph is used", error.what)
+        return _with_autograd(graph, inputs, compile_module, budget)
+
+    return backend
+
+
+def _wants_gradients(graph: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    return any(t.requires_grad for t in (*tensors, *graph.parameters()))
+
+
+def _with_autograd(
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    compile_module: Callable[[Module], Compiled],
+    budget: float,
+) -> Callable[..., Any]:
+    def now(aten: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(GraphCallable(import_aten_graph(aten, examples), compile_module))
+
+    def later(aten: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        program = import_aten_graph(aten, examples)  # errors show now, code is made on first use
+        made: list[GraphCallable] = []
+
+        def run(*args: Any) -> Any:
+            if not made:
+                made.append(GraphCallable(program, compile_module))
+            return made[0](*args)
+
+        return make_boxed_func(run)
+
+    wrapped = aot_autograd(
+        fw_compiler=now,
+        bw_compiler=later,
+        inference_compiler=now,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    with functorch_config.patch(activation_memory_budget=budget):
+        result: Callable[..., Any] = wrapped(graph, inputs)
+    return result
+
+
+class GraphCallable:
+    """A compiled graph with the graph's own calling convention: tensors and sizes in, any out."""
+
+    def __init__(self, program: Program, compile_module: Callable[[Module], Compiled]) -> None:
+        self.program = program
+        self._arguments = [(i, i in program.sizes) for i in program.arguments]
+        self._compiled = compile_module(program.module)
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        flat = [
+            torch.empty((args[i], 0), dtype=torch.int8) if is_size else args[i]
+            for i, is_size in self._arguments
+        ]
+        with torch.no_grad():
+            results = self._compiled(flat)
+            for i, result in self.program.writes:
+                if args[i] is not results[result]:
+                    args[i].copy_(results[result])
+        return tuple(_output(o, results, args) for o in self.program.outputs)
+
+
+def _output(output: Output, results: Sequence[Tensor], args: Sequence[Any]) -> Any:
+    match output.kind:
+        case "result":
+            return results[output.index]
+        case "size":
+            return int(results[output.index])
+        case "input":
+            return args[output.index]
+        case "view":
+            size, stride, offset = output.value
+            return args[output.index].as_strided(size, stride, offset)
+        case _:
+            return output.value
+
+
+class InferenceGraph:
+    """A Dynamo graph without gradients, with its parameters frozen while they stay as they are.
+
+    A parameter that was written in place (an optimizer step, `load_state_dict`) is noticed by its
+    version; from then on parameters are arguments of the program, so that training between
+    evaluations does not compile again and again.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        inputs: Sequence[Any],
+        compile_module: Callable[[Module], Compiled],
+        freeze: bool,
+    ) -> None:
+        self._graph, self._compile = graph, compile_module
+        self._examples = [None if isinstance(x, Tensor) else x for x in inputs]
+        program = import_dynamo_graph(graph, inputs, is_weight if freeze else lambda t: False)
+        self._frozen = [(i, inputs[i], version(inputs[i])) for i in program.frozen]
+        self._callable = GraphCallable(program, compile_module)
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        for i, tensor, was in self._frozen:
+            if args[i] is not tensor or version(tensor) != was:
+                self._thaw()
+                break
+        return self._callable(*args)
+
+    def _thaw(self) -> None:
+        _log.info("parameters changed after compilation; they are arguments from now on")
+        program = import_dynamo_graph(self._graph, self._examples, lambda t: False)
+        self._callable = GraphCallable(program, self._compile)
+        self._frozen = []
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """Whether Dynamo's input is a parameter or a buffer of a module."""
+    return isinstance(tensor, nn.Parameter) or (
+        getattr(tensor, "_dynamo_static_input_type", None) is not None
+    )
+
+
+def version(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the tensor is written in place or its memory is replaced."""
+    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
