@@ -5,7 +5,7 @@
 | ACCEL_CACHE_DIR | compile cache, tuning records and the user's signing key | ~/.cache/accel |
 | ACCEL_LOGS | log level: debug, info, warning, error | warning |
 | ACCEL_TRACE | folder for numbered IR dumps of every compile | none |
-| ACCEL_CC | C compiler that links generated CPU kernels | cc |
+| ACCEL_CC | C compiler that links generated CPU kernels | cc || ACCEL_MALLOC | keep: freed large blocks stay in the process; system: leave malloc as it is | keep |
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ def trace_dir() -> Path | None:
 
 def c_compiler() -> str:
     return os.environ.get("ACCEL_CC", "cc")
+
+
+def keeps_memory() -> bool:
+    return os.environ.get("ACCEL_MALLOC", "keep") != "system"
 
 
 def logger(name: str) -> logging.Logger:

@@ -12,6 +12,7 @@ from torch import Tensor
 from accel.errors import ArtifactError
 from accel.runtime.analysis import Analysis
 from accel.runtime.interfaces import HostCode, KernelFunction, Libraries, LibraryCall, Operand
+from accel.runtime.memory import keep_large_blocks
 from accel.runtime.plan import FunctionPlan, SizeExpr, Step, dtype_of
 from accel.runtime.steps import Parts, describe, view_function
 from accel.runtime.subbyte import is_sub_byte, stored_shape
@@ -52,7 +53,7 @@ class TensorWeights:
 class PreparedCalls:
     """Prepared library calls, shared by all functions of a model: equal calls pack once.
 
-    Weights are told apart by address, so they must live as long as this.
+    Weights are told apart by name, so these functions must read from one source.
     """
 
     def __init__(self) -> None:
@@ -76,6 +77,7 @@ def prepare(
     prepared: PreparedCalls,
 ) -> Parts:
     """Everything that all calls of the function share. May take long: it packs the weights."""
+    keep_large_blocks()
     dtypes = [dtype_of(v.dtype) for v in plan.values]
     weights.check(sorted({v.name for v in plan.values if v.kind == "weight"}))
     constants = _constants(plan, dtypes, weights)
@@ -88,7 +90,7 @@ def prepare(
             kernels[number] = host.function(step.name)
         elif step.kind == "library":
             operands = [_operand(plan, v, constants, dtypes) for v in step.inputs]
-            labels = [_label(plan, v, constants) for v in step.inputs]
+            labels = [_label(plan, analysis, v, constants) for v in step.inputs]
             calls[number] = prepared.get(libraries, step, operands, json.dumps(labels))
             for value in step.inputs:
                 if value in constants:
@@ -160,13 +162,16 @@ def _operand(
     return Operand(dtypes[value], shape, constants.get(value))
 
 
-def _label(plan: FunctionPlan, value: int, constants: Mapping[int, Tensor]) -> object:
+def _label(
+    plan: FunctionPlan, analysis: Analysis, value: int, constants: Mapping[int, Tensor]
+) -> object:
     """Tells operands apart: two steps with equal labels and options are the same call."""
     if value < 0:
         return None
     spec = plan.values[value]
     if value in constants:
-        tensor = constants[value]
-        place = [tensor.storage_offset(), list(tensor.shape), list(tensor.stride())]
-        return [spec.dtype, tensor.untyped_storage().data_ptr(), place]
+        view = constants[value]
+        name = plan.values[analysis.roots[value][0]].name
+        place = [view.storage_offset(), list(view.shape), list(view.stride())]
+        return [spec.dtype, name, place]
     return [spec.dtype, [s if isinstance(s, int) else None for s in spec.shape]]
