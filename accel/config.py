@@ -5,7 +5,8 @@
 | ACCEL_CACHE_DIR | compile cache, tuning records and the user's signing key | ~/.cache/accel |
 | ACCEL_LOGS | log level: debug, info, warning, error | warning |
 | ACCEL_TRACE | folder for numbered IR dumps of every compile | none |
-| ACCEL_CC | C compiler that links generated CPU kernels | cc || ACCEL_MALLOC | keep: freed large blocks stay in the process; system: leave malloc as it is | keep |
+| ACCEL_CC | C compiler that links generated CPU kernels | cc |
+| ACCEL_MALLOC | keep: freed large blocks stay in the process; system: never | keep |
 """
 
 from __future__ import annotations
