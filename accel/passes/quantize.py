@@ -49,6 +49,7 @@ from accel.passes.weights import (
     WeightPass,
     WeightSite,
     check_option,
+    positive_scale,
 )
 
 _OWN_BITS = {"int": 8, "fp8": 8, "nf4": 4}
@@ -153,7 +154,7 @@ class Quantize(WeightPass):
     def _encode_fp8(self, matrix: Tensor, name: str, weights: WeightStore) -> Encoding:
         limit = float(torch.finfo(torch.float8_e4m3fn).max)
         grouped = self._grouped(matrix)
-        scale = _positive(grouped.abs().amax(-1, keepdim=True) / limit, matrix.dtype)
+        scale = positive_scale(grouped.abs().amax(-1, keepdim=True) / limit, matrix.dtype)
         q = (grouped / scale.to(grouped.dtype)).clamp(-limit, limit).to(torch.float8_e4m3fn)
         parts = (
             Part(weights.add(f"{name}.q", q.reshape(matrix.shape))),
@@ -163,7 +164,7 @@ class Quantize(WeightPass):
 
     def _encode_nf4(self, matrix: Tensor, name: str, weights: WeightStore) -> Encoding:
         grouped = self._grouped(matrix)
-        scale = _positive(grouped.abs().amax(-1, keepdim=True), matrix.dtype)
+        scale = positive_scale(grouped.abs().amax(-1, keepdim=True), matrix.dtype)
         book = nf4_codebook()
         middles = ((book[1:] + book[:-1]) / 2).to(grouped.dtype)
         index = torch.bucketize(grouped / scale.to(grouped.dtype), middles)
@@ -189,19 +190,13 @@ def _store(weights: WeightStore, name: str, values: Tensor, dtype: torch.dtype) 
     return weights.add(name, values.to(dtype).contiguous())
 
 
-def _positive(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales in the dtype they are stored in; 1 where a group is all zeros (or rounds to it)."""
-    rounded = scale.to(dtype)
-    return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
-
-
 Grid: TypeAlias = tuple[Tensor, Tensor | None, Tensor]  # scale, zero, q
 
 
 def _symmetric(grouped: Tensor, bits: int, dtype: torch.dtype) -> Grid:
     """q in [-(2^(bits-1) - 1), 2^(bits-1) - 1]: the lowest value stays unused."""
     high = 2 ** (bits - 1) - 1
-    scale = _positive(grouped.abs().amax(-1, keepdim=True) / high, dtype)
+    scale = positive_scale(grouped.abs().amax(-1, keepdim=True) / high, dtype)
     q = (grouped / scale.to(grouped.dtype)).round().clamp(-high, high)
     return scale, None, q
 
@@ -211,7 +206,7 @@ def _grid_zero(grouped: Tensor, bits: int, dtype: torch.dtype) -> Grid:
     high = 2**bits - 1
     low = grouped.amin(-1, keepdim=True).clamp(max=0)
     top = grouped.amax(-1, keepdim=True).clamp(min=0)
-    scale = _positive((top - low) / high, dtype)
+    scale = positive_scale((top - low) / high, dtype)
     wide = scale.to(grouped.dtype)
     zero = (-low / wide).round().clamp(0, high)
     q = ((grouped / wide).round() + zero).clamp(0, high)
@@ -222,7 +217,7 @@ def _free_zero(grouped: Tensor, bits: int, dtype: torch.dtype) -> Grid:
     """q in [0, 2^bits - 1] from the group's minimum to its maximum."""
     high = 2**bits - 1
     low = grouped.amin(-1, keepdim=True)
-    scale = _positive((grouped.amax(-1, keepdim=True) - low) / high, dtype)
+    scale = positive_scale((grouped.amax(-1, keepdim=True) - low) / high, dtype)
     wide = scale.to(grouped.dtype)
     zero = (-low / wide).to(dtype)
     q = (grouped / wide + zero.to(wide.dtype)).round().clamp(0, high)

@@ -382,6 +382,12 @@ def check_option(owner: Pass, option: str, allowed: Sequence[Any]) -> None:
         )
 
 
+def positive_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in the dtype they are stored in; 1 where a group is all zeros (or rounds to it)."""
+    rounded = scale.to(dtype)
+    return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
+
+
 def drop_unused(module: Module, names: Sequence[str]) -> None:
     """Removes those of `names` from the weight store that no op reads any more."""
     read = {str(op.attributes["name"]) for op in module.walk() if op.name == "constant"}

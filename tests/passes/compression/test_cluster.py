@@ -43,6 +43,28 @@ def test_each_weight_becomes_the_nearest_center(bits: int) -> None:
     assert outcome.notes["bytes_after"] == 8 * 16 * bits // 8 + 4 * 2**bits
 
 
+@pytest.mark.parametrize("group", [0, 8])
+def test_groups_are_scaled_to_one_before_clustering(group: int) -> None:
+    weight = random(8, 16) * torch.logspace(-2, 2, 8)[:, None]
+    module = linear_program(weight, rows=16)
+    outcome = apply(module, Cluster(bits=4, group=group))
+    scale = weight.reshape(8, -1, group or 16).abs().amax(-1)
+    assert torch.equal(module.weights.tensor("fc.weight.scale"), scale)
+    spread = scale.repeat_interleave(group or 16, 1)
+    book = module.weights.tensor("fc.weight.codebook")
+    nearest = ((weight / spread).unsqueeze(-1) - book).abs().argmin(-1)
+    torch.testing.assert_close(decoded_weight(module), book[nearest] * spread)
+    plain = apply(linear_program(weight, rows=16), Cluster(bits=4))
+    errors = [o.notes["weights"][0]["error"] for o in (outcome, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_importance_weighs_the_centers() -> None:
+    values = torch.tensor([0.0, 0.1, 1.0, 1.3])
+    centers = kmeans(values, 2, 10, torch.tensor([1.0, 1.0, 1.0, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(centers, torch.tensor([0.05, 1.2], dtype=torch.float64))
+
+
 def test_weights_of_few_values_are_met_exactly() -> None:
     levels = torch.linspace(-1, 2, 16)
     picks = torch.randint(0, 16, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -65,7 +87,12 @@ def test_a_weight_smaller_than_its_codebook_is_a_near_miss() -> None:
     assert outcome.rewrites == [] and "only 16 elements" in outcome.misses[0]
 
 
-@pytest.mark.parametrize("options", [{"bits": 5}, {"iterations": -1}])
+def test_a_group_that_does_not_divide_the_inputs_is_a_near_miss() -> None:
+    outcome = apply(linear_program(random(8, 12)), Cluster(bits=2, group=8))
+    assert outcome.rewrites == [] and "no multiple of group = 8" in outcome.misses[0]
+
+
+@pytest.mark.parametrize("options", [{"bits": 5}, {"iterations": -1}, {"group": -1}])
 def test_bad_options_are_option_errors(options: dict) -> None:
     with pytest.raises(OptionError):
         Cluster(**options)

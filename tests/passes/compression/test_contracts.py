@@ -23,6 +23,7 @@ LOSSY = (
     "sparsify",
     "cluster",
     "cluster{bits=8}",
+    "cluster{group=16}",
     "low_rank{energy=0.7,gain=0}",
 )
 
