@@ -52,6 +52,7 @@ METHODS: dict[str, str] = {
     "uint3-g64": "quantize{bits=3,group=64,symmetric=false}",
     "cluster8": "cluster{bits=8}",
     "cluster4": "cluster{bits=4}",
+    "cluster4-g64": "cluster{bits=4,group=64}",
     "2:4": "sparsify",
     "low-rank-98": "low_rank{energy=0.98}",
     "low-rank-95": "low_rank{energy=0.95}",
