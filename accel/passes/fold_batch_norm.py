@@ -1,8 +1,9 @@
 """Folds inference batch norms into the convolution or linear before them.
 
-batch_norm(conv(x, w) + b) = conv(x, w * s) + (b - mean) * s + beta, with s = gamma / sqrt(var + eps)
-per output channel (Jacob et al., 2018, section 3.2). Also takes a batch norm after a linear of rank
-2. All operands must be constants, and nothing else may use the convolution's result.
+batch_norm(conv(x, w) + b) = conv(x, w * s) + (b - mean) * s + beta, where s is
+gamma / sqrt(var + eps) of each output channel (Jacob et al., 2018, section 3.2). Also takes a batch
+norm after a linear of rank 2. All operands must be constants, and nothing else may use the
+convolution's result.
 
 Contract: exact, with stored constants (computed in float64, rounded once). Before and after:
 

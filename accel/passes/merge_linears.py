@@ -83,13 +83,14 @@ class MergeLinears(Pass):
             operands.append(_stack(b, [op.arguments()[2] for op in group], module))
         merged = b.op("linear", operands).result
         freed = [str(constant_name(v)) for op in group for v in op.arguments()[1:] if v is not None]
-        start, axis = 0, merged.type.rank - 1
+        start, axis, parts = 0, merged.type.rank - 1, []
         for op in group:
             stop = start + int(op.arguments()[1].shape[0])
-            part = b.slice(merged, axis=axis, start=start, stop=stop)
-            part.op.location = op.location
-            op.replace_with([part])
+            b.location = op.location
+            parts.append(b.slice(merged, axis=axis, start=start, stop=stop))
             start = stop
+        for op, part in zip(group, parts):
+            op.replace_with([part])
         return freed
 
 

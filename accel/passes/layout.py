@@ -1,0 +1,143 @@
+"""Runs convolutions channels-last: the layout that oneDNN and cuDNN compute in.
+
+Each 2-d convolution becomes `layout = "nhwc"` between two permutes; then whatever follows without
+caring for the order of axes (elementwise ops, padding, reductions, concatenation) follows into that
+layout, so that permutes remain at the edges only. What cannot follow (a max pool, say) reads a
+permuted view, which costs nothing.
+
+Contract: exact (elements are only addressed otherwise). Before and after:
+
+    %1 = "accel.conv"(%x, %w, %b) {...} : (tensor<1x3x8x8xf32>, ...) -> tensor<1x4x8x8xf32>
+    %2 = "accel.relu"(%1) : (tensor<1x4x8x8xf32>) -> tensor<1x4x8x8xf32>
+
+    %3 = "accel.permute"(%x) {axes = [0, 2, 3, 1]} : (...) -> tensor<1x8x8x3xf32>
+    %4 = "accel.conv"(%3, %w, %b) {..., layout = "nhwc"} : (...) -> tensor<1x8x8x4xf32>
+    %5 = "accel.relu"(%4) : (tensor<1x8x8x4xf32>) -> tensor<1x8x8x4xf32>
+    %2 = "accel.permute"(%5) {axes = [0, 3, 1, 2]} : (...) -> tensor<1x4x8x8xf32>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from accel.ir.builder import Builder
+from accel.ir.module import Function, Module, Op, Value
+from accel.ir.op import Trait
+from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
+
+_TO_LAST = (0, 2, 3, 1)  # result axis i is operand axis _TO_LAST[i]
+_TO_FIRST = (0, 3, 1, 2)
+
+
+@register_pass
+@dataclass
+class Layout(Pass):
+    """Moves 2-d convolutions and what surrounds them to channels-last."""
+
+    name: ClassVar[str] = "layout"
+    contract: ClassVar[Contract] = EXACT
+
+    def run(self, module: Module, context: Context) -> None:
+        for function in module.functions.values():
+            if any(_is_first(op) for op in function.ops):
+                _Mover(function, context, self.name).run()
+
+
+def _is_first(op: Op) -> bool:
+    return op.name == "conv" and op.result.type.rank == 4 and op.attribute("layout") == "nchw"
+
+
+class _Mover:
+    """`twins` maps a channels-first value to the same value channels-last."""
+
+    def __init__(self, function: Function, context: Context, made_by: str) -> None:
+        self.function, self.context, self.made_by = function, context, made_by
+        self.twins: dict[Value, Value] = {}
+
+    def run(self) -> None:
+        replaced: list[Op] = []
+        for op in list(self.function.ops):
+            if self._follows(op) and self.context.rewrite(f"layout.{op.name}", op):
+                self._move(op)
+                replaced.append(op)
+        moved = set(replaced)
+        for op in reversed(replaced):
+            for value in op.results:
+                self._leave(value, moved)
+        for op in reversed(replaced):
+            if not any(r.uses for r in op.results):
+                op.erase()
+
+    def _follows(self, op: Op) -> bool:
+        """Whether the op can be computed channels-last from operands that are (or may be)."""
+        if _is_first(op):
+            return True
+        if len(op.results) != 1 or not any(v in self.twins for v in op.operands):
+            return False
+        if op.has(Trait.ELEMENTWISE):
+            return op.result.type.rank == 4 and all(self._may_move(v) for v in op.operands)
+        if op.name == "pad":
+            return True
+        if op.name == "cat":
+            return all(v in self.twins for v in op.operands)
+        axes = op.attributes.get("axes")
+        if op.has(Trait.REDUCTION) and isinstance(axes, tuple):
+            # Without keepdim the rest must come out in the same order: batch, then channels.
+            kept = {0, 1, 2, 3} - {int(a) % 4 for a in axes}
+            return bool(op.attribute("keepdim")) or not (1 in kept and kept & {2, 3})
+        return False
+
+    def _may_move(self, value: Value) -> bool:
+        """Twins, scalars, and what is small or constant and broadcast."""
+        if value in self.twins or value.type.rank == 0:
+            return True
+        source = value.op
+        return source is not None and source.has(Trait.CONSTANT)
+
+    def _last(self, value: Value, b: Builder) -> Value:
+        """The value channels-last; a permuted view of it if nobody computes it that way."""
+        if value.type.rank == 0:
+            return value
+        if value not in self.twins:
+            shape = (1,) * (4 - value.type.rank) + value.shape
+            wide = b.reshape_to(value, shape)
+            self.twins[value] = b.permute(wide, axes=_TO_LAST)
+        return self.twins[value]
+
+    def _move(self, op: Op) -> None:
+        b = Builder(before=op, location=op.location, made_by=self.made_by)
+        attributes: dict[str, Any] = dict(op.attributes)
+        operands: Sequence[Value | None]
+        if op.name == "conv":
+            x, *rest = op.arguments()
+            operands = [self._last(x, b), *rest]
+            attributes["layout"] = "nhwc"
+        else:
+            operands = [self._last(v, b) for v in op.operands]
+        for name in ("low", "high"):
+            if op.name == "pad":
+                attributes[name] = tuple(attributes[name][a] for a in _TO_LAST)
+        if op.name == "cat":
+            attributes["axis"] = _TO_LAST.index(int(attributes["axis"]) % 4)
+        if op.has(Trait.REDUCTION):
+            axes = (_TO_LAST.index(int(a) % 4) for a in attributes["axes"])
+            attributes["axes"] = tuple(sorted(axes))
+        result = b.op(op.name, operands, attributes).result
+        if result.type.rank == 4:
+            self.twins[op.result] = result
+        else:
+            op.result.replace_all_uses(result)
+
+    def _leave(self, value: Value, moved: set[Op]) -> None:
+        """Gives users outside of the layout a permuted view."""
+        outside = [(user, i) for user, i in value.uses if user not in moved]
+        if not outside:
+            return
+        twin = self.twins[value]
+        assert twin.op is not None and twin.op.next is not None
+        b = Builder(before=twin.op.next, location=twin.op.location, made_by=self.made_by)
+        first = b.permute(twin, axes=_TO_FIRST)
+        for user, index in outside:
+            user.set_operand(index, first)
