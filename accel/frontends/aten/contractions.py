@@ -206,6 +206,26 @@ def sdpa(
     return _attention(c, q, k, v, mask, causal, scale)
 
 
+def spread_heads(c: Importer, x: Value, heads: int) -> Value:
+    """[B, G, T, D] to [B, heads, T, D]: each of the G heads serves heads / G queries in turn."""
+    batch, groups, *rest = x.shape
+    if not isinstance(groups, int) or groups == heads:
+        return x
+    one = c.b.reshape(x, shape=(batch, groups, 1, *rest))
+    wide = c.b.broadcast_to(one, shape=(batch, groups, heads // groups, *rest))
+    return c.b.reshape_to(wide, (batch, heads, *rest))
+
+
+def gather_heads(c: Importer, grad: Value, groups: int) -> Value:
+    """The gradient of `spread_heads`: a sum over the queries that share a head."""
+    batch, heads, *rest = grad.shape
+    if not isinstance(heads, int) or groups == heads:
+        return grad
+    split = c.b.reshape(grad, shape=(batch, groups, heads // groups, *rest))
+    result: Value = c.b.sum(split, axes=(2,))
+    return result
+
+
 @lower("_scaled_dot_product_flash_attention_for_cpu")
 def sdpa_cpu(
     c: Importer, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
@@ -217,7 +237,10 @@ def sdpa_cpu(
     if c.is_used(c.call.result[1]):
         factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
         mask = None if attn_mask is None else c(attn_mask)
-        return list(c.b.flash_attention(c(q), c(k), c(v), mask, scale=factor, causal=bool(causal)))
+        keys, values = (spread_heads(c, c(t), q.shape[1]) for t in (k, v))
+        return list(
+            c.b.flash_attention(c(q), keys, values, mask, scale=factor, causal=bool(causal))
+        )
     return [_attention(c, q, k, v, attn_mask, causal, scale), None]
 
 

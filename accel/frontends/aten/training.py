@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.frontends.aten.contractions import per_axis
+from accel.frontends.aten.contractions import gather_heads, per_axis, spread_heads
 from accel.frontends.aten.nn import optional, pool_options
 from accel.frontends.aten.reductions import at_least_1d, axis_of
 from accel.frontends.importer import Importer, lower
@@ -226,12 +226,13 @@ def flash_attention_backward(
     if dropout != 0.0:
         return NotImplemented
     factor = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-    return list(
-        c.b.flash_attention_backward(
-            c(grad), c(q), c(k), c(v), c(output), c(logsumexp), optional(c, attn_mask),
-            scale=factor, causal=bool(causal),
-        )
+    heads = q.shape[1]
+    keys, values = (spread_heads(c, c(t), heads) for t in (k, v))
+    to_q, to_k, to_v = c.b.flash_attention_backward(
+        c(grad), c(q), keys, values, c(output), c(logsumexp), optional(c, attn_mask),
+        scale=factor, causal=bool(causal),
     )  # fmt: skip
+    return [to_q, gather_heads(c, to_k, k.shape[1]), gather_heads(c, to_v, v.shape[1])]
 
 
 _REDUCTIONS = ("none", "mean", "sum")
