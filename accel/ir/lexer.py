@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from accel.errors import IRParseError
 
+# Possessive quantifiers (`++`, `*+`) keep matching linear, whatever the text.
 _TOKEN = re.compile(
     r"""
-    (?P<space>[ \t\r\n]+|//[^\n]*)
-  | (?P<string>"(?:[^"\\\n]|\\.)*")
-  | (?P<value>%[A-Za-z0-9_$.\-]+)
-  | (?P<block>\^[A-Za-z0-9_$.]+)
-  | (?P<symbol>@[A-Za-z0-9_$.\-]+)
-  | (?P<attr>\#[A-Za-z_][A-Za-z0-9_$.]*)
-  | (?P<hex>-?0x[0-9A-Fa-f]+)
-  | (?P<float>-?[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?)
-  | (?P<int>-?[0-9]+)
-  | (?P<arrow>->)
-  | (?P<word>[A-Za-z_][A-Za-z0-9_$.]*)
-  | (?P<punct>[(){}\[\]<>=:,?*])
+    (?>[ \t\r\n]++|//[^\n]*+)*+
+    (?:
+      (?P<string>"(?>[^"\\\n]++|\\[^\n])*+")
+    | (?P<value>%[A-Za-z0-9_$.\-]++)
+    | (?P<block>\^[A-Za-z0-9_$.]++)
+    | (?P<symbol>@[A-Za-z0-9_$.\-]++)
+    | (?P<attr>\#[A-Za-z_][A-Za-z0-9_$.]*+)
+    | (?P<hex>-?0x[0-9A-Fa-f]++)
+    | (?P<float>-?[0-9]++\.[0-9]*+(?:[eE][-+]?[0-9]++)?)
+    | (?P<int>-?[0-9]++)
+    | (?P<arrow>->)
+    | (?P<word>[A-Za-z_][A-Za-z0-9_$.]*+)
+    | (?P<punct>[(){}\[\]<>=:,?*])
+    | (?P<end>\Z)
+    )
     """,
     re.VERBOSE,
 )
+_SPACE = re.compile(r"(?>[ \t\r\n]++|//[^\n]*+)*+")
+_ESCAPE = re.compile(r'\\(?:([0-9A-Fa-f]{2})|([nt"\\])|(.?))', re.DOTALL)
+_NAMED = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     kind: str
     text: str
     start: int
@@ -40,29 +45,39 @@ class Lexer:
     def __init__(self, text: str, filename: str) -> None:
         self.text = text
         self.filename = filename
-        self.tokens = self._tokenize()
         self.index = 0
+        self.tokens = self._tokenize()
+        self.now = self.tokens[0]
 
     def _tokenize(self) -> list[Token]:
-        tokens, position = [], 0
-        while position < len(self.text):
-            match = _TOKEN.match(self.text, position)
-            if match is None:
-                self.fail(f"unexpected character {self.text[position]!r}", position)
-            if match.lastgroup != "space":
-                tokens.append(Token(str(match.lastgroup), match.group(), position))
-            position = match.end()
-        tokens.append(Token("end", "end of text", len(self.text)))
-        return tokens
-
-    @property
-    def now(self) -> Token:
-        return self.tokens[self.index]
+        tokens: list[Token] = []
+        text, match, position = self.text, _TOKEN.match, 0
+        while True:
+            found = match(text, position)
+            if found is None:
+                space = _SPACE.match(text, position)
+                assert space is not None  # it matches the empty string
+                self.fail(f"unexpected character {text[space.end()]!r}", space.end())
+            kind = found.lastgroup
+            assert kind is not None
+            position = found.end()
+            if kind == "end":
+                tokens.append(Token("end", "end of text", len(text)))
+                return tokens
+            start = found.start(kind)
+            tokens.append(Token(kind, text[start:position], start))
 
     def advance(self) -> Token:
-        token = self.tokens[self.index]
-        self.index = min(self.index + 1, len(self.tokens) - 1)
+        token = self.now
+        if token.kind != "end":
+            self.index += 1
+            self.now = self.tokens[self.index]
         return token
+
+    def skip_to(self, position: int) -> None:
+        """Goes on with the first token that starts at `position` or later."""
+        while self.now.start < position and self.now.kind != "end":
+            self.advance()
 
     def accept(self, text: str) -> bool:
         """Skips the token if it reads `text` (strings are never punctuation)."""
@@ -73,13 +88,36 @@ class Lexer:
 
     def expect(self, text: str) -> Token:
         if self.now.text != text or self.now.kind == "string":
-            self.fail(f"expected '{text}', found '{self.now.text}'")
+            self.fail(f"expected '{text}', found '{shorten(self.now.text)}'")
         return self.advance()
 
     def expect_kind(self, kind: str, what: str) -> Token:
         if self.now.kind != kind:
-            self.fail(f"expected {what}, found '{self.now.text}'")
+            self.fail(f"expected {what}, found '{shorten(self.now.text)}'")
         return self.advance()
+
+    def string(self, token: Token) -> str:
+        """The text of a string token: `\\HH` is a byte, `\\n` `\\t` `\\"` `\\\\` as usual."""
+        body = token.text[1:-1]
+        if "\\" not in body:
+            return body
+        out = bytearray()
+        end = 0
+        for match in _ESCAPE.finditer(body):
+            out += body[end : match.start()].encode("utf-8", "surrogatepass")
+            byte, named, _ = match.groups()
+            if byte is not None:
+                out.append(int(byte, 16))
+            elif named is not None:
+                out += _NAMED[named].encode()
+            else:
+                self.fail(f"unknown escape '{match.group()}'", token.start + 1 + match.start())
+            end = match.end()
+        out += body[end:].encode("utf-8", "surrogatepass")
+        try:
+            return out.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            self.fail("a string that is not UTF-8", token.start)
 
     def fail(self, message: str, position: int | None = None) -> NoReturn:
         """Raises IRParseError with line, column and a caret under the place."""
@@ -91,24 +129,14 @@ class Lexer:
         column = where - start + 1
         # Long lines are shown around the caret.
         left = max(0, column - 60)
+        shown = source[left : left + 100].replace("\t", " ")
         caret = " " * (column - 1 - left) + "^"
         raise IRParseError(
-            message, where=f"{self.filename}:{line}:{column}\n{source[left : left + 100]}\n{caret}"
+            message,
+            where=f"{self.filename}:{line}:{column}\n{shown}\n{caret}",
+            advice="the text is MLIR's generic form, as accel's dumps are",
         )
 
 
-def unescape(token: str) -> str:
-    """The text of a string token: `\\HH` is a byte, `\\n` `\\t` `\\"` `\\\\` as usual."""
-    body, out, i = token[1:-1], bytearray(), 0
-    named = {"n": b"\n", "t": b"\t", '"': b'"', "\\": b"\\"}
-    while i < len(body):
-        if body[i] != "\\":
-            out += body[i].encode()
-            i += 1
-        elif body[i + 1] in named and not re.fullmatch("[0-9A-Fa-f]{2}", body[i + 1 : i + 3]):
-            out += named[body[i + 1]]
-            i += 2
-        else:
-            out.append(int(body[i + 1 : i + 3], 16))
-            i += 3
-    return out.decode()
+def shorten(text: str, limit: int = 40) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,105 +1,109 @@
 """Reads what `accel.ir.printer` writes: MLIR's generic form of the accel dialect.
 
 `parse_module(text)` raises IRParseError with line, column and a caret. Result types of ops with a
-definition are inferred again by the verifier, which callers run next; the text may leave out
-attributes that have defaults, and value names are free.
+definition are inferred again by the verifier, which runs next; the text may leave out attributes
+that have defaults, and value names are free. Types, attributes and locations are read by
+`accel.ir.reader`.
 """
 
 from __future__ import annotations
 
-import json
-import struct
-from typing import Any
-
-import sympy
+from typing import Any, NoReturn
 
 from accel.errors import AccelError
-from accel.ir.expr import parse_expr
-from accel.ir.lexer import Lexer, unescape
-from accel.ir.module import Function, Location, Module, Op, Region, SymbolInfo, Value
-from accel.ir.op import Attribute, definition, has_definition
-from accel.ir.types import DTYPE_BY_NAME, Dim, TensorType, symbol
+from accel.ir.lexer import shorten
+from accel.ir.module import Function, Module, Op, Region, SymbolInfo, Value
+from accel.ir.op import definition, has_definition
+from accel.ir.reader import Reader, fill_dims
+from accel.ir.types import TensorType
 from accel.ir.verify import verify
-
-_MAX_DEPTH = 64
 
 
 def parse_module(text: str, filename: str = "<text>", *, check: bool = True) -> Module:
-    """The module of a text: a `builtin.module`, or bare `accel.func` ops. Verified unless told."""
-    parser = _Parser(text, filename)
-    module = parser.module()
+    """The module of a text: a `builtin.module`, or bare `accel.func` ops. Verified unless told.
+
+    Raises IRParseError, and VerifyError for a text that reads well but breaks a rule of the IR.
+    """
+    module = _Parser(text, filename).module()
     if check:
         verify(module)
     return module
 
 
-class _Parser:
-    def __init__(self, text: str, filename: str) -> None:
-        self.lexer = Lexer(text, filename)
-        self.depth = 0
-
-    # -- structure -------------------------------------------------------------------------
-
+class _Parser(Reader):
     def module(self) -> Module:
         lexer = self.lexer
         module = Module()
         wrapped = lexer.now.text == '"builtin.module"'
         if wrapped:
             lexer.advance()
-            for text in ("(", ")", "(", "{"):
-                lexer.expect(text)
+            self.open_region()
             if lexer.now.kind == "block":
                 self.block_header()
         while lexer.now.text == '"accel.func"':
-            module.add(self.function())
+            start = lexer.now.start
+            function = self.function()
+            if function.name in module.functions:
+                lexer.fail(f"function @{shorten(function.name)} is defined twice", start)
+            module.add(function)
         if wrapped:
-            lexer.expect("}")
-            lexer.expect(")")
-            attributes = self.dictionary() if lexer.now.text == "{" else {}
-            module.metadata = self.json(attributes.get("metadata", "{}"))
-            self.signature()
-            self.location()
+            start, attributes = self.close_region({"metadata"})
+            module.metadata = self.json(attributes.get("metadata", "{}"), start)
         if lexer.now.kind != "end":
-            lexer.fail(f"expected \"accel.func\" or the end, found '{lexer.now.text}'")
+            found = shorten(lexer.now.text)
+            lexer.fail(f"expected \"accel.func\" or the end, found '{found}'")
         return module
 
     def function(self) -> Function:
-        lexer = self.lexer
-        start = lexer.advance().start
-        for text in ("(", ")", "(", "{"):
-            lexer.expect(text)
+        begin = self.lexer.advance().start
+        self.open_region()
         function = Function("")
-        names: dict[str, Value] = {}
-        self.region(function.body, names)
-        lexer.expect("}")
-        lexer.expect(")")
-        attributes = self.dictionary() if lexer.now.text == "{" else {}
-        self.signature()
-        self.location()
+        self.region(function.body, {})
+        names = {"sym_name", "symbols", "donates", "metadata", "accel.dims"}
+        start, attributes = self.close_region(names)
+
+        def bad(name: str) -> NoReturn:
+            self.lexer.fail(f"the function's attribute '{name}' is malformed", begin)
+
+        name = attributes.get("sym_name")
+        if not isinstance(name, str):
+            bad("sym_name")
+        function.name = name
+        for row in _rows(attributes.get("symbols", ()), (str, int, int)):
+            if row is None or row[0] in function.symbols:
+                bad("symbols")
+            function.symbols[row[0]] = SymbolInfo(row[1], None if row[2] < 0 else row[2])
+        for row in _rows(attributes.get("donates", ()), (int, int)):
+            if row is None or row[0] in function.donates:
+                bad("donates")
+            function.donates[row[0]] = row[1]
+        function.metadata = self.json(attributes.get("metadata", "{}"), start)
         try:
-            function.name = str(attributes["sym_name"])
-            for name, low, high in attributes.get("symbols", ()):
-                function.symbols[name] = SymbolInfo(low, None if high < 0 else high)
-            function.donates = {int(r): int(a) for r, a in attributes.get("donates", ())}
-            function.metadata = self.json(attributes.get("metadata", "{}"))
-            _fill_dims(list(function.args), attributes.get("accel.dims", ()))
-        except (KeyError, TypeError, ValueError) as error:
-            lexer.fail(f"bad function attributes: {error}", start)
+            fill_dims(function.args, attributes.get("accel.dims", ()))
+        except ValueError as error:
+            self.lexer.fail(str(error), begin)
         return function
 
-    def json(self, text: Any) -> dict[str, Any]:
-        try:
-            value = json.loads(text)
-        except (TypeError, ValueError) as error:
-            self.lexer.fail(f"metadata is not JSON: {error}")
-        if not isinstance(value, dict):
-            self.lexer.fail("metadata is not a JSON object")
-        return value
+    def open_region(self) -> None:
+        for text in ("(", ")", "(", "{"):
+            self.lexer.expect(text)
+
+    def close_region(self, names: set[str]) -> tuple[int, dict[str, Any]]:
+        """After a module's or function's region: its attributes, of these names only."""
+        lexer = self.lexer
+        lexer.expect("}")
+        lexer.expect(")")
+        start = lexer.now.start
+        attributes = self.dictionary() if lexer.now.text == "{" else {}
+        for name in attributes:
+            if name not in names:
+                lexer.fail(f"unknown attribute '{shorten(name)}'", start)
+        self.signature()
+        self.location()
+        return start, attributes
 
     def region(self, region: Region, names: dict[str, Value]) -> None:
-        self.depth += 1
-        if self.depth > _MAX_DEPTH:
-            self.lexer.fail(f"regions nest deeper than {_MAX_DEPTH}")
+        self.deeper("regions")
         if self.lexer.now.kind == "block":
             for name, type in self.block_header():
                 self.define(names, name, region.add_arg(type))
@@ -123,7 +127,7 @@ class _Parser:
 
     def define(self, names: dict[str, Value], name: str, value: Value) -> None:
         if name in names:
-            self.lexer.fail(f"{name} is defined twice")
+            self.lexer.fail(f"{shorten(name)} is defined twice")
         names[name] = value
         hint = name[1:]
         value.name = "" if hint.isdigit() else hint
@@ -138,18 +142,10 @@ class _Parser:
         if results:
             lexer.expect("=")
         token = lexer.expect_kind("string", 'an op, as in "accel.add"(...)')
-        dialect, _, name = unescape(token.text).partition(".")
+        dialect, _, name = lexer.string(token).partition(".")
         if dialect != "accel" or not has_definition(name):
-            lexer.fail(f"unknown op {token.text}", token.start)
-        lexer.expect("(")
-        operands: list[Value] = []
-        while not lexer.accept(")"):
-            use = lexer.expect_kind("value", "an operand")
-            if use.text not in names:
-                lexer.fail(f"{use.text} is not defined before its use", use.start)
-            operands.append(names[use.text])
-            if lexer.now.text != ")":
-                lexer.expect(",")
+            lexer.fail(f"unknown op {shorten(token.text)}", token.start)
+        operands = self.operands(names)
         regions = self.op_regions()
         attributes = self.dictionary() if lexer.now.text == "{" else {}
         operand_types, result_types = self.signature()
@@ -159,22 +155,53 @@ class _Parser:
             lexer.fail(f"operand types do not match: the operands are ({given})", token.start)
         if len(result_types) != len(results):
             lexer.fail(f"{len(results)} names for {len(result_types)} results", token.start)
-        segments = attributes.pop("operand_segments", None)
         dims = attributes.pop("accel.dims", ())
-        d = definition(name)
         try:
-            if segments is None and d.needs_segments:
-                segments = d.default_segments(len(operands))
             op = Op(
-                d, operands, attributes, result_types, regions=regions, segments=segments,
-                location=location, made_by=made_by,
-            )  # fmt: skip
-            _fill_dims(op.results, dims)
-        except (AccelError, TypeError, ValueError) as error:
-            lexer.fail(getattr(error, "what", str(error)), token.start)
+                definition(name),
+                operands,
+                attributes,
+                result_types,
+                regions=regions,
+                segments=self.segments(name, attributes, len(operands)),
+                location=location,
+                made_by=made_by,
+            )
+            fill_dims(op.results, dims)
+        except (AccelError, ValueError) as error:
+            lexer.fail(error.what if isinstance(error, AccelError) else str(error), token.start)
         region.append(op)
         for text, value in zip(results, op.results):
             self.define(names, text, value)
+
+    def operands(self, names: dict[str, Value]) -> list[Value]:
+        lexer = self.lexer
+        lexer.expect("(")
+        operands: list[Value] = []
+        while not lexer.accept(")"):
+            use = lexer.expect_kind("value", "an operand")
+            if use.text not in names:
+                lexer.fail(f"{shorten(use.text)} is not defined before its use", use.start)
+            operands.append(names[use.text])
+            if lexer.now.text != ")":
+                lexer.expect(",")
+        return operands
+
+    def segments(self, name: str, attributes: dict[str, Any], count: int) -> tuple[int, ...] | None:
+        """Sizes of the operand groups, where their number alone does not tell.
+
+        Raises ValueError for sizes that are none, TypeInferenceError for sizes that do not fit.
+        """
+        d = definition(name)
+        given = attributes.pop("operand_segments", None)
+        if given is None:
+            return d.default_segments(count) if d.needs_segments else None
+        if not d.needs_segments:
+            raise ValueError(f"accel.{name} has no operand_segments")
+        if not isinstance(given, tuple) or any(type(size) is not int for size in given):
+            raise ValueError("operand_segments is not a list of sizes")
+        d.group_operands([None] * count, given)
+        return given
 
     def op_regions(self) -> list[Region]:
         lexer = self.lexer
@@ -192,172 +219,11 @@ class _Parser:
         lexer.expect(")")
         return regions
 
-    # -- types and attributes --------------------------------------------------------------
 
-    def signature(self) -> tuple[list[TensorType], list[TensorType]]:
-        self.lexer.expect(":")
-        operands = self.type_list()
-        self.lexer.expect("->")
-        return operands, self.type_list() if self.lexer.now.text == "(" else [self.type()]
-
-    def type_list(self) -> list[TensorType]:
-        self.lexer.expect("(")
-        types: list[TensorType] = []
-        while not self.lexer.accept(")"):
-            types.append(self.type())
-            if self.lexer.now.text != ")":
-                self.lexer.expect(",")
-        return types
-
-    def type(self) -> TensorType:
-        """`tensor<2x?x3xf32>`; a `?` is filled from the op's `accel.dims`."""
-        lexer = self.lexer
-        lexer.expect("tensor")
-        start = lexer.expect("<").start
-        depth, end = 1, start + 1
-        while depth and end < len(lexer.text):
-            depth += {"<": 1, ">": -1}.get(lexer.text[end], 0)
-            end += 1
-        body = lexer.text[start + 1 : end - 1]
-        while lexer.now.start < end and lexer.now.kind != "end":
-            lexer.advance()
-        dims: list[Dim] = []
-        while "x" in body:
-            head, _, rest = body.partition("x")
-            if head == "?":
-                dims.append(_UNKNOWN)
-            elif head.isdigit() and len(head) < 19:
-                dims.append(int(head))
-            else:
-                break
-            body = rest
-        dtype = DTYPE_BY_NAME.get(body)
-        if dtype is None:
-            lexer.fail(f"unknown element type '{body}'", start)
-        return TensorType(tuple(dims), dtype)
-
-    def dictionary(self) -> dict[str, Any]:
-        lexer = self.lexer
-        lexer.expect("{")
-        result: dict[str, Any] = {}
-        while not lexer.accept("}"):
-            token = lexer.advance()
-            if token.kind not in ("word", "string"):
-                lexer.fail(f"expected an attribute name, found '{token.text}'", token.start)
-            key = unescape(token.text) if token.kind == "string" else token.text
-            if key in result:
-                lexer.fail(f"attribute '{key}' is given twice", token.start)
-            result[key] = self.attribute() if lexer.accept("=") else None
-            if lexer.now.text != "}":
-                lexer.expect(",")
-        return result
-
-    def attribute(self) -> Attribute:
-        lexer = self.lexer
-        token = lexer.advance()
-        if token.kind == "string":
-            return unescape(token.text)
-        if token.text in ("true", "false", "unit"):
-            return {"true": True, "false": False, "unit": None}[token.text]
-        if token.text == "[":
-            self.depth += 1
-            if self.depth > _MAX_DEPTH:
-                lexer.fail(f"attributes nest deeper than {_MAX_DEPTH}")
-            items: list[Attribute] = []
-            while not lexer.accept("]"):
-                items.append(self.attribute())
-                if lexer.now.text != "]":
-                    lexer.expect(",")
-            self.depth -= 1
-            return tuple(items)
-        if token.kind in ("int", "float", "hex"):
-            return self.number(token.text)
-        if token.kind == "attr":
-            return self.dialect_attribute(token.text)
-        if token.text == "complex":
-            inner = lexer.now.text if lexer.accept("<") else ""
-            inner = lexer.advance().text
-            lexer.expect(">")
-            token_text = f"complex<{inner}>"
-        else:
-            token_text = token.text
-        if token_text in DTYPE_BY_NAME:
-            return DTYPE_BY_NAME[token_text]
-        return lexer.fail(f"cannot read the attribute '{token.text}'", token.start)
-
-    def number(self, text: str) -> int | float:
-        kind = self.lexer.advance().text if self.lexer.accept(":") else ""
-        if text.startswith("0x") and kind.startswith("f"):
-            value: float = struct.unpack("<d", struct.pack("<Q", int(text, 16)))[0]
-            return value
-        if "." in text or kind.startswith("f"):
-            return float(text)
-        number = int(text, 0)
-        if not -(2**63) <= number < 2**64:
-            self.lexer.fail(f"{text} does not fit 64 bits")
-        return number
-
-    def dialect_attribute(self, name: str) -> Attribute:
-        lexer = self.lexer
-        lexer.expect("<")
-        token = lexer.expect_kind("string", "a quoted attribute body")
-        lexer.expect(">")
-        body = unescape(token.text)
-        if name == "#accel.expr":
-            try:
-                return parse_expr(body)
-            except AccelError as error:
-                lexer.fail(error.what, token.start)
-        if name == "#accel.complex":
-            real, _, imaginary = body.partition(" ")
-            return complex(float(real), float(imaginary))
-        return lexer.fail(f"unknown attribute {name}", token.start)
-
-    def location(self) -> tuple[Location | None, str]:
-        """A trailing `loc(...)`: the place, and the name of the pass that made the op."""
-        if not self.lexer.accept("loc"):
-            return None, ""
-        self.lexer.expect("(")
-        location, made_by = self.place()
-        self.lexer.expect(")")
-        return location, made_by
-
-    def place(self) -> tuple[Location | None, str]:
-        lexer = self.lexer
-        if lexer.accept("unknown"):
-            return None, ""
-        text = unescape(lexer.expect_kind("string", "a file or pass name").text)
-        if lexer.accept(":"):
-            line = int(lexer.expect_kind("int", "a line").text)
-            lexer.expect(":")
-            lexer.expect_kind("int", "a column")
-            return Location(text, line), ""
-        lexer.expect("(")
-        inner, _ = self.place()
-        lexer.expect(")")
-        if text.startswith("scope ") and inner is not None:
-            return Location(inner.file, inner.line, text[6:]), ""
-        return inner, text
-
-
-_UNKNOWN: sympy.Expr = symbol("unknown__")
-
-
-def _fill_dims(values: list[Value], dims: Any) -> None:
-    """Puts the expressions of `accel.dims` in place of the `?`, in order."""
-    rest = list(dims)
-    for value in values:
-        shape: list[Dim] = []
-        for dim in value.type.shape:
-            if dim is not _UNKNOWN:
-                shape.append(dim)
-                continue
-            if not rest:
-                raise ValueError("more '?' than sizes in accel.dims")
-            item = rest.pop(0)
-            if not isinstance(item, (int, sympy.Expr)):
-                raise ValueError("accel.dims holds something that is no size")
-            shape.append(item)
-        value.type = TensorType(tuple(shape), value.type.dtype)
-    if rest:
-        raise ValueError("more sizes in accel.dims than '?'")
+def _rows(value: Any, kinds: tuple[type, ...]) -> list[Any]:
+    """The tuples of a tuple; None for each that has not these kinds of items."""
+    if not isinstance(value, tuple):
+        return [None]
+    return [
+        row if isinstance(row, tuple) and tuple(map(type, row)) == kinds else None for row in value
+    ]

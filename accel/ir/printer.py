@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable
 
 import sympy
 import torch
 
+from accel.errors import VerifyError
 from accel.ir.module import Function, Location, Module, Op, Region, Value
 from accel.ir.op import Attribute
 from accel.ir.types import DTYPE_NAMES, TensorType
@@ -47,7 +49,8 @@ class _Printer:
         self.locations = locations
         self.names: dict[Value, str] = {}
         self.taken: set[str] = set()
-        self.counter = 0
+        self.counter = 0  # for values without a name
+        self.suffixes: dict[str, int] = {}  # for values of one name
 
     def function(self, function: Function) -> list[str]:
         attributes: dict[str, Attribute] = {"sym_name": function.name}
@@ -110,17 +113,30 @@ class _Printer:
         return f" loc({_string(op.made_by)}({place}))" if op.made_by else f" loc({place})"
 
     def name(self, value: Value) -> str:
-        if value not in self.names:
-            hint = "".join(c if c.isalnum() or c in "_$." else "_" for c in value.name)
-            if not hint or hint[0].isdigit() or hint[0] == ".":
-                hint = ""
+        """The value's hint if it is free, with a number if it is taken, or a number alone.
+
+        A name that is read back and printed again stays as it is.
+        """
+        known = self.names.get(value)
+        if known is not None:
+            return known
+        hint = _BAD.sub("_", value.name)
+        if not hint or hint[0] in "0123456789.":
+            name = str(self.counter)
+            self.counter += 1
+        else:
             name = hint
-            while not name or name in self.taken:
-                name = f"{hint}_{self.counter}" if hint else str(self.counter)
-                self.counter += 1
+            while name in self.taken:
+                number = self.suffixes.get(hint, 0)
+                self.suffixes[hint] = number + 1
+                name = f"{hint}_{number}"
             self.taken.add(name)
-            self.names[value] = f"%{name}"
+        self.names[value] = f"%{name}"
         return self.names[value]
+
+
+# What MLIR does not allow in a value's name.
+_BAD = re.compile(r"[^A-Za-z0-9_$.]")
 
 
 def _location(location: Location) -> str:
@@ -137,11 +153,16 @@ def _dictionary(attributes: dict[str, Attribute]) -> str:
 
 
 def _string(text: str) -> str:
+    if _PLAIN.fullmatch(text):
+        return f'"{text}"'
     out = []
-    for byte in text.encode():
+    for byte in text.encode("utf-8", "surrogatepass"):
         c = chr(byte)
         out.append(c if 32 <= byte < 127 and c not in '"\\' else f"\\{byte:02X}")
     return '"' + "".join(out) + '"'
+
+
+_PLAIN = re.compile(r"[ !#-\[\]-~]*+")
 
 
 def format_attribute(value: Attribute) -> str:
@@ -151,7 +172,9 @@ def format_attribute(value: Attribute) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
-        return f"{value} : i64"
+        if not -(2**63) <= value < 2**64:
+            raise VerifyError(f"the attribute value {value} does not fit 64 bits")
+        return f"{value} : i64" if value < 2**63 else f"{value} : ui64"
     if isinstance(value, float):
         return f"{_float(value)} : f64"
     if isinstance(value, complex):
