@@ -35,33 +35,12 @@ from accel.ir.module import Module
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 CompileFunction = Callable[[Module, Mapping[str, Any]], Compiled]
 
-_compiler: list[CompileFunction] = []
 _log = logger("frontends")
-
-
-def register_compiler(function: CompileFunction) -> None:
-    """Says what compiles captured modules: called once, by `accel.compiler`.
-
-    `function(module, options)` returns a callable over one tensor per argument of `module.main`
-    that returns one tensor per result.
-    """
-    _compiler[:] = [function]
 
 
 def interpret_module(module: Module, options: Mapping[str, Any]) -> Compiled:
     """A `CompileFunction` that runs the reference interpreter."""
     return lambda inputs: interpret(module.main, inputs, module.weights)
-
-
-def accel_backend(
-    graph: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
-) -> Callable[..., Any]:
-    """The backend that Dynamo calls. Raises CaptureError, OptionError, the compiler's errors."""
-    if not _compiler:
-        raise OptionError(
-            "no compiler is registered", advice="import accel before torch.compile runs"
-        )
-    return make_backend(_compiler[0])(graph, inputs, options=options)
 
 
 def make_backend(compile_function: CompileFunction) -> Callable[..., Any]:
