@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,19 +73,25 @@ def describe_parameters(function: Callable[..., Any]) -> list[dict[str, Any]]:
     return found
 
 
-class Record(dict[Any, Any]):
-    """Results of a class that is not loaded here: fields by name, attribute, or number."""
+class Record(Mapping[str, Any]):
+    """An object of a class that is not loaded here: fields by name, attribute, or number."""
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"this result has no '{name}'") from None
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.__dict__.update(fields)
 
     def __getitem__(self, key: Any) -> Any:
-        return (
-            list(self.values())[key] if isinstance(key, (int, slice)) else super().__getitem__(key)
-        )
+        if isinstance(key, (int, slice)):
+            return list(self.__dict__.values())[key]
+        return self.__dict__[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dict__)
+
+    def __len__(self) -> int:
+        return len(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"Record({self.__dict__!r})"
 
 
 def classes_of_data(name: str) -> type | None:

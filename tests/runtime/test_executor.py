@@ -240,6 +240,27 @@ class TestSymbols:
             run([torch.zeros(shape)])
 
 
+def test_guards_are_checked_at_each_call() -> None:
+    p = Plan(n=(1, None), m=(1, None))
+    x, y = p.input("n", name="x"), p.input("m", name="y")
+    plan = p.done(p.kernel("twice", x), p.kernel("twice", y))
+    plan.guards = [["<", ["*", 2, "n"], "m"], ["not", ["or", ["==", "n", 3], ["==", "m", 9]]]]
+    run = CompiledFunction(plan, TensorWeights({}), libraries=Registry(), host=host_code())
+    run([torch.ones(2), torch.ones(5)])
+    for n, m, says in (
+        (2, 4, r"compiled for 2\*n < m; this call has n = 2, m = 4"),
+        (3, 7, r"compiled for not \(\(n == 3\) or \(m == 9\)\)"),
+        (1, 9, "this call has n = 1, m = 9"),
+    ):
+        with pytest.raises(InputError, match=says):
+            run([torch.ones(n), torch.ones(m)])
+    for bad in (["<", "n"], ["is", 1, 2], ["and"], "n < m", ["not", ["<", 1, "k"]]):
+        plan.guards = [bad]  # type: ignore[list-item]
+        run = CompiledFunction(plan, TensorWeights({}), libraries=Registry(), host=host_code())
+        with pytest.raises(ArtifactError):
+            run([torch.ones(2), torch.ones(5)])
+
+
 def _reference(p: Plan, x: Tensor, n: int) -> list[tuple[Tensor, float]]:
     z = (2 * x).sum(1, True) * p.weights["w"].expand(n, 3)
     return [(z, 1.0), (z, -1.0)]

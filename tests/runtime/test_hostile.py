@@ -22,6 +22,7 @@ from accel.runtime.loader import load
 from accel.runtime.manifest import TargetSpec
 from accel.runtime.schema import dump, parse
 from accel.runtime.verify import verify_artifact
+from accel.tree import unflatten
 from tests.runtime.models import example_inputs, expected, write_small
 from tests.runtime.support import Plan, host_code, operand
 
@@ -333,10 +334,24 @@ def test_classes_of_data_are_harmless() -> None:
     assert classes_of_data("os:stat_result") is Record
     assert classes_of_data("not.loaded:Thing") is Record
     assert classes_of_data("torch.return_types:topk") is torch.return_types.topk
-    record = Record({"logits": 1, "loss": 2})
-    assert (record.logits, record["loss"], record[0], record[:2]) == (1, 2, 1, [1, 2])
-    with pytest.raises(AttributeError, match="no 'hidden'"):
-        _ = record.hidden
+
+
+def test_objects_of_classes_that_are_not_loaded() -> None:
+    """A model's output without its library: fields by name, attribute and number."""
+    leaf = {"tensor": 0}
+    for kind, name in (("items", "logits"), ("fields", "logits")):
+        node = {"class": "absent.module:Output", kind: [[_key(name, kind), leaf]]}
+        made = unflatten(node, ["L"], classes_of_data)
+        assert (made.logits, made["logits"], made[0], made[:1]) == ("L", "L", "L", ["L"])
+        assert dict(made) == {"logits": "L"}
+        with pytest.raises(AttributeError, match="hidden"):
+            _ = made.hidden
+    node = {"class": "absent.module:Pair", "args": [leaf, leaf]}
+    assert unflatten(node, ["L"], classes_of_data) == ("L", "L")
+
+
+def _key(name: str, kind: str) -> Any:
+    return {"value": name} if kind == "items" else name
 
 
 def test_manifest_text_is_bounded(tmp_path: Path) -> None:
