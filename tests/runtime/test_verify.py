@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 from accel.errors import InputError, VerificationFailedError
-from accel.runtime.artifact import GoldenCase, write_artifact
+from accel.runtime.artifact import Contents, GoldenCase, write_artifact
 from accel.runtime.generation import generate
 from accel.runtime.golden import compare, tolerance
 from accel.runtime.interfaces import Library
 from accel.runtime.libraries import get
 from accel.runtime.loader import load
 from accel.runtime.manifest import TargetSpec, check_machine, this_machine
+from accel.runtime.plan import Step
 from accel.runtime.verify import verify_artifact
-from tests.runtime.models import small_contents
-from tests.runtime.support import Registry
+from accel.runtime.weights import StoredWeight
+from accel.tree import flatten
+from tests.runtime.models import example_inputs, small_contents
+from tests.runtime.support import Plan, Registry
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,3 +176,52 @@ def test_loading_twice_gives_independent_models(tmp_path: Path) -> None:
     first = a(x, ids)["y"]
     assert torch.equal(first, b(x, ids)["y"])
     assert first.data_ptr() != b(x, ids)["y"].data_ptr()
+
+
+def test_packed_weights_are_not_held_twice(tmp_path: Path) -> None:
+    """Peak memory of loading and running is the weights once, not the file and the packed copy."""
+    size = 1024
+    p = Plan()
+    x = p.input(1, size)
+    for i in range(24):  # 4 MB each
+        w = p.value("weight", [size, size], name=f"w{i}")
+        y = p.value("owned", [1, size])
+        options = {"unary": "none", "binary": "none"}
+        p.steps.append(Step("library", "onednn.linear", [x, w, -1], [y], options))
+        x = y
+    weight = torch.eye(size)
+    weights = {
+        f"w{i}": StoredWeight(torch.float32, (size, size), lambda: weight) for i in range(24)
+    }
+    path = tmp_path / "m.accel"
+    write_artifact(path, Contents({"main": p.done(x)}, weights, TargetSpec("cpu")))
+    code = f"""
+import re, torch, accel
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) / 1024
+torch.ops.mkldnn._reorder_linear_weight(torch.eye(8))
+before = peak()
+(y,) = accel.load({str(path)!r})(torch.arange({size}.0)[None])
+assert torch.equal(y[0], torch.arange({size}.0))
+print(peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert 96 < float(done.stdout) < 96 + 60, done.stdout + done.stderr
+
+
+def test_outputs_of_transformers(tmp_path: Path) -> None:
+    """With the library loaded its own class comes back."""
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    contents = small_contents()
+    plan = contents.functions["main"]
+    x = torch.zeros(1)
+    wanted = outputs.CausalLMOutputWithPast(logits=x, hidden_states=(x,))
+    plan.metadata = {**plan.metadata, "outputs": flatten(wanted)[1]}
+    write_artifact(tmp_path / "m.accel", contents)
+    inputs = example_inputs()
+    result = load(tmp_path / "m.accel")(inputs["x"], ids=inputs["ids"])
+    assert type(result) is outputs.CausalLMOutputWithPast
+    assert result.logits.shape == (2, 6)
+    assert result.hidden_states[0].shape == (2, 5)
