@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, nn
-from torch._dynamo.source import ConstantSource
+from torch._guards import GuardSource, Source
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     ConstraintViolationError,
@@ -29,6 +30,27 @@ from accel.errors import CaptureError, OptionError
 from accel.frontends.symbols import Symbols
 from accel.frontends.trace import refusal
 from accel.ir.module import Location
+
+
+@dataclass(frozen=True)
+class _InputSource(Source):
+    """Names an input to the `ShapeEnv`. Dynamo's own sources would do, but importing Dynamo takes
+    longer than most captures."""
+
+    label: str
+
+    @property
+    def guard_source(self) -> GuardSource:
+        return GuardSource.CONSTANT
+
+    @property
+    def _name_template(self) -> str:
+        return self.label
+
+    if inspect.isfunction(Source.__dict__.get("name")):  # torch before name became an attribute
+
+        def name(self) -> str:  # type: ignore[override]
+            return self.label
 
 
 class _Axis:
@@ -81,7 +103,7 @@ class DynamicShapes:
         )
         fake = mode.from_tensor(
             tensor.contiguous(),
-            source=ConstantSource(f"__accel_input_{index}"),
+            source=_InputSource(f"__accel_input_{index}"),
             symbolic_context=context,
         )
         for axis in mine:

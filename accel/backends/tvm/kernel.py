@@ -18,10 +18,11 @@ import torch
 
 from accel.backends.tvm import dtypes, tir
 from accel.backends.tvm.code import Emitter
+from accel.backends.tvm.flat import FlatNest
 from accel.backends.tvm.index import Affine
 from accel.backends.tvm.merge import Sizes
-from accel.backends.tvm.nests import Nest
 from accel.backends.tvm.phases import Phase, Planner
+from accel.backends.tvm.rows import RowNest
 from accel.backends.tvm.survey import Survey
 from accel.ir.module import Region, Value
 from accel.ir.types import Dim, product
@@ -122,7 +123,7 @@ class _Parameters:
         self.block = tir.Block()
 
     def pointer(self, name: str, dtype: str, count: tir.Expr) -> tir.Buffer:
-        variable = tir.tirx.Var(name, tir.PointerType(tir.PrimType(dtype)))
+        variable = tir.tirx.Var(name, tir.types.PointerType(tir.types.PrimType(dtype)))
         self.variables.append(variable)
         buffer = tir.tirx.decl_buffer((count,), dtype, name.upper(), data=variable)
         self.block.statements.append(tir.tirx.DeclBuffer(buffer, data=variable))
@@ -162,7 +163,7 @@ def _phase(
         for position, store in enumerate(phase.stores)
     }
     begin, end = tir.var("begin"), tir.var("end")
-    nest = Nest(phase, emitter, targets)
+    nest = (RowNest if phase.reduces else FlatNest)(phase, emitter, targets)
     body = nest.emit(begin, end)
     block = parameters.block
     if emitter.failed is not None:

@@ -8,25 +8,40 @@ like a program.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, TypeAlias
 
 from accel.errors import MissingDependencyError
 
-try:
-    import tvm
-    from tvm import tirx
-    from tvm.ir import PointerType, PrimType
-except ImportError as error:  # pragma: no cover - depends on the installation
-    raise MissingDependencyError(
-        "generated CPU kernels need apache-tvm", advice="pip install 'accel-compiler[tvm]'"
-    ) from error
+
+class _Door:
+    """A module of TVM, imported when code is first generated: a compile whose kernels are all in
+    the cache does without, which saves a second."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        try:
+            module = importlib.import_module(self._name)
+        except ImportError as error:  # pragma: no cover - depends on the installation
+            raise MissingDependencyError(
+                "generated CPU kernels need apache-tvm",
+                advice="pip install 'accel-compiler[tvm]'",
+            ) from error
+        value = getattr(module, attribute)
+        setattr(self, attribute, value)
+        return value
+
+
+tvm: Any = _Door("tvm")
+tirx: Any = _Door("tvm.tirx")
+types: Any = _Door("tvm.ir")
 
 Expr: TypeAlias = Any  # tvm.ir.Expr: the package ships without type stubs
 Var: TypeAlias = Any
 Buffer: TypeAlias = Any
 Statement: TypeAlias = Any
-
-__all__ = ["Block", "PointerType", "PrimType", "tirx", "tvm"]
 
 
 def i64(value: int) -> Expr:
@@ -96,13 +111,23 @@ class Block:
     def __init__(self) -> None:
         self.statements: list[Statement] = []
 
-    def let(self, value: Expr, name: str = "v") -> Var:
-        """Names a value. Constants and variables stay as they are."""
+    def let(self, value: Expr, name: str = "v") -> Expr:
+        """Names a value. Constants and names stay as they are.
+
+        Numbers are named by a local cell, not by TVM's `Bind`: its analyzer substitutes bound
+        values into each other, which takes time exponential in the length of a computation.
+        """
         if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)):
             return value
-        variable = tirx.Var(name, value.ty)
-        self.statements.append(tirx.Bind(variable, value))
-        return variable
+        dtype = dtype_of(value)
+        if dtype in ("int64", "bool"):
+            variable = tirx.Var(name, value.ty)
+            self.statements.append(tirx.Bind(variable, value))
+            return variable
+        cell = local_array(name, 1, dtype)
+        self.statements.append(tirx.AllocBuffer(cell))
+        self.store(cell, value, i64(0))
+        return tirx.BufferLoad(cell, [i64(0)])
 
     def store(self, buffer: Buffer, value: Expr, *index: Expr) -> None:
         self.statements.append(tirx.BufferStore(buffer, value, list(index)))

@@ -7,10 +7,12 @@ signatures and one pass makes them ready for LLVM; the others would rewrite `not
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from accel.backends.tvm.kernel import KernelCode
 from accel.backends.tvm.shim import c_source
 from accel.backends.tvm.tir import tirx, tvm
 from accel.config import c_compiler
-from accel.errors import BackendError
+from accel.errors import BackendError, MissingDependencyError
+from accel.runtime.manifest import cpu_features
 
 _COMPILE_SECONDS = 300
 
@@ -34,10 +37,14 @@ def llvm_target(cpu: str) -> Any:
 
 
 def version() -> str:
-    """What machine code depends on besides the program: TVM, LLVM, and the CPU."""
-    llvm = tvm.get_global_func("target.llvm_version_major")()
-    cpu = tvm.get_global_func("target.llvm_get_system_cpu")()
-    return f"tvm {tvm.__version__}, llvm {llvm}, {cpu}"
+    """What machine code depends on besides the program: TVM (with its LLVM), and the CPU."""
+    try:
+        number = metadata.version("apache-tvm")
+    except metadata.PackageNotFoundError as error:
+        raise MissingDependencyError(
+            "generated CPU kernels need apache-tvm", advice="pip install 'accel-compiler[tvm]'"
+        ) from error
+    return f"tvm {number}, {platform.machine()}, {' '.join(sorted(cpu_features()))}"
 
 
 def build(kernels: Sequence[KernelCode], cpu: str = "") -> bytes:
