@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import networkx as nx
 
 from accel.errors import AccelError
 from accel.ir.builder import Builder
@@ -80,18 +79,21 @@ def _neighbourhood(
 ) -> list[int] | None:
     """The ops within a small distance of the hint, if they fail by themselves."""
     number = {op: i for i, op in enumerate(ops)}
-    graph = nx.Graph()
-    graph.add_nodes_from(number.values())
+    touching: dict[int, set[int]] = {i: set() for i in number.values()}
     for op, i in number.items():
         for value in op.operands:
-            if value.op in number:
-                graph.add_edge(number[value.op], i)
-    for radius in (1, 2, 3, 4, 6, 8, 12):
-        near = sorted(nx.ego_graph(graph, hint, radius=radius).nodes)
+            if value.op is not None and value.op in number:
+                touching[number[value.op]].add(i)
+                touching[i].add(number[value.op])
+    near = {hint}
+    for radius in range(1, 13):
+        near |= {j for i in near for j in touching[i]}
         if len(near) > len(ops) // 2 and radius > 1:
             return None
-        if fails(extract(module, function, [ops[i] for i in near])):
-            return near
+        if radius in (1, 2, 3, 4, 6, 8, 12):
+            chosen = sorted(near)
+            if fails(extract(module, function, [ops[i] for i in chosen])):
+                return chosen
     return None
 
 
