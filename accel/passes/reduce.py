@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-
 from accel.errors import AccelError
 from accel.ir.builder import Builder
 from accel.ir.module import Function, Module, Op, SymbolInfo, Value, clone_op
