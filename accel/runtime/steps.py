@@ -206,9 +206,12 @@ class StepBuilder:
         make = view_function(step, self.binding.shapes[target], self.binding.symbols)
         tensor = self.static[source]
         if tensor is not None:
-            self.static[target] = make(tensor)
-            self._check_view(step, self.static[target], target)
-            return None
+            made = make(tensor)
+            self._check_view(step, made, target)
+            if source in self.parts.constants or _share_memory(made, tensor):
+                self.static[target] = made
+                return None
+            # A reshape that copies (of an expanded buffer) must read it in every call.
         read, write = self.parts.slots[source], self.parts.slots[target]
 
         def run(values: list[Any]) -> None:
@@ -251,6 +254,10 @@ def view_function(
 
 def describe(step: Step) -> str:
     return f"{step.kind} step '{step.name}'" + (f" ({step.source})" if step.source else "")
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _numel(shape: Sequence[int]) -> int:
