@@ -115,13 +115,14 @@ def measure_accel(depth: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     with torch.no_grad():
         torch.testing.assert_close(got, model(*inputs), rtol=1e-4, atol=1e-4)
-    report = compiled.report()
-    return {"compile_seconds": seconds, **phases(report)}
-
-
-def phases(report: Any) -> dict[str, Any]:
-    """Where the time went, from the compile report."""
-    raise NotImplementedError
+    program = compiled.program
+    return {
+        "compile_seconds": seconds,
+        "ops": program.ledger.rows[0].ops_before,
+        "verify_seconds": program.ledger.verify_seconds,
+        "phase_seconds": program.seconds,
+        "kernels": compiled.report()["kernels"],
+    }
 
 
 def measure_inductor(depth: int) -> dict[str, Any]:

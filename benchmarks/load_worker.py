@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import accel
+from accel.runtime.model import CompiledModel
 
 
 def resident_bytes(field: str) -> int:
@@ -21,6 +22,13 @@ def resident_bytes(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"the system does not report {field}")
+
+
+def arena_bytes(program: CompiledModel, length: int) -> int:
+    """The planned arena of the main entry point for texts of this length."""
+    function = next(iter(program.entry_points.values())).function
+    sizes = dict.fromkeys(function.plan.symbols, length)
+    return function.arena_bytes(sizes)[0]
 
 
 def main() -> None:
@@ -48,6 +56,8 @@ def main() -> None:
                 "after_import_torch_bytes": base,
                 "after_load_bytes": loaded,
                 "peak_bytes": peak,
+                "weight_bytes": program.report()["weight_bytes"],
+                "arena_bytes": arena_bytes(program, length),
             }
         )
     )
