@@ -297,8 +297,9 @@ class _Driver:
         producers = [v.op for v in current.operands if v.op is not None]
         current.replace_with(values)
         for each in reversed(new):
-            if not erase_if_dead(each):
-                self.push(each)
+            erase_if_dead(each)
+        for each in new:  # operands before users
+            self.push(each)
         for value in values:
             for user in value.users:
                 self.push(user)

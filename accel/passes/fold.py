@@ -101,7 +101,7 @@ class _Frontier:
     def roots(self) -> list[Op]:
         """In program order. What does not pay is given up, and its operands looked at instead."""
         while True:
-            roots = [op for op in self.known if op.operands and self._is_root(op)]
+            roots = [op for op in self.known if self._is_root(op)]
             bases = {root: self._bases(root) for root in roots}
             shares: dict[Op, int] = {}
             for each in bases.values():
@@ -114,7 +114,8 @@ class _Frontier:
                 del self.known[root]
 
     def _is_root(self, op: Op) -> bool:
-        return any(user not in self.known for r in op.results for user in r.users)
+        read = any(user not in self.known for r in op.results for user in r.users)
+        return read and not _is_generated(op)
 
     def _bases(self, root: Op) -> list[Op]:
         """The stored constants that the root depends on."""
@@ -146,6 +147,14 @@ class _Frontier:
         reason = f"the result has {made} bytes, the weights it would free {freed}"
         self.context.miss("fold", root, reason)
         return False
+
+
+def _is_generated(op: Op) -> bool:
+    """Leaves, and views of what is computed without reading memory: positions and masks of them."""
+    base: Op | None = op
+    while base is not None and base.has(Trait.VIEW):
+        base = base.operands[0].op
+    return base is not None and not base.operands and (base is op or base.name != "constant")
 
 
 def _is_foldable(op: Op) -> bool:
