@@ -8,6 +8,7 @@ tensor has one element per entry, in int8 or uint8.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,9 +16,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import VerifyError
-from accel.ir.types import SUB_BYTE_BITS, TensorType
-
-_SIGNED = {d for d in SUB_BYTE_BITS if not str(d).startswith("torch.uint")}
+from accel.ir.types import SUB_BYTE_BITS, TensorType, value_dtype
 
 
 @dataclass
@@ -120,50 +119,57 @@ def tensor_digest(tensor: Tensor, label: str = "") -> str:
 
 
 def pack_sub_byte(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 tensor [..., ceil(last * bits / 8)] of the int values [..., last].
+    """uint8 tensor [..., ceil(last * bits / 8)] of the int values [..., last]; [1] of a 0-d one.
 
     Raises VerifyError if a value does not fit the dtype.
     """
     bits = SUB_BYTE_BITS[dtype]
+    if values.is_floating_point() or values.is_complex():
+        raise VerifyError(f"{values.dtype} values are not integers to pack as {dtype}")
     half = 1 << (bits - 1)
-    low, high = (-half, half - 1) if dtype in _SIGNED else (0, 2 * half - 1)
-    wide = values.to(torch.int16)
-    if wide.numel() and (int(wide.min()) < low or int(wide.max()) > high):
+    low, high = (0, 2 * half - 1) if value_dtype(dtype) == torch.uint8 else (-half, half - 1)
+    if values.numel() and (int(values.min()) < low or int(values.max()) > high):
         raise VerifyError(f"values outside of [{low}, {high}] do not fit {dtype}")
-    unsigned = (wide & ((1 << bits) - 1)).to(torch.uint8)
-    if unsigned.dim() == 0:
-        return unsigned.reshape(1)
-    last = unsigned.shape[-1]
-    rows = unsigned.reshape(-1, last) if last else unsigned.reshape(-1, 0)
-    if bits in (1, 2, 4):
-        per = 8 // bits
-        padded = torch.nn.functional.pad(rows, (0, -last % per)).reshape(rows.shape[0], -1, per)
-        shifts = torch.arange(per, dtype=torch.uint8) * bits
-        packed = (padded << shifts).sum(-1, dtype=torch.int64).to(torch.uint8)
-    else:
-        stream = ((rows.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)) & 1).flatten(1)
-        stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8))
-        octets = stream.reshape(rows.shape[0], -1, 8)
-        packed = (octets << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.int64)
-        packed = packed.to(torch.uint8)
-    return packed.reshape(*unsigned.shape[:-1], packed.shape[-1])
+    lead, last = tuple(values.shape[:-1]), values.shape[-1] if values.dim() else 1
+    rows = math.prod(lead)
+    fields = (values.to(torch.uint8) & ((1 << bits) - 1)).reshape(rows, last)
+    # Eight elements fill `bits` bytes, whatever the width: element i starts at bit i * bits.
+    groups = -(-last // 8)
+    octets = torch.nn.functional.pad(fields, (0, groups * 8 - last)).reshape(rows, groups, 8)
+    packed = torch.zeros(rows, groups, bits, dtype=torch.uint8)
+    for i in range(8):
+        byte, offset = divmod(i * bits, 8)
+        packed[..., byte] |= octets[..., i] << offset
+        if offset + bits > 8:
+            packed[..., byte + 1] |= octets[..., i] >> (8 - offset)
+    length = -(-last * bits // 8)
+    return packed.reshape(rows, groups * bits)[:, :length].reshape(*lead, length)
 
 
 def unpack_sub_byte(packed: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The int8 (signed) or uint8 tensor of `shape` that `pack_sub_byte` packed."""
+    """The int8 (signed) or uint8 tensor of `shape` that `pack_sub_byte` packed.
+
+    Raises VerifyError if `packed` has not as many bytes as that takes.
+    """
     bits = SUB_BYTE_BITS[dtype]
     last = shape[-1] if shape else 1
-    rows = packed.reshape(-1, packed.shape[-1]) if packed.numel() else packed.reshape(0, 1)
-    if bits in (1, 2, 4):
-        shifts = torch.arange(8 // bits, dtype=torch.uint8) * bits
-        wide = ((rows.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :last]
-    else:
-        stream = ((rows.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(1)
-        fields = stream[:, : last * bits].reshape(rows.shape[0], last, bits)
-        shifts = torch.arange(bits, dtype=torch.uint8)
-        wide = (fields << shifts).sum(-1, dtype=torch.int64).to(torch.uint8)
-    if dtype in _SIGNED:
-        sign = 1 << (bits - 1)
-        signed = (wide.to(torch.int16) ^ sign) - sign
-        return signed.to(torch.int8).reshape(shape)
-    return wide.contiguous().reshape(shape)
+    rows, length, groups = math.prod(shape[:-1]), -(-last * bits // 8), -(-last // 8)
+    if packed.dtype != torch.uint8 or packed.numel() != rows * length:
+        raise VerifyError(
+            f"{packed.numel()} {packed.dtype} where {dtype} {list(shape)} takes "
+            f"{rows * length} bytes"
+        )
+    stream = torch.nn.functional.pad(packed.reshape(rows, length), (0, groups * bits - length))
+    stream = stream.reshape(rows, groups, bits)
+    fields = torch.empty(rows, groups, 8, dtype=torch.uint8)
+    for i in range(8):
+        byte, offset = divmod(i * bits, 8)
+        field = stream[..., byte] >> offset
+        if offset + bits > 8:
+            field = field | (stream[..., byte + 1] << (8 - offset))
+        fields[..., i] = field & ((1 << bits) - 1)
+    wide = fields.reshape(rows, groups * 8)[:, :last].reshape(shape)
+    if value_dtype(dtype) == torch.uint8:
+        return wide.contiguous()
+    sign = 1 << (bits - 1)
+    return ((wide ^ sign).to(torch.int8) - sign).contiguous()
