@@ -21,6 +21,7 @@ from accel.backends.tvm.tir import Block, Buffer, Expr, cast, select
 from accel.backends.tvm.trace import Index, Key, Tracer
 from accel.errors import BackendError
 from accel.ir.module import Op, Value
+from accel.ir.op import Trait
 from accel.ir.types import SUB_BYTE_BITS, Dim
 
 _MOST_STATEMENTS = 6000  # of one kernel: a bound on compile time
@@ -28,7 +29,7 @@ _MOST_STATEMENTS = 6000  # of one kernel: a bound on compile time
 
 @dataclass
 class Scope:
-    """A loop body, or one side of a choice (then `guarded`: its loads must not move out)."""
+    """A loop body, or one side of a choice. Nothing moves out of a `guarded` one."""
 
     block: Block
     axes: frozenset[Axis]
@@ -38,10 +39,14 @@ class Scope:
 
 @dataclass
 class Kept:
-    """Elements of a row kept in a local array, computed by the first pass that needs them."""
+    """Elements kept in a local array, computed by the first loop that needs them.
+
+    Element `place` of a loop is at `place` - `offset` of the array.
+    """
 
     buffer: Buffer
     place: Affine
+    offset: Expr
     filled: bool = False
 
 
@@ -97,7 +102,7 @@ class Emitter(Tracer):
 
     @contextmanager
     def _home(self, axes: frozenset[Axis]) -> Iterator[Scope]:
-        """The outermost scope that knows the axes and is not outside of a choice."""
+        """The outermost scope that knows the axes and lies in the innermost guarded one."""
         floor = max((i for i, s in enumerate(self.scopes) if s.guarded), default=0)
         depth = floor
         while not axes <= self.scopes[depth].axes:
@@ -127,14 +132,16 @@ class Emitter(Tracer):
         with self._home(index_axes(index)) as home:
             kept = self.kept.get(key)
             if kept is not None and kept.filled:
-                code = tir.load(kept.buffer, self.addresses.code(kept.place))
+                code = tir.load(kept.buffer, self.addresses.code(kept.place) - kept.offset)
             elif value in self.buffers:
                 code = self.load(value, index)
             else:
                 code = self.compute(value, index)
-            named = self.block.let(code, value.name or "v")
+            is_view = value.op is not None and value.op.has(Trait.VIEW)
+            named = code if is_view else self.block.let(code, value.name or "v")
             if kept is not None and not kept.filled:
-                self.block.store(kept.buffer, named, self.addresses.code(kept.place))
+                place = self.addresses.code(kept.place) - kept.offset
+                self.block.store(kept.buffer, named, place)
             home.known[key] = named
             self._statements += 1
             if self._statements > _MOST_STATEMENTS:
@@ -156,7 +163,28 @@ class Emitter(Tracer):
         return dtypes.from_storage(code, dtype, self.block)
 
     def arithmetic(self, op: Op, args: list[Expr]) -> Expr:
+        if op.name == "div" and _is_elementary(op.operands[0]):
+            inverse = self._inverse(args[1], op.operands[1].dtype)
+            if inverse is not None:
+                return args[0] * inverse
         return scalar.emit(op, args, self.block)
+
+    def _inverse(self, divisor: Expr, dtype: torch.dtype) -> Expr | None:
+        """1 / divisor, if the divisor is the same in all steps of the inner loop.
+
+        Only for numerators that are rounded results of elementary functions (softmax, say):
+        multiplying by the inverse adds half a unit in the last place.
+        """
+        key = ("inverse", id(divisor))
+        found = self._find(key)
+        if found is not None:
+            return found
+        for home in self.scopes[:-1]:
+            if any(code is divisor for code in home.known.values()):
+                one = tir.const(1.0, dtypes.compute(dtype))
+                home.known[key] = inverse = home.block.let(one / divisor, "inverse")
+                return inverse
+        return None
 
     def number(self, op: Op) -> Expr:
         number = op.attribute("value")
@@ -232,3 +260,7 @@ class Emitter(Tracer):
         if key not in self.results:
             raise BackendError(f"accel.{op.name} is used before it is computed")
         return self.results[key]()
+
+
+def _is_elementary(value: Value) -> bool:
+    return value.op is not None and value.op.name in scalar.COSTLY

@@ -185,7 +185,7 @@ class Indexer:
         whole, rest = self._take_multiples(value, divisor)
         low, high = self.range(rest)
         bounded = low is not None and high is not None and at_least(low, 0)
-        if bounded and at_least(_add(divisor, -1), high):  # type: ignore[arg-type]
+        if bounded and at_least(_add(divisor, -1), high):
             return whole, rest
         if isinstance(divisor, int):
             coarse = self._divide_coarse(rest, divisor)

@@ -34,6 +34,9 @@ def supports(op: Op) -> str | None:
             return f"dtype {value.dtype}"
     if op.name == "cast":
         return _cast_reason(op)
+    if op.name == "gelu":
+        own = op.attribute("approximate") == "none" and dtypes.compute(op.result.dtype) == "float32"
+        return None if own else "has a decomposition"
     if any(v.dtype in dtypes.READ_ONLY for v in (*op.operands, *op.results)):
         return f"arithmetic on {op.operands[0].dtype}"
     dtype = op.operands[0].dtype if op.name != "where" else op.operands[1].dtype
@@ -90,8 +93,8 @@ def constant(number: bool | int | float, dtype: torch.dtype, block: Block) -> Ex
 
 
 def emit(op: Op, args: Sequence[Expr], block: Block) -> Expr:
-    """The op's value for scalar operands, in its result's compute type."""
-    names = [block.let(a, "v") for a in args]
+    """The op's value for named scalar operands, in its result's compute type."""
+    names = list(args)
     if op.name in _SPECIAL:
         return _SPECIAL[op.name](op, names, block)
     dtype = op.operands[0].dtype
@@ -318,6 +321,11 @@ def _relu(op: Op, args: list[Expr], block: Block) -> Expr:
     return select(args[0] < zero, zero, args[0])
 
 
+def _gelu(op: Op, args: list[Expr], block: Block) -> Expr:
+    del op
+    return math.gelu(args[0], block)
+
+
 def _truth(value: Expr, kind: str) -> Expr:
     return value if kind == "bool" else tir.ne(value, const(0, kind))
 
@@ -326,14 +334,10 @@ def _logical(combine: Callable[..., Expr]) -> Emitter:
     return lambda block, kind, args: combine(*(_truth(a, kind) for a in args))
 
 
-def _xor(a: Expr, b: Expr) -> Expr:
-    return tir.tirx.NE(a, b)
-
-
 _SPECIAL: dict[str, Callable[[Op, list[Expr], Block], Expr]] = {
     "where": _where, "cast": _cast, "bitcast": _bitcast, "clamp": _clamp, "relu": _relu,
     "remainder": _remainder, "fmod": _fmod, "floor_div": _floor_div, "trunc_div": _trunc_div,
-    "pow": _power,
+    "pow": _power, "gelu": _gelu,
 }  # fmt: skip
 _DIVISIONS = {"remainder", "fmod", "floor_div", "trunc_div"}
 
@@ -344,7 +348,7 @@ _ANY: dict[str, Emitter] = {
     "logical_not": _logical(lambda a: tir.tirx.Not(a)),
     "logical_and": _logical(lambda a, b: tir.tirx.And(a, b)),
     "logical_or": _logical(lambda a, b: tir.tirx.Or(a, b)),
-    "logical_xor": _logical(_xor),
+    "logical_xor": _logical(tir.ne),
 }
 
 _COMPARE: dict[str, Emitter] = {
@@ -420,7 +424,7 @@ _BOOLEAN: dict[str, Emitter] = {
         name: _simple(lambda a, b: tir.tirx.And(a, b)) for name in ("mul", "bitwise_and", "minimum")
     },
     **{name: _simple(lambda a, b: tir.tirx.Or(a, b)) for name in ("add", "bitwise_or", "maximum")},
-    "bitwise_xor": _simple(_xor),
+    "bitwise_xor": _simple(tir.ne),
     "bitwise_not": _simple(lambda a: tir.tirx.Not(a)),
     "sign": _simple(lambda a: a),
     "lt": _simple(lambda a, b: tir.tirx.And(tir.tirx.Not(a), b)),
@@ -435,4 +439,4 @@ _BOOLEAN: dict[str, Emitter] = {
 COSTLY = frozenset(_FLOAT) - frozenset(_COMPARE) - {
     "add", "sub", "mul", "abs", "neg", "ceil", "floor", "round", "trunc", "maximum", "minimum",
     "isnan", "isinf",
-}  # fmt: skip
+} | {"gelu", "pow"}  # fmt: skip

@@ -74,12 +74,15 @@ def select(condition: Expr, yes: Expr, no: Expr) -> Expr:
 
 
 def eq(a: Expr, b: Expr) -> Expr:
+    """a == b. Of conditions too, which TVM's own EQ compares as floats."""
+    if dtype_of(a) == "bool":
+        return tirx.Or(tirx.And(a, b), tirx.And(tirx.Not(a), tirx.Not(b)))
     return tirx.EQ(a, b)
 
 
 def ne(a: Expr, b: Expr) -> Expr:
     """True where either is NaN: LLVM's code for TVM's own NE compares ordered."""
-    return tirx.Not(tirx.EQ(a, b))
+    return tirx.Not(eq(a, b))
 
 
 def is_nan(value: Expr) -> Expr:

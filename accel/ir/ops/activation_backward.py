@@ -99,9 +99,9 @@ class HardTanhBackward:
     @staticmethod
     def decompose(b: Builder, grad: Value, x: Value, *, min: float, max: float) -> Value:
         zero = b.scalar(0.0, grad.dtype)
-        low = b.le(x, b.scalar(min, x.dtype))
-        high = b.ge(x, b.scalar(max, x.dtype))
-        return b.where(b.logical_or(low, high), zero, grad)
+        above = b.gt(x, b.scalar(min, x.dtype))
+        below = b.lt(x, b.scalar(max, x.dtype))
+        return b.where(b.logical_and(above, below), grad, zero)  # 0 where x is NaN, as in torch
 
 
 @define("leaky_relu_backward", ELEMENTWISE)
