@@ -77,12 +77,7 @@ class Geometry:
         return branch.with_shape((*branch.shape[:2], *self.kernel))
 
     def attributes(self, conv: Op) -> dict[str, Any]:
-        return {
-            "stride": conv.attribute("stride"),
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": conv.attribute("groups"),
-        }
+        return {**conv.attributes, "padding": self.padding, "dilation": self.dilation}
 
 
 @register_pass
@@ -105,21 +100,18 @@ class Reparameterize(Pass):
         """Merges what it can of one sum; returns the names of the constants it replaced."""
         inner: list[Op] = []
         terms = list(_terms(root, inner))
-        whole = [t for t in terms if same_type(t.type, root.result.type)]
-        branches = [branch for term in whole if (branch := _branch(term, module)) is not None]
-        for branch in branches:
-            if branch.refused:
-                context.miss(self.name, root, branch.refused)
         merged: list[Branch] = []
-        for together in _sets(branches):
-            geometry = _geometry(together, root)
-            if isinstance(geometry, str):
-                context.miss(self.name, root, geometry)
-            elif context.rewrite(self.name, root):
-                value = _emit(root, together, geometry, module, context)
-                taken = {branch.term for branch in together}
-                terms = [value, *(t for t in terms if t not in taken)]
-                merged.extend(together)
+        for layout in ("nchw", "nhwc"):
+            whole = [t for t in terms if same_type(t.type, root.result.type)]
+            for together in self._find(whole, layout, root, context, module):
+                geometry = _geometry(together, root)
+                if isinstance(geometry, str):
+                    context.miss(self.name, root, geometry)
+                elif context.rewrite(self.name, root):
+                    value = _emit(root, together, geometry, module, context)
+                    taken = {branch.term for branch in together}
+                    terms = [value, *(t for t in terms if t not in taken)]
+                    merged.extend(together)
         if not merged:
             return []
         b = Builder(before=root, made_by=self.name)
@@ -129,6 +121,17 @@ class Reparameterize(Pass):
         root.replace_with([total])
         dead = [*reversed(inner), *(op for branch in merged for op in branch.ops)]
         return _erase_unused(dead)
+
+    def _find(
+        self, terms: Sequence[Value], layout: str, root: Op, context: Context, module: Module
+    ) -> list[list[Branch]]:
+        """Terms that may become one convolution of this layout; near misses are reported."""
+        found = [_branch(term, module, layout) for term in terms]
+        branches = [branch for branch in found if branch is not None]
+        for branch in branches:
+            if branch.refused:
+                context.miss(self.name, root, branch.refused)
+        return _sets(branches)
 
 
 def _erase_unused(ops: Sequence[Op]) -> list[str]:
@@ -168,20 +171,22 @@ def _terms(op: Op, inner: list[Op]) -> Iterator[Value]:
             yield value
 
 
-def _branch(term: Value, module: Module) -> Branch | None:
+def _branch(term: Value, module: Module, layout: str) -> Branch | None:
     """Reads per-channel factors and sums from `term` back to a convolution or to the input."""
-    channels = term.shape[1] if term.type.rank > 2 else None
+    axis = 1 if layout == "nchw" else term.type.rank - 1
+    channels = term.shape[axis] if term.type.rank > 2 else None
     if not isinstance(channels, int) or not term.dtype.is_floating_point:
         return None
     scale = torch.ones(channels, dtype=torch.float64)
     branch = Branch(term, term, scale, torch.zeros_like(scale))
     while (op := branch.source.op) is not None:
-        step = _affine_step(op, channels, module)
-        if step is None and op.name != "conv":
+        step = _affine_step(op, channels, axis, module)
+        conv = op.name == "conv" and op.attribute("layout") == layout
+        if step is None and not conv:
             break
         if len(branch.source.uses) > 1:
             # With several readers this may be the branches' common input: the identity branch.
-            if op.name == "conv" and branch.source is term:
+            if conv and branch.source is term:
                 branch.refused = f"the branch at {_place(op)} has other readers"
             break
         if step is not None:
@@ -195,8 +200,6 @@ def _branch(term: Value, module: Module) -> Branch | None:
         )
         if weight is None or (bias is None) != (op.operand("bias") is None):
             branch.refused = f"the weight or bias of the branch at {_place(op)} is not stored"
-        elif op.attribute("layout") != "nchw":
-            branch.refused = f"the branch at {_place(op)} has layout {op.attribute('layout')}"
         else:
             branch.shift = branch.shift + (0 if bias is None else branch.scale * bias.double())
             branch.ops.append(op)
@@ -290,10 +293,12 @@ def _emit(
     return result
 
 
-def _affine_step(op: Op, channels: int, module: Module) -> tuple[Value, Tensor, Tensor] | None:
-    """(x, factor, offset) if the op is x * factor + offset for each channel of axis 1."""
+def _affine_step(
+    op: Op, channels: int, axis: int, module: Module
+) -> tuple[Value, Tensor, Tensor] | None:
+    """(x, factor, offset) if the op is x * factor + offset for each channel of `axis`."""
     ones = torch.ones(channels, dtype=torch.float64)
-    if op.name == "batch_norm":
+    if op.name == "batch_norm" and axis == 1:
         tensors = []
         for value in op.arguments()[1:]:
             stored = None if value is None else stored_constant(value, module)
@@ -312,7 +317,7 @@ def _affine_step(op: Op, channels: int, module: Module) -> tuple[Value, Tensor, 
         x, constant = op.operands[i], op.operands[other]
         if not same_type(x.type, op.result.type) or (op.name == "sub" and i == 1):
             continue
-        vector = _per_channel(constant, x.type.rank, channels, module)
+        vector = _per_channel(constant, x.type.rank, channels, axis, module)
         if vector is None:
             continue
         if op.name == "mul":
@@ -321,8 +326,10 @@ def _affine_step(op: Op, channels: int, module: Module) -> tuple[Value, Tensor, 
     return None
 
 
-def _per_channel(value: Value, rank: int, channels: int, module: Module) -> Tensor | None:
-    """A constant that has one value for each channel of [B, C, ...], as float64 [C]."""
+def _per_channel(
+    value: Value, rank: int, channels: int, axis: int, module: Module
+) -> Tensor | None:
+    """A constant that has one value for each index of `axis`, as float64 [channels]."""
     op = value.op
     if op is not None and op.name == "full" and not value.shape:
         return torch.full((channels,), float(op.attribute("value")), dtype=torch.float64)
@@ -330,6 +337,6 @@ def _per_channel(value: Value, rank: int, channels: int, module: Module) -> Tens
     if stored is None or stored.numel() not in (1, channels) or stored.dim() > rank:
         return None
     shape = (1,) * (rank - stored.dim()) + tuple(stored.shape)
-    if stored.numel() > 1 and shape[1] != channels:
+    if stored.numel() > 1 and shape[axis] != channels:
         return None
     return stored.double().reshape(-1).expand(channels)

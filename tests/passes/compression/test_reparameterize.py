@@ -116,6 +116,18 @@ def test_strided_branches_merge_without_the_identity(stride: int) -> None:
     check(p.done(p.b.add(a, c)))
 
 
+def test_channels_last_branches_merge() -> None:
+    p = Program()
+    x = p.input(2, 7, 7, 4)
+    attributes = {"stride": (1, 1), "dilation": (1, 1), "layout": "nhwc"}
+    a = p.b.conv(x, p.weight("a", random(4, 4, 3, 3)), padding=(1, 1), **attributes)
+    c = p.b.conv(x, p.weight("c", random(4, 4, 1, 1)), padding=(0, 0), **attributes)
+    identity = p.b.add(p.b.mul(x, p.weight("s", random(4))), p.weight("t", random(1, 1, 1, 4)))
+    outcome = check(p.done(p.b.add(p.b.add(a, identity), c)))
+    assert [n for n in outcome.ops() if n != "constant"] == ["conv", "return"]
+    assert 'layout = "nhwc"' in outcome.text
+
+
 def test_asymmetric_kernels_lie_in_the_square_one() -> None:
     p = Net()
     square, flat = p.conv((3, 3), (1, 1)), p.conv((1, 3), (0, 1))
@@ -206,7 +218,15 @@ class Block(nn.Module):
         return torch.relu(y if self.identity is None else y + self.identity(x))
 
 
-@pytest.mark.parametrize("pipeline", ["reparameterize", "canonicalize,reparameterize,fold,dce"])
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "reparameterize",
+        "canonicalize,reparameterize,fold,dce",
+        "fold_batch_norm,reparameterize,canonicalize,dce",
+        "canonicalize,fold_batch_norm,canonicalize,fold,reparameterize,dce",
+    ],
+)
 def test_a_captured_network_becomes_plain(pipeline: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(Block(3, 8, 2), Block(8, 8, 1), Block(8, 16, 2, 2), Block(16, 16, 1, 2))
