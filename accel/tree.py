@@ -9,7 +9,7 @@ Descriptions (JSON):
     {"tensor": i}                                   leaf i
     {"int": i}                                      leaf i is a 0-d tensor, wanted as a Python int
     {"value": 3}                                    None, bool, int, float, str
-    {"complex": [re, im]}, {"dtype": "float32"}, {"device": "cpu"}
+    {"complex": [re, im]}, {"dtype": "float32"}, {"device": "cpu"}, {"torch": "channels_last"}
     {"tuple": [...]}, {"list": [...]}, {"dict": [[key, node], ...]}   (keys are descriptions too)
     {"class": "module:Name", "args": [...]}         a named tuple
     {"class": "module:Name", "items": [[k, node]]}  a dict-like class, e.g. a model's output
@@ -71,6 +71,8 @@ def _describe_constant(value: Any) -> Node | None:
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"device": str(value)}
+    if isinstance(value, (torch.memory_format, torch.layout)):
+        return {"torch": str(value).removeprefix("torch.")}
     return None
 
 
@@ -168,6 +170,11 @@ def _unflatten(node: Node, leaves: Sequence[Any], resolve: Callable[[str], type 
             return dtype
         case "device":
             return torch.device(body)
+        case "torch":
+            known = getattr(torch, body)
+            if not isinstance(known, (torch.memory_format, torch.layout)):
+                raise InputError(f"'{body}' is neither a memory format nor a layout")
+            return known
         case "tuple":
             return tuple(_unflatten(n, leaves, resolve) for n in body)
         case "list":

@@ -24,13 +24,19 @@ class Call:
     location: Location | None
 
 
+_UNUSUAL_TWINS = {"normal_": "normal_functional"}
+
+
 def functional_twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
     """`aten::add.Tensor` for `aten::add_.Tensor`; None if there is none."""
-    name = target._schema.name
-    if not name.endswith("_") or name.endswith("__"):
+    namespace, _, base = target._schema.name.partition("::")
+    if base.startswith("__i") and base.endswith("__"):
+        pure = f"__{base[3:]}"  # `x &= y`
+    elif base.endswith("_") and not base.endswith("__"):
+        pure = _UNUSUAL_TWINS.get(base, base[:-1])
+    else:
         return None
-    namespace, _, base = name.partition("::")
-    packet = getattr(getattr(torch.ops, namespace), base[:-1], None)
+    packet = getattr(getattr(torch.ops, namespace), pure, None)
     if packet is None:
         return None
     overload = target._schema.overload_name or "default"

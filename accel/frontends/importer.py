@@ -43,6 +43,7 @@ from accel.ir.types import DTYPE_NAMES, Dim, TensorType, is_float, same_shape
 
 Lowering = Callable[..., Any]
 LOWERINGS: dict[str, Lowering] = {}
+WRITES: dict[str, Lowering] = {}  # overloads that write to operands and are no one's twin
 _DEEPEST = 16  # decompositions inside decompositions
 _log = logger("frontends")
 
@@ -54,6 +55,16 @@ def lower(*names: str) -> Callable[[Lowering], Lowering]:
         for name in names:
             full = name if "::" in name else f"aten::{name}"
             LOWERINGS[full] = function
+        return function
+
+    return wrap
+
+
+def lower_write(*names: str) -> Callable[[Lowering], Lowering]:
+    """Registers a lowering that writes operands itself (`Importer.write`), by op name."""
+
+    def wrap(function: Lowering) -> Lowering:
+        WRITES.update({f"aten::{name}": function for name in names})
         return function
 
     return wrap
@@ -264,14 +275,16 @@ class Importer:
             return self.fallback(call)  # nothing would be gained
         tensors = results_of(call)
         made = [result] if isinstance(result, Tensor) else list(result)
-        wanted = [m for m, t in zip(made, tensors) if self.is_used(t)]
+        # A factory's result may get another Python object on its way to the model.
+        used = [len(made) == 1 or self.is_used(t) for t in tensors]
+        wanted = [m for m, u in zip(made, used) if u]
         self._depth += 1
         try:
             self.run(calls, wanted)
         finally:
             self._depth -= 1
             self.b.location = location
-        values = [self(r) if isinstance(r, Tensor) else None for r in made]
+        values = [self(m) if u and isinstance(m, Tensor) else None for m, u in zip(made, used)]
         dtypes = [t.dtype if isinstance(t, Tensor) else None for t in tensors]
         return [
             self.b.cast_to(v, d) if v is not None and d is not None else v
@@ -300,6 +313,8 @@ class Importer:
                 return float(expr)
             if isinstance(arg, torch.device):
                 return str(arg)
+            if isinstance(arg, (torch.memory_format, torch.layout)):
+                return None  # how elements lie in memory is no part of a program's meaning
             if arg is None or isinstance(arg, (bool, int, float, complex, str, torch.dtype)):
                 return arg
             raise CaptureError(
@@ -313,13 +328,15 @@ class Importer:
             (k, template(v)) for k, v in call.kwargs.items() if k not in skip and v is not None
         )
         tensors = results_of(call)
-        if any(not isinstance(t, Tensor) and t is not None for t in tensors):
+        nested = isinstance(call.result, (list, tuple)) and len(tensors) != len(call.result)
+        if nested or any(not isinstance(t, Tensor) and t is not None for t in tensors):
             raise CaptureError(
                 f"{call.target} returns something else than tensors",
                 where=str(self.location or ""),
             )
         name = call.target.name()
-        pure = torch.Tag.nondeterministic_seeded not in call.target.tags
+        # One without results is there for its errors.
+        pure = torch.Tag.nondeterministic_seeded not in call.target.tags and bool(tensors)
         attributes = {"name": name, "args": args, "kwargs": kwargs, "pure": pure}
         types = [self.type(t) for t in tensors if t is not None]
         op = self.b.op("aten", operands, attributes, types=types)
@@ -336,7 +353,11 @@ class Importer:
             raise CaptureError(f"the lowering of {call.target} made {len(made)} results")
         sources: list[Tensor] | None = None
         for tensor, value in zip(tensors, made):
-            if not isinstance(tensor, Tensor) or value is None:
+            if not isinstance(tensor, Tensor):
+                continue
+            if value is None and self.is_used(tensor) and 0 in tensor.shape:
+                value = self.b.full_of(self.shape(tensor.shape), 0, tensor.dtype)
+            if value is None:
                 continue
             if tensor in self.aliases:
                 continue  # an argument returned as it is
@@ -376,6 +397,14 @@ class Importer:
         self.aliases.write(tensor, value)
 
     def _import_write(self, call: Call) -> None:
+        special = WRITES.get(call.target._schema.name)
+        if special is not None:
+            outer, self.call = self.call, call
+            args, kwargs = normalize(call)
+            values = special(self, *args, **kwargs)
+            self.call = outer
+            self._bind(call, values)
+            return
         twin = functional_twin(call.target)
         if twin is None:
             raise CaptureError(

@@ -64,6 +64,10 @@ class Recorder(ProxyTorchDispatchMode):
             if _is_vmapped(args):
                 with _InnerRecorder(self):
                     return func(*args, **kwargs)
+            if func._schema.name in _CHANGES_SIZE:
+                raise CaptureError(
+                    f"{func} gives a tensor another size", where=str(self.where() or "")
+                )
             if func._schema.name in _CHANGES_SHAPE:
                 return self._reshape_in_place(func, args, kwargs)
             result = func(*args, **kwargs)
@@ -90,7 +94,8 @@ class Recorder(ProxyTorchDispatchMode):
                 call.result = _replace(call.result, tensor, old)
         func(*args, **kwargs)
         twin = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::").rstrip("_"))
-        overload = getattr(twin, func._schema.overload_name or "default")
+        name = func._schema.overload_name or ("int" if "transpose" in str(twin) else "default")
+        overload = getattr(twin, name)
         self.calls.append(Call(overload, (old, *args[1:]), kwargs, tensor, self.where()))
         return tensor
 
@@ -100,6 +105,7 @@ class Recorder(ProxyTorchDispatchMode):
         return func(*args, **kwargs)
 
 
+_CHANGES_SIZE = frozenset(("aten::resize_", "aten::resize_as_", "aten::set_"))
 _CHANGES_SHAPE = frozenset(
     f"aten::{name}_" for name in ("squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims")
 )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accel.frontends.aten.views import broadcast
 from accel.frontends.calls import Call
 from accel.frontends.importer import Importer, lower
 from accel.ir.module import Region, Value, constant_name
@@ -75,7 +76,7 @@ def addmm(
     """beta * bias + alpha * x @ y; with beta 0 the bias is not read, not even its NaNs."""
     dtype = c.out_dtype
     if c.call.target._schema.name == "aten::addbmm":
-        return NotImplemented
+        return _add_summed(c, bias, x, y, beta, alpha)
     plain = alpha == 1 and beta == 1
     if plain and bias.dim() == 1 and is_float(dtype):
         return _product(c, c(x), c(y), c(bias))
@@ -85,6 +86,19 @@ def addmm(
     if beta == 0:
         return made
     extra = c(bias) if beta == 1 else c.b.mul(c(bias), c.scalar(beta, dtype))
+    result: Value = c.b.add(extra, made)
+    return result
+
+
+def _add_summed(c: Importer, bias: Tensor, x: Tensor, y: Tensor, beta: Any, alpha: Any) -> Value:
+    """beta * bias + alpha * the sum of x[i] @ y[i]."""
+    if c.out_dtype not in (torch.float32, torch.float64):
+        return NotImplemented  # ATen rounds each partial sum of 16-bit floats
+    made = c.b.sum(c.b.matmul(c(x), c(y)), axes=(0,))
+    made = c.b.mul(made, c.scalar(alpha, c.out_dtype)) if alpha != 1 else made
+    if beta == 0:
+        return broadcast(c, made, c.out_shape)
+    extra = c(bias) if beta == 1 else c.b.mul(c(bias), c.scalar(beta, c.out_dtype))
     result: Value = c.b.add(extra, made)
     return result
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.frontends.importer import LOWERINGS, Importer, lower
+from accel.errors import CaptureError
+from accel.frontends.importer import LOWERINGS, Importer, lower, lower_write
 from accel.ir.module import Value
 from accel.ir.op import Aten, definitions
 from accel.ir.types import is_float
@@ -300,6 +301,34 @@ def elu(
 @lower("softplus")
 def softplus(c: Importer, x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Value:
     result: Value = c.b.softplus(c(x), beta=float(beta), threshold=float(threshold))
+    return result
+
+
+@lower_write("rrelu_with_noise")
+def rrelu(
+    c: Importer, x: Tensor, noise: Tensor, low: Any = 1 / 8, high: Any = 1 / 3, train: bool = False,
+    **ignored: Any,
+) -> Value:  # fmt: skip
+    """Without training, a leaky relu of the mean slope."""
+    if train:
+        raise CaptureError(
+            "rrelu in training is not supported",
+            where=str(c.location or ""),
+            advice="call eval() on the model, or use leaky_relu",
+        )
+    return leaky_relu(c, x, (float(low) + float(high)) / 2)
+
+
+@lower("fmax", "fmin")
+def ignoring_nan(c: Importer, x: Tensor, y: Tensor) -> Value:
+    """The larger (smaller) of both, and the other one where one is NaN."""
+    name = "maximum" if c.call.target._schema.name == "aten::fmax" else "minimum"
+    a, b = (c.b.cast_to(c(t), c.out_dtype) for t in (x, y))
+    made = getattr(c.b, name)(a, b)
+    if not is_float(c.out_dtype):
+        only: Value = made
+        return only
+    result: Value = c.b.where(c.b.isnan(a), b, c.b.where(c.b.isnan(b), a, made))
     return result
 
 

@@ -29,6 +29,39 @@ def embedding(c: Importer, table: Tensor, indices: Tensor, *ignored: Any, **also
     return result
 
 
+@lower("_embedding_bag_forward_only", "_embedding_bag")
+def embedding_bag(
+    c: Importer, table: Tensor, indices: Tensor, offsets: Tensor, by_frequency: bool = False,
+    mode: int = 0, sparse: bool = False, weights: Tensor | None = None, last: bool = False,
+    padding: int = -1,
+) -> Any:  # fmt: skip
+    """Sums (mode 0) or means (1) of bags of rows, where only those are used: no backward."""
+    if mode > 1 or any(c.is_used(t) for t in c.call.result[1:]) or indices.dim() != 1:
+        return NotImplemented
+    count, bags = c.dim(indices.shape[0]), c.out_shape[0]
+    where = index_value(c, indices)
+    place = c.b.iota(shape=(count,), axis=0, dtype=torch.int64)
+    starts = c.b.cast_to(c(offsets), torch.int64)
+    bag = c.b.sub(c.b.searchsorted(starts, place, right=True), c.scalar(1, torch.int64))
+    rows = c.b.widen(c.b.embedding(c(table), where))
+    dtype = rows.dtype
+    share = c.b.full_of((count,), 1.0, dtype)
+    if 0 <= padding < table.shape[0]:
+        kept = c.b.ne(where, c.scalar(padding, where.dtype))
+        share = c.b.where(kept, share, c.scalar(0.0, dtype))
+    scale = share if weights is None else c.b.mul(share, c.b.cast_to(c(weights), dtype))
+    rows = c.b.mul(rows, c.b.reshape(scale, shape=(count, 1)))
+    zeros = c.b.full_of(c.out_shape, 0.0, dtype)
+    total = c.b.index_put(zeros, rows, bag, axes=(0,), accumulate=True)
+    if mode == 1:
+        none = c.b.full_of((bags,), 0.0, dtype)
+        sizes = c.b.index_put(none, share, bag, axes=(0,), accumulate=True)
+        sizes = c.b.maximum(sizes, c.scalar(1.0, dtype))
+        total = c.b.div(total, c.b.reshape(sizes, shape=(bags, 1)))
+    total = c.b.cast_to(total, c.out_dtype)
+    return [total, *(None for _ in c.call.result[1:])]
+
+
 @lower("index_select")
 def index_select(c: Importer, x: Tensor, dim: int, index: Tensor) -> Value:
     picked = c.b.gather(at_least_1d(c, x), index_value(c, index), axis=axis_of(x, dim))

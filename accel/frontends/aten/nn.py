@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from accel.frontends.aten.reductions import at_least_1d, axis_of
-from accel.frontends.importer import Importer, lower
+from accel.frontends.calls import results_of
+from accel.frontends.importer import Importer, lower, lower_write
 from accel.ir.module import Value
 from accel.ir.types import FLOATS
 
@@ -150,6 +151,22 @@ def batch_statistics(
     extra = [None if t is None else c.b.cast_to(c(t), value.dtype) for t in (weight, bias)]
     y = c.b.batch_norm(value, mean, variance, *extra, eps=float(eps))
     return c.b.cast_to(y, x.dtype)
+
+
+@lower_write("_native_batch_norm_legit", "_batch_norm_with_update")
+def batch_norm_writing(
+    c: Importer, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
+    variance: Tensor, *options: Any,
+) -> Any:  # fmt: skip
+    """Also writes the running statistics: (training,) momentum, eps."""
+    *training, momentum, eps = options
+    if training and not training[0]:
+        y = _normalized(c, x, weight, bias, mean, variance, eps)
+        return [y, *(None for _ in results_of(c.call)[1:])]
+    made = batch_norm_training(c, x, weight, bias, mean, variance, momentum, eps)
+    c.write(mean, made[3])
+    c.write(variance, made[4])
+    return [*made[:3], *(None for _ in results_of(c.call)[3:])]
 
 
 @lower("_native_batch_norm_legit_no_training")
