@@ -253,7 +253,8 @@ class UnpackNOfM:
         elif not (values.dtype.is_floating_point or values.dtype.is_complex):
             wide = b.cast_to(values, torch.int64)
         stored = b.reshape(wide, shape=(*lead, groups, n, 1))
-        place = b.cast_to(b.reshape(index, shape=(*lead, groups, n, 1)), torch.int32)
+        # Cast first: a packed sub-byte tensor has no views.
+        place = b.reshape(b.cast_to(index, torch.int32), shape=(*lead, groups, n, 1))
         slots = b.iota(shape=(m,), axis=0, dtype=torch.int32)
         zero = b.scalar(0, wide.dtype)
         spread = b.where(b.eq(place, slots), stored, zero)
