@@ -176,18 +176,19 @@ def _sort_buffers(plan: FunctionPlan, a: Analysis) -> None:
 
 
 def _find_in_place(plan: FunctionPlan, a: Analysis) -> None:
-    """Declared pairs where the operand's memory dies at the step and nothing else reads it."""
+    """Declared pairs where the operand's memory dies at the step, and the kernel reads all of that
+    memory as declared: element by element, in order."""
     sources = {s.outputs[0]: s for s in plan.steps if s.kind == "view"}
     for number, step in enumerate(plan.steps):
         pairs = step.options.get("inplace", []) if step.kind == "kernel" else []
         for pair in pairs:
             output, operand = _pair(plan, step, pair)
             roots = a.roots[operand]
-            if len(roots) != 1 or a.last[roots[0]] != number or not _covers(operand, sources):
+            if len(roots) != 1 or a.last[roots[0]] != number:
                 continue
-            declared = {step.inputs[i] for o, i in pairs if step.outputs[o] == output}
-            others = [i for i in step.inputs if i not in declared]
-            if not any(roots[0] in a.roots[i] for i in others):
+            declared = {i for o, i in pairs if step.outputs[o] == output}
+            readers = {i for i, v in enumerate(step.inputs) if roots[0] in a.roots[v]}
+            if readers <= declared and all(_covers(step.inputs[i], sources) for i in readers):
                 a.in_place.setdefault(output, []).append(roots[0])
 
 

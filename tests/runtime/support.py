@@ -29,6 +29,12 @@ KERNEL(add)   { for (int64_t i = 0; i < w[3]; i++) F(2)[i] = F(0)[i] + F(1)[i]; 
 KERNEL(mul)   { for (int64_t i = 0; i < w[3]; i++) F(2)[i] = F(0)[i] * F(1)[i]; return 0; }
 KERNEL(twice) { for (int64_t i = 0; i < w[2]; i++) F(1)[i] = 2.0f * F(0)[i]; return 0; }
 KERNEL(reverse) { for (int64_t i = 0; i < w[2]; i++) F(1)[i] = F(0)[w[2] - 1 - i]; return 0; }
+KERNEL(fold) {
+  for (int64_t i = 0; i < w[3]; i++) F(2)[i] = F(0)[i] + F(1)[w[3] - 1 - i];
+  return 0;
+}
+KERNEL(widen) { for (int64_t i = w[2] - 1; i >= 0; i--) ((double*)w[1])[i] = F(0)[i]; return 0; }
+KERNEL(narrow) { for (int64_t i = 0; i < w[2]; i++) F(1)[i] = ((double*)w[0])[i]; return 0; }
 KERNEL(split) {
   for (int64_t i = 0; i < w[3]; i++) { float x = F(0)[i]; F(1)[i] = x + 1.0f; F(2)[i] = x - 1.0f; }
   return 0;
@@ -40,6 +46,7 @@ KERNELS: dict[str, tuple[int, int, list[list[int]], Callable[..., Any]]] = {
     "mul": (2, 1, [[0, 0], [0, 1]], lambda a, b: a * b),
     "twice": (1, 1, [[0, 0]], lambda a: 2.0 * a),
     "reverse": (1, 1, [], lambda a: a.reshape(-1).flip(0).reshape(a.shape)),
+    "fold": (2, 1, [[0, 0]], lambda a, b: a + b.reshape(-1).flip(0).reshape(b.shape)),
     "split": (1, 2, [[0, 0], [1, 0]], lambda a: (a + 1.0, a - 1.0)),
 }
 
@@ -122,6 +129,7 @@ class Plan:
 
     def kernel(self, symbol: str, *operands: int) -> Any:
         _, count, pairs, meaning = KERNELS[symbol]
+        assert all(self.values[v].dtype == "float32" for v in operands)
         shape = self.values[operands[0]].shape
         outputs = [self.value("buffer", shape) for _ in range(count)]
         size: SizeExpr = ["*", 1, *shape]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from accel.errors import ArtifactError, ExecutionError, InputError
 from accel.runtime.executor import CompiledFunction
+from accel.runtime.plan import Step
 from accel.runtime.prepare import PreparedCalls, TensorWeights
 from tests.runtime.support import KERNELS, LinearLibrary, Plan, Registry, host_code, operand, same
 
@@ -56,8 +57,9 @@ def test_kernels_see_dense_memory() -> None:
     y = p.kernel("mul", turned, p.view("permute", w, [4, 4], axes=[1, 0]))
     run = p.compile(p.kernel("twice", y))
     base = torch.randn(8, 8)
-    negated = torch.complex(torch.zeros(4, 4), torch.randn(4, 4)).conj().imag
+    negated = torch._neg_view(torch.randn(4, 4))
     assert negated.is_neg()
+    assert negated.is_contiguous()
     for value in (base[::2, ::2], base[:4, :4].t(), negated, base[0, 0].expand(4, 4)):
         same(run([value]), p.reference([value]))
 
@@ -126,6 +128,48 @@ def test_in_place_waits_for_other_readers() -> None:
     same(run(inputs), p.reference(inputs))
 
 
+def test_an_operand_that_is_also_read_elsewhere_is_not_overwritten() -> None:
+    """`fold` may overwrite its first operand, but not if the second one is the same memory."""
+    p = Plan()
+    a = p.kernel("twice", p.input(64, 64))
+    b = p.kernel("fold", a, p.view("reshape", a, [64, 64]))
+    c = p.kernel("fold", b, b)
+    run = p.compile(p.kernel("reverse", c))
+    inputs = [torch.randn(64, 64)]
+    same(run(inputs), p.reference(inputs))
+
+
+def test_a_wider_result_is_not_written_in_place() -> None:
+    """A declared pair is used only where both have the same size."""
+    p = Plan()
+    x = p.input(16)
+    first, second = p.kernel("twice", x), p.kernel("reverse", x)
+    wide, back = p.value("buffer", [16], "float64"), p.value("buffer", [16])
+    size, pairs = ["*", 1, 16], {"inplace": [[0, 0]]}
+    p.steps.append(Step("kernel", "accel_widen", [first], [wide], pairs, [size]))
+    p.steps.append(Step("kernel", "accel_narrow", [wide], [back], pairs, [size]))
+    run = p.compile(p.kernel("add", back, second))
+    given = torch.randn(16)
+    same(run([given]), [2 * given + given.flip(0)])
+
+
+def test_sizes_that_shrink_as_a_symbol_grows() -> None:
+    """Layouts shared between sizes hold the larger buffers of all of them."""
+    p = Plan(n=(1, 400))
+    rest = ["+", 400, ["*", -1, "n"]]
+    x, z = p.input("n"), p.input(rest)
+    outputs = []
+    for start in (x, z):
+        y = start
+        for _ in range(3):
+            y = p.kernel("reverse", y)
+        outputs.append(p.kernel("reverse", y))
+    run = p.compile(*outputs)
+    for n in (399, 1, 200, 100, 50, 101, 102, 103, 97, 98, 399, 5, 4, 3, 2, 97):
+        inputs = [torch.randn(n), torch.randn(400 - n)]
+        same(run(inputs), p.reference(inputs))
+
+
 def test_library_results_are_taken_over() -> None:
     """A kernel that may work in place writes over what the library allocated."""
     p = Plan()
@@ -183,6 +227,14 @@ class TestDonation:
         expected = p.reference([x, x])
         same(run([x, x]), expected)
         same(run([x, x]), expected)  # x is as it was
+
+    def test_state_that_is_also_a_result_is_not_overwritten_later(self) -> None:
+        p = self._plan("add")
+        p.donates = {1: 0}
+        run = p.compile(p.new, p.new)  # type: ignore[attr-defined]
+        result, state = run([torch.zeros(32), torch.ones(32)])
+        run([state, torch.ones(32)])
+        assert torch.equal(result, torch.ones(32))
 
     def test_memory_that_is_still_read_is_not_taken(self) -> None:
         p = Plan()

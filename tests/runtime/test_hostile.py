@@ -225,6 +225,27 @@ def _rewrite(path: Path, edit: Callable[[Any], Any]) -> None:
         writer.close()
 
 
+def test_exchanged_native_code(tmp_path: Path) -> None:
+    """A signed manifest with other code beside it, checksums of the archive right."""
+    path = tmp_path / "m.accel"
+    write_small(path, kernels=True)
+    with Artifact(path) as a:
+        files = {n: a.archive.read(n, 1 << 30) for n in a.archive.entries}
+    files["kernels/host.so"] = files["kernels/host.so"][:-1] + b"!"
+    with path.open("wb") as file:
+        writer = ArchiveWriter(file)
+        for name, data in files.items():
+            writer.add(name, [data])
+        writer.close()
+
+    def never(code: bytes) -> Any:
+        raise AssertionError("loaded")
+
+    for trusted in (False, True):
+        with pytest.raises(ArtifactError, match=r"'kernels/host\.so' is damaged"):
+            load(path, trusted, load_host=never)
+
+
 def _main(m: Any) -> Any:
     return m["functions"]["main"]
 
