@@ -1,0 +1,191 @@
+"""fold_batch_norm, fold_pad, merge_linears and layout: they fire, near misses stay, meanings stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accel.passes.base import Context
+from accel.passes.manager import PassManager
+from tests.passes.helpers import ops, program, t
+
+GEOMETRY = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+
+
+def run(pipeline, module, context=None):
+    """Runs with contracts checked; returns the ledger."""
+    return PassManager(pipeline, context or Context(), validate=True).run(module)
+
+
+def conv(b, x, out, kernel=3, bias=True, **attributes):
+    channels = x.shape[1]
+    given = {**GEOMETRY, **attributes}
+    weight = b.weight(torch.randn(out, channels // given.get("groups", 1), kernel, kernel), "w")
+    return b.conv(x, weight, b.weight(torch.randn(out), "bias") if bias else None, **given)
+
+
+def norm(b, x, channels, affine=True):
+    mean, variance = b.weight(torch.randn(channels), "m"), b.weight(torch.rand(channels) + 0.1, "v")
+    scale = (b.weight(torch.randn(channels), "g"), b.weight(torch.randn(channels), "b"))
+    return b.batch_norm(x, mean, variance, *(scale if affine else ()), eps=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_goes_into_the_convolution(bias, affine) -> None:
+    module = program(lambda b, x: norm(b, conv(b, x, 8, bias=bias), 8, affine), t(2, 4, 6, 6))
+    ledger = run("fold_batch_norm,dce", module)
+    assert ops(module) == ["constant", "constant", "conv"]
+    assert ledger.rows[0].rewrites == {"fold_batch_norm": 1}
+    assert all("folded" in name for name in module.weights.names())
+
+
+def test_batch_norm_goes_into_a_grouped_convolution_and_a_linear() -> None:
+    module = program(lambda b, x: norm(b, conv(b, x, 8, groups=4), 8), t(2, 8, 5, 5))
+    run("fold_batch_norm,dce", module)
+    assert "batch_norm" not in ops(module)
+
+    def linear(b, x):
+        return norm(b, b.linear(x, b.weight(torch.randn(6, 4))), 6)
+
+    module = program(linear, t(3, 4))
+    run("fold_batch_norm,dce", module)
+    assert "batch_norm" not in ops(module)
+
+
+def second_user(b, x):
+    y = conv(b, x, 4)
+    return norm(b, y, 4), y
+
+
+def norm_of_three_axes(b, x):
+    return norm(b, b.linear(x, b.weight(torch.randn(6, 4))), 5)
+
+
+def live_statistics(b, x, mean):
+    y = conv(b, x, 4)
+    return b.batch_norm(y, mean, b.weight(torch.rand(4) + 0.1), eps=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "types", "reason"),
+    [
+        (second_user, (t(1, 3, 5, 5),), "another user"),
+        (norm_of_three_axes, (t(2, 5, 4),), "not on axis 1"),
+        (live_statistics, (t(1, 3, 5, 5), t(4)), "not a constant"),
+    ],
+)
+def test_batch_norm_stays(make, types, reason) -> None:
+    module = program(make, *types)
+    ledger = run("fold_batch_norm", module)
+    assert "batch_norm" in ops(module)
+    assert any(reason in miss.reason for miss in ledger.misses)
+
+
+def padded(low, high, value=0.0):
+    def make(b, x):
+        pad = b.pad(x, low=(0, 0, *low), high=(0, 0, *high), value=value)
+        return conv(b, pad, 4, padding=(1, 0))
+
+    return make
+
+
+def test_padding_goes_into_the_convolution() -> None:
+    module = program(padded((1, 2), (1, 2)), t(1, 3, 6, 6))
+    run("fold_pad", module)
+    assert "pad" not in ops(module)
+    made = next(op for op in module.main.ops if op.name == "conv")
+    assert made.attributes["padding"] == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (padded((0, 0), (1, 1)), "sides differ"),
+        (padded((1, 1), (1, 1), value=1.0), "not zero"),
+        (padded((-1, -1), (-1, -1)), "crops"),
+    ],
+)
+def test_padding_stays(make, reason) -> None:
+    module = program(make, t(1, 3, 8, 8))
+    ledger = run("fold_pad", module)
+    assert "pad" in ops(module)
+    assert any(reason in miss.reason for miss in ledger.misses)
+
+
+def parallel(bias=(True, True, True), rows=(8, 4, 4)):
+    def make(b, x):
+        return [
+            b.linear(
+                x, b.weight(torch.randn(n, 6)), b.weight(torch.randn(n), "b") if with_bias else None
+            )
+            for n, with_bias in zip(rows, bias)
+        ]
+
+    return make
+
+
+@pytest.mark.parametrize("bias", [(True,) * 3, (False,) * 3])
+def test_linears_of_one_input_merge(bias) -> None:
+    module = program(parallel(bias), t(2, 5, 6))
+    run("merge_linears,dce", module)
+    assert ops(module).count("linear") == 1
+    assert ops(module).count("slice") == 3
+    assert len(module.weights) == (2 if bias[0] else 1)
+
+
+def test_linears_that_differ_do_not_merge() -> None:
+    module = program(parallel((True, False, False)), t(2, 6))
+    run("merge_linears,dce", module)
+    assert ops(module).count("linear") == 2  # those without bias
+
+    def two_inputs(b, x, y):
+        return [b.linear(v, b.weight(torch.randn(4, 6))) for v in (x, y)]
+
+    module = program(two_inputs, t(2, 6), t(2, 6))
+    run("merge_linears", module)
+    assert ops(module).count("linear") == 2
+
+    module = program(parallel(rows=(20, 4, 4)), t(2, 6))
+    run("merge_linears{largest_rows=16}", module)
+    assert ops(module).count("linear") == 2
+
+
+def network(b, x):
+    y = b.relu(conv(b, x, 8, padding=(1, 1)))
+    z = conv(b, y, 8, padding=(1, 1), groups=2)
+    z = b.add(z, y)
+    z = b.mul(z, b.reshape(b.weight(torch.randn(8), "scale"), shape=(8, 1, 1)))
+    z = b.pad(z, low=(0, 0, 1, 0), high=(0, 0, 0, 2))
+    z = b.cat(z, z, axis=1)
+    z = b.max_pool(z, kernel=(2, 2), stride=(2, 2), padding=(0, 0), dilation=(1, 1))
+    return b.mean(conv(b, z, 4, kernel=1), axes=(2, 3)), b.amax(z, axes=(1,), keepdim=True)
+
+
+def test_layout_moves_the_network() -> None:
+    module = program(network, t(2, 3, 8, 8))
+    run("fold,layout,canonicalize,cse,dce", module)
+    made = [op for op in module.main.ops if op.name == "conv"]
+    assert len(made) == 3
+    assert all(op.attributes["layout"] == "nhwc" for op in made)
+    # One permute in, one pair around the max pool (which has no channels-last form).
+    assert ops(module).count("permute") <= 4
+
+
+def test_layout_leaves_other_convolutions_alone() -> None:
+    def one_dimension(b, x):
+        geometry = {"stride": (1,), "padding": (0,), "dilation": (1,)}
+        return b.conv(x, b.weight(torch.randn(4, 3, 3)), **geometry)
+
+    module = program(one_dimension, t(1, 3, 9))
+    ledger = run("layout", module)
+    assert not ledger.rows[0].changed
+
+
+def test_a_reduction_that_mixes_axes_stays_channels_first() -> None:
+    def make(b, x):
+        return b.sum(conv(b, x, 4), axes=(3,))
+
+    module = program(make, t(1, 3, 6, 6))
+    run("layout", module)
+    assert module.main.results[0].shape == (1, 4, 4)
