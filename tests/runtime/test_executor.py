@@ -228,11 +228,13 @@ class TestDonation:
         same(run([x, x]), expected)
         same(run([x, x]), expected)  # x is as it was
 
-    def test_state_that_is_also_a_result_is_not_overwritten_later(self) -> None:
+    def test_a_result_that_is_given_out_too_is_not_placed_in_the_argument(self) -> None:
         p = self._plan("add")
         p.donates = {1: 0}
         run = p.compile(p.new, p.new)  # type: ignore[attr-defined]
-        result, state = run([torch.zeros(32), torch.ones(32)])
+        given = torch.zeros(32)
+        result, state = run([given, torch.ones(32)])
+        given.fill_(7.0)
         run([state, torch.ones(32)])
         assert torch.equal(result, torch.ones(32))
 
