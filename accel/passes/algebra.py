@@ -285,6 +285,16 @@ _STRUCTURAL: list[Rule] = [
         op("clamp", op("clamp", x, min=bind("a"), max=bind("b")), min=bind("c"), max=bind("d")),
         lambda b, m: b.clamp(m["x"], **_clamp_bounds(m)),
     ),
+    Rewrite(
+        "minimum_relu",
+        op("minimum", op("relu", r), c),
+        lambda b, m: _fit(b, b.clamp(m["r"], min=type(m["c"])(0), max=m["c"]), m),
+    ),
+    Rewrite(
+        "minimum_maximum",
+        op("minimum", op("maximum", r, d), c),
+        lambda b, m: _fit(b, b.clamp(m["r"], min=m["d"], max=m["c"]), m),
+    ),
     CastChain(),
     ConstantSecond(),
     DropBroadcast(),

@@ -5,12 +5,14 @@ from __future__ import annotations
 # Exact clean-up, applied to every program; techniques go between two runs of it.
 EXACT_PIPELINE: tuple[str, ...] = (
     "canonicalize",
-    "fold_batch_norm",
     "fold",
+    "fold_batch_norm",
     "canonicalize",
     "cse",
     "dce",
+    "raise_composites",
     "raise_attention",
+    "fold",
     "merge_linears",
     "fold_pad",
     "layout",

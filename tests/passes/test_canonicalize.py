@@ -275,6 +275,14 @@ CASES = {
         (lambda b, a: b.clamp(b.clamp(a, min=-1.0, max=0.5), min=-0.5), V),
         (lambda b, a: b.clamp(b.tanh(a), min=-0.5), V),
     ),
+    "minimum_relu": (
+        (lambda b, a: b.minimum(b.relu(a), sc(b, 0.5)), V),
+        (lambda b, a: b.maximum(b.relu(a), sc(b, 0.5)), V),
+    ),
+    "minimum_maximum": (
+        (lambda b, a: b.minimum(b.maximum(a, sc(b, -0.5)), sc(b, 0.5)), V),
+        (lambda b, a, c: b.minimum(b.maximum(a, c), sc(b, 0.5)), V, V),
+    ),
     "cast_chain": (
         (lambda b, a: b.cast(b.cast(a, dtype=F32), dtype=F16), t(3, dtype=F16)),
         (lambda b, a: b.cast(b.cast(a, dtype=BF16), dtype=F32), V),
