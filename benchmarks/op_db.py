@@ -3,7 +3,7 @@
     python -m benchmarks.op_db                   # all, JSON to benchmarks/results/op_db.json
     python -m benchmarks.op_db --only softmax
 
-A sample is *right* (eager's result within its dtype's tolerance), *refused* (a typed error says why)
+A sample is *right* (eager's result, within its dtype's tolerance), *refused* (by a typed error)
 or *wrong*; nothing else may happen. Random operators are compared by shape and dtype.
 """
 
