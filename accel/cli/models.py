@@ -65,14 +65,7 @@ def load_model(spec: str) -> NamedModel:
 def import_module_or_file(place: str) -> ModuleType:
     """A module by its name (the current folder included), or from a file."""
     if place.endswith(".py"):
-        path = Path(place)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if not path.is_file() or spec is None or spec.loader is None:
-            raise OptionError(f"there is no file '{place}'")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-        return module
+        return _import_file(Path(place))
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -83,3 +76,24 @@ def import_module_or_file(place: str) -> ModuleType:
     if found is None:
         raise OptionError(f"there is no module '{place}'", advice=f"give {_FORMS}a package's name")
     return importlib.import_module(place)
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The module of a file, under its own name where that is free; a second time, the same one."""
+    for known in list(sys.modules.values()):
+        file = getattr(known, "__file__", None)
+        if file is not None and Path(file) == path.resolve():
+            return known
+    if not path.is_file():
+        raise OptionError(f"there is no file '{path}'")
+    name = path.stem if path.stem not in sys.modules else f"{path.stem}_{len(sys.modules)}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None and spec.loader is not None  # the name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
