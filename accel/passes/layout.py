@@ -22,8 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from accel.ir.builder import Builder
-from accel.ir.module import Function, Module, Op, Value
+from accel.ir.module import Function, Module, Op, Value, constant_name
 from accel.ir.op import Trait
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 
@@ -46,7 +48,17 @@ class Layout(Pass):
 
 
 def _is_first(op: Op) -> bool:
-    return op.name == "conv" and op.result.type.rank == 4 and op.attribute("layout") == "nchw"
+    """A convolution that a channels-last library call can take: float32, with a stored weight.
+
+    The others (computed or decoded weights, other dtypes) are one ATen call, channels-first.
+    """
+    return (
+        op.name == "conv"
+        and op.result.type.rank == 4
+        and op.result.dtype == torch.float32
+        and op.attribute("layout") == "nchw"
+        and constant_name(op.operands[1]) is not None
+    )
 
 
 class _Mover:

@@ -34,7 +34,7 @@ from accel.ir.module import Function, Module, Op, Value, constant_name
 from accel.ir.op import Trait
 from accel.ir.ops.shape import permutation_inverse
 from accel.ir.storage import WeightStore
-from accel.ir.types import TensorType
+from accel.ir.types import SUB_BYTE_BITS, TensorType
 from accel.passes.base import Context, Contract, Pass
 
 # Which axes of an operand an op sums over, by op and operand index, for an operand of this rank.
@@ -154,7 +154,13 @@ class Encoding:
         values = []
         for part in self.parts:
             constant = b.constant(part.name, weights.type(part.name))
-            values.append(b.embedding(constant, indices) if part.per_row else constant)
+            if part.per_row:
+                # Only stored tensors are packed: values of the program have whole bytes.
+                if constant.dtype in SUB_BYTE_BITS:
+                    signed = not str(constant.dtype).startswith("torch.uint")
+                    constant = b.cast(constant, dtype=torch.int8 if signed else torch.uint8)
+                constant = b.embedding(constant, indices)
+            values.append(constant)
         return self.decode(b, values)
 
     def decoded(self, weights: WeightStore) -> Tensor:
