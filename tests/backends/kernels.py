@@ -78,7 +78,7 @@ def poisoned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory that no kernel leaves as it is by accident."""
     out = torch.empty(tuple(shape), dtype=dtype)
     if out.numel():
-        out.view(torch.uint8).fill_(0x5A if dtype != torch.bool else 1)
+        out.reshape(-1).view(torch.uint8).fill_(0x5A if dtype != torch.bool else 1)
     return out
 
 

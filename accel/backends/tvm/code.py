@@ -124,7 +124,7 @@ class Emitter(Tracer):
 
     # -- Tracer ----------------------------------------------------------------------------
 
-    def element(self, value: Value, index: Index) -> Expr:
+    def known_element(self, value: Value, index: Index) -> Expr:
         key = (value, index)
         found = self._find(key)
         if found is not None:

@@ -326,7 +326,7 @@ def _circular(x: Expr, turn: int, block: Block) -> Expr:
 
 
 def sin(x: Expr, block: Block) -> Expr:
-    return _circular(x, 0, block)
+    return select(tir.eq(x, f32(0.0)), x, _circular(x, 0, block))  # keeps the sign of zero
 
 
 def cos(x: Expr, block: Block) -> Expr:

@@ -43,7 +43,7 @@ class Survey(Tracer):
         self.work = 0
         self._stack: list[Key] = []
 
-    def element(self, value: Value, index: Index) -> bool:
+    def known_element(self, value: Value, index: Index) -> bool:
         """Whether the element takes an elementary function to compute."""
         key = (value, index)
         users = self.users.setdefault(key, set())

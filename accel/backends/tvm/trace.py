@@ -25,6 +25,8 @@ Index: TypeAlias = tuple[Affine, ...]
 Scalar: TypeAlias = Any
 Key: TypeAlias = tuple[Value, Index]
 
+_ZERO = Affine()
+
 
 class Tracer(ABC):
     """Elements of a region's values, by index."""
@@ -35,7 +37,7 @@ class Tracer(ABC):
     # -- leaves, by subclass -----------------------------------------------------------------
 
     @abstractmethod
-    def element(self, value: Value, index: Index) -> Scalar:
+    def known_element(self, value: Value, index: Index) -> Scalar:
         """The element; calls `compute` unless it is known already."""
 
     @abstractmethod
@@ -83,6 +85,12 @@ class Tracer(ABC):
         """An element of a reduction's result."""
 
     # -- the walk ----------------------------------------------------------------------------
+
+    def element(self, value: Value, index: Index) -> Scalar:
+        """The element of `value` at `index`, named. The index on an axis of size 1 is 0."""
+        if any(d == 1 and i != _ZERO for d, i in zip(value.shape, index)):
+            index = tuple(_ZERO if d == 1 else i for d, i in zip(value.shape, index))
+        return self.known_element(value, index)
 
     def compute(self, value: Value, index: Index) -> Scalar:
         op = value.op
