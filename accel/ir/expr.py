@@ -101,27 +101,30 @@ class _Reader:
         return depth + 1
 
     def sum(self, depth: int) -> Any:
-        value = self.term(depth)
+        terms = [self.term(depth)]
         while self.peek() in ("+", "-"):
             sign = self.take()
             other = self.term(depth)
-            value = self.small(value + other if sign == "+" else value - other)
-        return value
+            terms.append(other if sign == "+" else -other)
+        return self.small(sympy.Add(*terms))
 
     def term(self, depth: int) -> Any:
-        value = self.factor(depth)
+        # All factors at once: sympy multiplies a number into a sum if there are just these two.
+        factors: list[Any] = []
+        while self.peek() == "-":
+            self.take()
+            factors.append(sympy.Integer(-1))
+        factors.append(self.factor(depth))
         while self.peek() in ("*", "//", "/"):
             operator = self.take()
             other = self.factor(depth)
             if operator != "*" and other == 0:
                 raise IRParseError(f"size expression '{self.text}' divides by 0")
-            if operator == "*":
-                value = self.small(value * other)
-            elif operator == "/":
-                value = value / other
+            if operator == "//":
+                factors = [sympy.floor(sympy.Mul(*factors, 1 / other))]
             else:
-                value = sympy.floor(value / other)
-        return value
+                factors.append(other if operator == "*" else 1 / other)
+        return self.small(sympy.Mul(*factors))
 
     def factor(self, depth: int) -> Any:
         if self.peek() == "-":

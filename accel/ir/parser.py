@@ -14,7 +14,7 @@ from accel.errors import AccelError
 from accel.ir.lexer import shorten
 from accel.ir.module import Function, Module, Op, Region, SymbolInfo, Value
 from accel.ir.op import definition, has_definition
-from accel.ir.reader import Reader, fill_dims
+from accel.ir.reader import Reader, fill_arguments, fill_dims
 from accel.ir.types import TensorType
 from accel.ir.verify import verify
 
@@ -47,8 +47,8 @@ class _Parser(Reader):
                 lexer.fail(f"function @{shorten(function.name)} is defined twice", start)
             module.add(function)
         if wrapped:
-            start, attributes = self.close_region({"metadata"})
-            module.metadata = self.json(attributes.get("metadata", "{}"), start)
+            start, attributes = self.close_region({"accel.metadata"})
+            module.metadata = self.json(attributes.get("accel.metadata", "{}"), start)
         if lexer.now.kind != "end":
             found = shorten(lexer.now.text)
             lexer.fail(f"expected \"accel.func\" or the end, found '{found}'")
@@ -80,6 +80,10 @@ class _Parser(Reader):
         function.metadata = self.json(attributes.get("metadata", "{}"), start)
         try:
             fill_dims(function.args, attributes.get("accel.dims", ()))
+            # Outer ops come first, so the operands of inner ones are complete.
+            for op in function.walk():
+                for region in op.regions:
+                    fill_arguments(region.args, op.operands)
         except ValueError as error:
             self.lexer.fail(str(error), begin)
         return function

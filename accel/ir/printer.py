@@ -27,7 +27,8 @@ def print_module(module: Module, *, locations: bool = False) -> str:
     """The whole module; weights appear as `accel.constant` ops, not as data."""
     attributes: dict[str, Attribute] = {}
     if module.metadata:
-        attributes["metadata"] = json.dumps(module.metadata, sort_keys=True)
+        # MLIR allows builtin.module only attributes with a dialect's prefix.
+        attributes["accel.metadata"] = json.dumps(module.metadata, sort_keys=True)
     lines = ['"builtin.module"() ({']
     for function in module.functions.values():
         lines.extend(_Printer(locations).function(function))
@@ -45,11 +46,15 @@ def print_op(op: Op) -> str:
 
 
 class _Printer:
-    def __init__(self, locations: bool) -> None:
+    """Prints one region's ops. Inside of another region its names must differ from the outer ones:
+    MLIR sees those too, though the dialect's regions do not use them."""
+
+    def __init__(self, locations: bool, outer: _Printer | None = None) -> None:
         self.locations = locations
+        self.outer = outer
         self.names: dict[Value, str] = {}
         self.taken: set[str] = set()
-        self.counter = 0  # for values without a name
+        self.counter: int = outer.counter if outer else 0  # for values without a name
         self.suffixes: dict[str, int] = {}  # for values of one name
 
     def function(self, function: Function) -> list[str]:
@@ -84,7 +89,7 @@ class _Printer:
         operands = ", ".join(self.name(v) for v in op.operands)
         nested: list[str] = []
         if op.regions:
-            inner = _Printer(self.locations)
+            inner = _Printer(self.locations, self)
             for i, region in enumerate(op.regions):
                 nested.append(" ({" if i == 0 else f"{pad}}}, {{")
                 nested.extend(inner.region(region, indent + 4))
@@ -126,13 +131,22 @@ class _Printer:
             self.counter += 1
         else:
             name = hint
-            while name in self.taken:
-                number = self.suffixes.get(hint, 0)
+            while self.is_taken(name):
+                number = self.suffix(hint)
                 self.suffixes[hint] = number + 1
                 name = f"{hint}_{number}"
             self.taken.add(name)
         self.names[value] = f"%{name}"
         return self.names[value]
+
+    def is_taken(self, name: str) -> bool:
+        return name in self.taken or (self.outer is not None and self.outer.is_taken(name))
+
+    def suffix(self, hint: str) -> int:
+        """The next number to try behind a name."""
+        if hint in self.suffixes or self.outer is None:
+            return self.suffixes.get(hint, 0)
+        return self.outer.suffix(hint)
 
 
 # What MLIR does not allow in a value's name.

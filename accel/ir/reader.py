@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import sympy
@@ -236,3 +238,16 @@ def fill_dims(values: list[Value], dims: Any) -> None:
         value.type = TensorType(tuple(shape), value.type.dtype)
     if next(rest, None) is not None:
         raise ValueError("accel.dims has more sizes than there are '?'")
+
+
+def fill_arguments(arguments: Sequence[Value], operands: Sequence[Value]) -> None:
+    """A region's arguments have the types of its op's operands, symbolic sizes among them.
+
+    Raises ValueError where a `?` has no size to take.
+    """
+    for argument, operand in zip_longest(arguments, operands):
+        if argument is None or _UNKNOWN not in argument.type.shape:
+            continue
+        if operand is None or str(argument.type) != str(operand.type):
+            raise ValueError("a region's arguments are not of the operands' types")
+        argument.type = operand.type
