@@ -30,7 +30,7 @@ from accel.ir.storage import WeightStore
 from accel.passes.base import Context
 from accel.passes.ledger import Ledger
 from accel.passes.manager import PassManager
-from accel.passes.pipelines import EXACT_PIPELINE
+from accel.passes.pipelines import CLEAN_PIPELINE, EXACT_PIPELINE
 from accel.passes.registry import load_passes
 from accel.runtime.plan import FunctionPlan
 
@@ -139,10 +139,9 @@ def tensor_pipeline(options: Options) -> list[str]:
     """Pass strings before lowering: exact passes around the user's techniques."""
     if options.pipeline is not None:
         return [options.pipeline] if options.pipeline else []
-    pipeline = list(EXACT_PIPELINE)
     if options.passes:
-        pipeline += [options.passes, *EXACT_PIPELINE]
-    return pipeline
+        return [*CLEAN_PIPELINE, options.passes, *EXACT_PIPELINE]
+    return list(EXACT_PIPELINE)
 
 
 def compile_kernels(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-# Exact clean-up, applied to every program; techniques go between two runs of it.
-EXACT_PIPELINE: tuple[str, ...] = (
+# Exact clean-up. A user's techniques come after it, when the program is in its plainest form.
+CLEAN_PIPELINE: tuple[str, ...] = (
     "canonicalize",
     "fold",
     "fold_batch_norm",
+    "reparameterize",
     "canonicalize",
     "cse",
     "dce",
@@ -15,6 +16,11 @@ EXACT_PIPELINE: tuple[str, ...] = (
     "fold",
     "merge_linears",
     "fold_pad",
+)
+
+# Applied to every program: clean-up, then what only makes it faster to run.
+EXACT_PIPELINE: tuple[str, ...] = (
+    *CLEAN_PIPELINE,
     "layout",
     "canonicalize",
     "cse",
