@@ -51,6 +51,7 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m benchmarks.docs_table
+	$(BIN)/python -m accel.ir.docs > docs/ops.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info *.accel dumps

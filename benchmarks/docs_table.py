@@ -68,6 +68,7 @@ def render() -> str:
         ("cpu", cpu_section),
         ("compile_time", compile_time_section),
         ("memory", memory_section),
+        ("compression", compression_section),
     )
     parts = [HEAD]
     for name, section in sections:
@@ -235,6 +236,35 @@ def memory_section(data: dict[str, Any]) -> str:
             machine_line(data["machine"]),
             "",
             "A fresh process that never imports the compiler; memory beyond `import torch`.",
+            "",
+            *markdown(head, lines),
+            "",
+        ]
+    )
+
+
+def compression_section(data: dict[str, Any]) -> str:
+    head = ["", "pipeline", "linears", "of fp32", "whole model", "weight error", "perplexity"]
+    lines = [
+        [
+            name,
+            f"`{r['pipeline']}`" if r["pipeline"] else "",
+            megabytes(r["linear_bytes"]),
+            f"{r['linear_bytes'] / r['linear_bytes_before']:.3f}",
+            megabytes(r["model_bytes"]),
+            f"{r['mean_weight_error']:.4f}",
+            f"{r['perplexity']:.2f}",
+        ]
+        for name, r in data["rows"].items()
+    ]
+    return "\n".join(
+        [
+            "## Compression of SmolLM2-135M",
+            "",
+            machine_line(data["machine"]),
+            "",
+            "One pass each; bytes of the linears' weights with every part of their encoding, and",
+            "perplexity on CPython's own documentation (`benchmarks/compression.py`).",
             "",
             *markdown(head, lines),
             "",
