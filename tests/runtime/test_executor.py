@@ -294,6 +294,17 @@ class TestSymbols:
             run([torch.zeros(shape)])
 
 
+def test_empty_tensors() -> None:
+    """Kernels without work are not called; everything else goes on."""
+    p = Plan(n=(0, None))
+    x, w = p.input("n", 8), p.weight("w", torch.randn(8, 8))
+    y = p.kernel("reverse", p.kernel("twice", p.library(p.kernel("twice", x), w)))
+    run = p.compile(y, p.kernel("reverse", x))
+    for n in (3, 0, 1, 0):
+        inputs = [torch.randn(n, 8)]
+        same(run(inputs), p.reference(inputs))
+
+
 def test_guards_are_checked_at_each_call() -> None:
     p = Plan(n=(1, None), m=(1, None))
     x, y = p.input("n", name="x"), p.input("m", name="y")
