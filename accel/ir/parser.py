@@ -49,9 +49,10 @@ class _Parser(Reader):
         if wrapped:
             start, attributes = self.close_region({"accel.metadata"})
             module.metadata = self.json(attributes.get("accel.metadata", "{}"), start)
-        if lexer.now.kind != "end":
+        if lexer.now.kind != "end" or not (wrapped or module.functions):
             found = shorten(lexer.now.text)
-            lexer.fail(f"expected \"accel.func\" or the end, found '{found}'")
+            wanted = '"accel.func"' if module.functions else '"builtin.module" or "accel.func"'
+            lexer.fail(f"expected {wanted}, found '{found}'")
         return module
 
     def function(self) -> Function:
