@@ -93,7 +93,7 @@ def generate(name: str, region: Region) -> KernelCode:
     planner = Planner(region)
     planner.run()
     symbols = region_symbols(region)
-    scratch = list(planner.scratch)
+    scratch = planner.scratch_values
     phases = [
         _phase(f"{name}_p{number}", phase, planner, region, symbols)
         for number, phase in enumerate(planner.phases)
@@ -151,10 +151,10 @@ def _phase(
     ]
     scratch = [
         parameters.pointer(f"t{i}", _scratch_dtype(value), sizes.code(value.type.numel()))
-        for i, value in enumerate(planner.scratch)
+        for i, value in enumerate(planner.scratch_values)
     ]
     status = parameters.pointer("status", "int32", tir.i64(1))
-    places = dict(zip(planner.scratch, scratch))
+    places = dict(zip(planner.scratch_values, scratch))
     emitter = Emitter(
         planner.indexer, buffers | {v: places[v] for v in phase.needs}, sizes
     )  # fmt: skip

@@ -72,7 +72,8 @@ class Planner:
         self.region = region
         self.indexer = Indexer()
         self.phases: list[Phase] = []
-        self.scratch: dict[Value, Place] = {}
+        self.scratch: dict[Value, Place] = {}  # values that can be read from there by now
+        self.scratch_values: list[Value] = []  # by number
         self._pool: dict[tuple[object, ...], Axis] = {}
         self._parts: dict[Axis, tuple[Axis, Axis, Dim]] = {}
 
@@ -155,7 +156,10 @@ class Planner:
     def _materialize(self, op: Op) -> None:
         value = op.result
         if value not in self.scratch:
-            self._plan(value, place := Place("scratch", len(self.scratch)))
+            # Numbered before planning, which may materialize other values on its way.
+            place = Place("scratch", len(self.scratch_values))
+            self.scratch_values.append(value)
+            self._plan(value, place)
             self.scratch[value] = place
 
     def _reduces(self, survey: Survey) -> tuple[list[Reduce], list[Survey], list[Op]]:
