@@ -141,8 +141,11 @@ class _Planner:
             ok = same and group.axes in (None, axes)
             if ok and _kind(shape, axes) == "reduction":
                 ok = self._closed(group, op)
+        elif not op.has(Trait.ELEMENTWISE):
+            # A cat or pad reads what the group computes at other places than its own.
+            ok = group.axes is None and self._closed(group, op)
         elif group.axes is None:
-            ok = same or (not op.has(Trait.ELEMENTWISE) and self._closed(group, op))
+            ok = same
         elif group.kind == "rowwise":
             ok = same or _is_reduced(shape, group)
         else:

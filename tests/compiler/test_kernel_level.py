@@ -137,6 +137,16 @@ def test_different_axes_are_different_kernels() -> None:
     assert "reduction" in kernels(module)
 
 
+def test_a_shift_of_rows_is_no_part_of_a_row_kernel() -> None:
+    def make(b, x):
+        y = b.softmax(x, axis=1)
+        shifted = b.pad(y, low=(1, 0), high=(-1, 0))
+        return b.add(y, shifted)
+
+    module = lower(program(make, t(6, 8)))
+    assert kernels(module) == ["rowwise", "pointwise"]
+
+
 def test_fusion_makes_no_cycle() -> None:
     # a -> linear -> c and a -> c: a and c have one shape, and a call lies between.
     def make(b, x):
