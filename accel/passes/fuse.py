@@ -232,6 +232,8 @@ class _Planner:
                 continue
             if self._between(group, other) or self._between(other, group):
                 continue
+            if _reads_elsewhere(group, other) or _reads_elsewhere(other, group):
+                continue
             if not self.context.rewrite("fuse.merge", op):
                 return
             group.ops.extend(other.ops)
@@ -316,6 +318,14 @@ def _is_reduced(shape: Shape, group: Group) -> bool:
     kept = tuple(1 if i in group.axes else d for i, d in enumerate(group.shape))
     gone = tuple(d for i, d in enumerate(group.shape) if i not in group.axes)
     return same_shape(shape, kept) or same_shape(shape, gone)
+
+
+def _reads_elsewhere(reader: Group, source: Group) -> bool:
+    """Whether an op of `reader` takes values of `source` from other places than its own."""
+    made = {r for op in source.ops for r in op.results}
+    row_local = Trait.ELEMENTWISE | Trait.REDUCTION
+    indexed = (op for op in reader.ops if not op.has(row_local))
+    return any(v in made for op in indexed for v in op.operands)
 
 
 def _is_scalar_constant(value: Value) -> bool:
