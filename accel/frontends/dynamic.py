@@ -53,6 +53,10 @@ class _InputSource(Source):
             return self.label
 
 
+# What torch says when a higher-order op meets a tracer without a rule for it.
+_HIGHER_ORDER = "not registered"
+
+
 class _Axis:
     """One declared axis: which leaf, which axis, the name, and the range."""
 
@@ -69,14 +73,13 @@ class DynamicShapes:
     def __init__(self, spec: Any, inputs: tree.Node, names: Sequence[str], model: Any) -> None:
         self.names = names
         self.axes: list[_Axis] = []
-        self.shape_env: ShapeEnv | None = None
         self._sizes: list[tuple[_Axis, torch.SymInt]] = []
         self._fixed_at: Location | None = None
         if spec is not None:
             args, kwargs = inputs["tuple"]
             self._walk(_by_position(spec, args, kwargs, model), inputs)
-        if self.axes:
-            self.shape_env = ShapeEnv(duck_shape=False, specialize_zero_one=True)
+        # Static captures have one too: a tensor's item() in arithmetic is a symbolic number.
+        self.shape_env = ShapeEnv(duck_shape=False, specialize_zero_one=True)
 
     def fake(self, mode: FakeTensorMode, index: int, tensor: Tensor) -> Tensor:
         """The fake tensor for input `index`, with symbols where axes are dynamic."""
@@ -124,7 +127,7 @@ class DynamicShapes:
                 torch._check(size == first[axis.name])
             elif axis.name:
                 first[axis.name] = size
-        self._count = len(self.shape_env.guards) if self.shape_env is not None else 0
+        self._count = len(self.shape_env.guards)
 
     def watch(self, where: Callable[[], Location | None]) -> Callable[[], Location | None]:
         """`where`, which also remembers the first place after a dynamic size became a number."""
@@ -162,8 +165,6 @@ class DynamicShapes:
 
     def guards(self, symbols: Symbols) -> list[dict[str, str]]:
         """Conditions that tracing relied on and that ranges and equal names do not imply."""
-        if self.shape_env is None:
-            return []
         found: list[dict[str, str]] = []
         for guard in self.shape_env.guards[self._count :]:
             expr = self.shape_env.replace(guard.expr)
@@ -175,7 +176,6 @@ class DynamicShapes:
         return found
 
     def _implied(self, expr: Any) -> bool:
-        assert self.shape_env is not None
         known = self.shape_env._maybe_evaluate_static(expr)
         return known is not None and bool(known == sympy.true)
 
@@ -187,6 +187,12 @@ class DynamicShapes:
         if isinstance(error, ConstraintViolationError):
             return CaptureError(f"the dynamic sizes contradict the model: {error}", where=place)
         text = str(error).strip().splitlines()
+        if _HIGHER_ORDER in str(error):
+            return CaptureError(
+                "control flow as an operator (torch.cond, while_loop, map, scan) is not supported",
+                where=place,
+                advice="use torch.where on both outcomes, or a Python loop of fixed length",
+            )
         return CaptureError(
             f"the model failed while it was traced: {type(error).__name__}: "
             f"{text[0] if text else ''}",

@@ -112,35 +112,55 @@ class GraphCallable:
 
     def __init__(self, program: Program, compile_module: Callable[[Module], Compiled]) -> None:
         self.program = program
-        self._arguments = [(i, i in program.sizes) for i in program.arguments]
+        self._arguments = [(a.index, a.kind) for a in program.arguments]
+        self._plain = all(a.kind == "tensor" for a in program.arguments)
         self._compiled = compile_module(program.module)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        flat = [
-            torch.empty((args[i], 0), dtype=torch.int8) if is_size else args[i]
-            for i, is_size in self._arguments
-        ]
+        if self._plain:
+            flat = [args[i] for i, _ in self._arguments]
+        else:
+            flat = [_argument(kind, args[i]) for i, kind in self._arguments]
         with torch.no_grad():
             results = self._compiled(flat)
             for i, result in self.program.writes:
                 if args[i] is not results[result]:
                     args[i].copy_(results[result])
-        return tuple(_output(o, results, args) for o in self.program.outputs)
+        return tuple(self._output(o, results, args) for o in self.program.outputs)
+
+    def _output(self, output: Output, results: Sequence[Tensor], args: Sequence[Any]) -> Any:
+        match output.kind:
+            case "result":
+                return results[output.index]
+            case "size":
+                return int(results[output.index])
+            case "input":
+                return args[output.index]
+            case "view":
+                sizes, strides, offset = output.value
+                size, stride = (tuple(self._number(n, args) for n in ns) for ns in (sizes, strides))
+                return args[output.index].as_strided(size, stride, self._number(offset, args))
+            case _:
+                return output.value
+
+    def _number(self, expr: Any, args: Sequence[Any]) -> int:
+        """The value of an expression over torch's size symbols in this call."""
+        if isinstance(expr, int):
+            return expr
+        values = {}
+        for name in expr.free_symbols:
+            i, axis = self.program.symbols[name]
+            values[name] = args[i] if axis < 0 else args[i].shape[axis]
+        return int(expr.subs(values))
 
 
-def _output(output: Output, results: Sequence[Tensor], args: Sequence[Any]) -> Any:
-    match output.kind:
-        case "result":
-            return results[output.index]
-        case "size":
-            return int(results[output.index])
-        case "input":
-            return args[output.index]
-        case "view":
-            size, stride, offset = output.value
-            return args[output.index].as_strided(size, stride, offset)
-        case _:
-            return output.value
+def _argument(kind: str, value: Any) -> Tensor:
+    if kind == "size":
+        return torch.empty((value, 0), dtype=torch.int8)
+    if kind == "number":
+        return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+    tensor: Tensor = value
+    return tensor
 
 
 class InferenceGraph:

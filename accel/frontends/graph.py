@@ -21,24 +21,38 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 import accel.frontends.aten  # noqa: F401  (fills the table)
-from accel.errors import AccelError, CaptureError
+from accel.errors import CaptureError
 from accel.frontends.calls import Call, storage_key, written_storages
 from accel.frontends.importer import Importer
 from accel.frontends.symbols import Symbols
 from accel.frontends.trace import record
 from accel.ir.module import Function, Location, Module, Value
-from accel.ir.types import TensorType
+from accel.ir.types import TensorType, symbol
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 @dataclass(frozen=True)
 class Output:
-    """One output of the graph: result `index`, input `index` itself or a view of it, or a value."""
+    """One output of the graph: result `index`, input `index` itself or a view of it, or a value.
+
+    A view's value is (sizes, strides, offset), ints or expressions over torch's size symbols.
+    """
 
     kind: Literal["result", "size", "input", "view", "value"]
     index: int = 0
     value: Any = None
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of the program: a tensor input, a number as a 0-d tensor, or a size.
+
+    A size that no tensor's shape tells is passed as an empty tensor of that length.
+    """
+
+    kind: Literal["tensor", "number", "size"]
+    index: int
 
 
 @dataclass
@@ -47,19 +61,19 @@ class Program:
 
     Attributes:
         module: one function, `main`, over tensors.
-        arguments: for each argument, the graph input it is; sizes are passed as empty tensors.
-        sizes: which of those graph inputs are sizes.
+        arguments: what its arguments are made from.
         frozen: graph inputs that are constants of the module.
         outputs: how each graph output comes about.
         writes: (graph input, result): the input's new elements.
+        symbols: torch's size symbols: (graph input, axis), axis -1 for an input that is a size.
     """
 
     module: Module
-    arguments: list[int] = field(default_factory=list)
-    sizes: set[int] = field(default_factory=set)
+    arguments: list[Argument] = field(default_factory=list)
     frozen: list[int] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
     writes: list[tuple[int, int]] = field(default_factory=list)
+    symbols: dict[sympy.Symbol, tuple[int, int]] = field(default_factory=dict)
 
 
 def location_of(node: fx.Node) -> Location | None:
@@ -86,13 +100,20 @@ def import_dynamo_graph(
 
     Raises CaptureError for what the recorder or the IR cannot express.
     """
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(
+                f"the higher-order op {node.target} is not supported",
+                where=str(location_of(node) or ""),
+            )
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta.get("example_value") for n in placeholders]
     mode = _fake_mode(fakes)
     runner = _Runner(graph, mode)
     calls, result = record(lambda: runner.run(*fakes), mode, runner.where)
     outputs = list(result) if isinstance(result, (list, tuple)) else [result]
-    return _Importer(fakes, inputs, mode, runner.attributes, freeze).build(calls, outputs)
+    importer = _Importer(fakes, inputs, mode, runner.attributes, freeze, aliased=False)
+    return importer.build(calls, outputs)
 
 
 def import_aten_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Program:
@@ -102,7 +123,8 @@ def import_aten_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Program:
     """
     calls, fakes, outputs, attributes = _calls_of(graph)
     mode = _fake_mode(fakes)
-    return _Importer(fakes, inputs, mode, attributes, lambda t: False).build(calls, outputs)
+    importer = _Importer(fakes, inputs, mode, attributes, lambda t: False, aliased=True)
+    return importer.build(calls, outputs)
 
 
 class _Runner(fx.Interpreter):
@@ -204,8 +226,9 @@ class _Importer:
         mode: FakeTensorMode,
         attributes: dict[int, tuple[Tensor, Tensor, str]],
         freeze: Callable[[Tensor], bool],
+        aliased: bool,
     ) -> None:
-        self.fakes, self.reals, self.freeze = fakes, reals, freeze
+        self.fakes, self.reals, self.freeze, self.aliased = fakes, reals, freeze, aliased
         self.attributes = attributes
         self.program = Program(Module())
         self.function = self.program.module.add(Function("main"))
@@ -222,46 +245,64 @@ class _Importer:
         for real, fake, name in self.attributes.values():
             importer.aliases.add_root(fake, None, self._constant(name, real))
         importer.run(calls, outputs)
+        self._settle_arguments()
         self._finish(outputs)
         self.function.symbols = self.symbols.infos()
         self.program.module.metadata["fallbacks"] = dict(sorted(importer.fallbacks.items()))
         return self.program
 
     def _add_inputs(self, written: set[int]) -> None:
-        told: set[str] = set()
-        sizes: list[int] = []
-        arguments: list[dict[str, Any]] = []
         for i, fake in enumerate(self.fakes):
-            if isinstance(fake, torch.SymInt):
-                sizes.append(i)
-                continue
-            if not isinstance(fake, Tensor):
-                continue
-            real = self.reals[i] if i < len(self.reals) else None
-            constant = (
-                isinstance(real, Tensor)
-                and not isinstance(real, FakeTensor)
-                and storage_key(fake) not in written
-                and self.freeze(real)
-            )
-            if constant:
-                assert isinstance(real, Tensor)
-                self.program.frozen.append(i)
-                self.importer.aliases.add_root(fake, None, self._constant(f"weight{i}", real))
-                continue
-            value = self.function.body.add_arg(self.importer.type(fake), f"arg{i}")
-            self.importer.aliases.add_root(fake, value)
-            self.program.arguments.append(i)
-            arguments.append({"name": f"arg{i}", "kind": "input"})
-            told.update(d.name for d in value.shape if isinstance(d, sympy.Symbol))
-        for i in sizes:
-            dim = self.symbols.dim(self.fakes[i])
-            if isinstance(dim, sympy.Symbol) and dim.name not in told:
-                self.function.body.add_arg(TensorType((dim, 0), torch.int8), f"size{i}")
-                self.program.arguments.append(i)
-                self.program.sizes.add(i)
-                arguments.append({"name": f"size{i}", "kind": "input"})
-        self.function.metadata["arguments"] = arguments
+            if isinstance(fake, (torch.SymInt, torch.SymFloat)):
+                self._add_number(i, fake)
+            elif isinstance(fake, Tensor):
+                self._add_tensor(i, fake, written)
+
+    def _add_number(self, i: int, fake: torch.SymInt | torch.SymFloat) -> None:
+        expr = fake.node.expr
+        if not isinstance(expr, sympy.Symbol):
+            return  # follows from others, or is fixed
+        whole = isinstance(fake, torch.SymInt)
+        dtype = torch.int64 if whole else torch.float64
+        value = self.function.body.add_arg(TensorType((), dtype), f"number{i}")
+        self.importer.scalars.numbers[expr] = value
+        self.program.arguments.append(Argument("number", i))
+        if whole:
+            self.program.symbols.setdefault(expr, (i, -1))
+
+    def _add_tensor(self, i: int, fake: Tensor, written: set[int]) -> None:
+        for axis, size in enumerate(fake.shape):
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                self.program.symbols[size.node.expr] = (i, axis)
+                self.importer.scalars.numbers.pop(size.node.expr, None)
+        real = self.reals[i] if i < len(self.reals) else None
+        if (
+            isinstance(real, Tensor)
+            and not isinstance(real, FakeTensor)
+            and storage_key(fake) not in written
+            and self.freeze(real)
+        ):
+            self.program.frozen.append(i)
+            self.importer.aliases.add_root(fake, None, self._constant(f"weight{i}", real))
+            return
+        value = self.function.body.add_arg(self.importer.type(fake), f"arg{i}")
+        self.importer.aliases.add_root(fake, value)
+        self.program.arguments.append(Argument("tensor", i))
+
+    def _settle_arguments(self) -> None:
+        """Drops numbers that nobody reads; adds sizes that no tensor tells."""
+        body, arguments = self.function.body, self.program.arguments
+        told = {d.name for v in body.args for d in v.shape if isinstance(d, sympy.Symbol)}
+        for position in reversed(range(len(arguments))):
+            if arguments[position].kind == "number" and not body.args[position].uses:
+                body.remove_arg(position)
+                del arguments[position]
+        for name, theirs in self.symbols.used.items():
+            place = self.program.symbols.get(theirs)
+            if name not in told and place is not None:
+                body.add_arg(TensorType((symbol(name), 0), torch.int8), f"size{place[0]}")
+                arguments.append(Argument("size", place[0]))
+        self.function.metadata["arguments"] = [{"name": v.name, "kind": "input"} for v in body.args]
 
     def _constant(self, name: str, real: Tensor) -> Callable[[], Value]:
         def make() -> Value:
@@ -292,10 +333,10 @@ class _Importer:
             else:
                 self.program.outputs.append(Output("value", value=leaf))
         kinds: list[dict[str, Any]] = [{"kind": "output"} for _ in values]
-        for position, i in enumerate(self.program.arguments):
-            fake = self.fakes[i]
-            if isinstance(fake, Tensor) and importer.aliases.written(fake):
-                self.program.writes.append((i, len(values)))
+        for position, argument in enumerate(self.program.arguments):
+            fake = self.fakes[argument.index]
+            if argument.kind == "tensor" and importer.aliases.written(fake):
+                self.program.writes.append((argument.index, len(values)))
                 self.function.donates[len(values)] = position
                 kinds.append({"kind": "mutation", "argument": position})
                 values.append(importer(fake))
@@ -312,18 +353,16 @@ class _Importer:
                 continue
             if fake is leaf:
                 return Output("input", i)
-            view = (tuple(leaf.shape), tuple(leaf.stride()), leaf.storage_offset())
-            if all(isinstance(n, int) for n in (*view[0], *view[1], view[2])):
-                return Output("view", i, view)
-            raise CaptureError("an output that is a view of an input of dynamic size")
+            if self.aliased:
+                return None  # whoever made the graph restores the aliasing
+            view = (
+                tuple(expr_of(n) for n in leaf.shape),
+                tuple(expr_of(n) for n in leaf.stride()),
+                expr_of(leaf.storage_offset()),
+            )
+            return Output("view", i, view)
         return None
 
 
-def explain(error: Exception, where: Location | None) -> AccelError:
-    """A typed error for what went wrong while a graph was recorded."""
-    if isinstance(error, AccelError):
-        return error
-    return CaptureError(
-        f"the graph failed while it was recorded: {type(error).__name__}: {error}",
-        where=str(where or ""),
-    )
+def expr_of(size: int | torch.SymInt) -> Any:
+    return size if isinstance(size, int) else size.node.expr

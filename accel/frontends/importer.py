@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
@@ -35,11 +34,12 @@ from accel.frontends.calls import (
     normalize,
     results_of,
 )
+from accel.frontends.scalars import Scalars
 from accel.frontends.symbols import Symbols
 from accel.frontends.trace import record
 from accel.ir.builder import Builder
 from accel.ir.module import Function, Location, Module, Value
-from accel.ir.types import DTYPE_NAMES, Dim, TensorType, is_float, same_shape
+from accel.ir.types import DTYPE_NAMES, Dim, TensorType, same_shape
 
 Lowering = Callable[..., Any]
 LOWERINGS: dict[str, Lowering] = {}
@@ -77,6 +77,7 @@ class Importer:
         b: the builder, with the current call's location.
         call: the call being lowered.
         fallbacks: how many ops became `accel.aten`, by overload.
+        scalars: Python and symbolic numbers as values.
     """
 
     def __init__(self, function: Function, module: Module, symbols: Symbols) -> None:
@@ -87,9 +88,8 @@ class Importer:
         self.aliases = Aliases(self)
         self.call: Call = None  # type: ignore[assignment]
         self.fallbacks: dict[str, int] = {}
+        self.scalars = Scalars(self.b, symbols)
         self._constants: dict[int, tuple[Tensor, Value]] = {}
-        self._scalars: dict[tuple[Any, ...], Value] = {}
-        self._sizes: dict[Dim, Value] = {}
         self._used: set[int] = set()
         self._depth = 0
 
@@ -143,42 +143,11 @@ class Importer:
 
     def scalar(self, value: Any, dtype: torch.dtype) -> Value:
         """A Python number, or a symbolic one, as a 0-d value of `dtype`."""
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return self.symbolic(self.symbols.plain(value.node.expr), dtype)
-        key = (type(value), repr(value), dtype)
-        found = self._scalars.get(key)
-        if found is None:
-            found = self._scalars[key] = self.b.scalar(value, dtype)
-        return found
-
-    def symbolic(self, expr: sympy.Expr, dtype: torch.dtype) -> Value:
-        """An expression over sizes, computed at run time."""
-        if expr.is_number:
-            number = int(expr) if expr.is_Integer else float(expr)
-            return self.scalar(number, dtype)
-        if not is_float(dtype):
-            return self.b.cast_to(self.size(expr), dtype)
-        if expr.is_integer:
-            return self.b.cast_to(self.size(expr), dtype)
-        parts = [self.symbolic(a, dtype) for a in expr.args]
-        if isinstance(expr, sympy.Add | sympy.Mul):
-            op = self.b.add if isinstance(expr, sympy.Add) else self.b.mul
-            total = parts[0]
-            for part in parts[1:]:
-                total = op(total, part)
-            return total
-        if isinstance(expr, sympy.Pow):
-            power: Value = self.b.pow(*parts)
-            return power
-        raise CaptureError(f"the symbolic number {expr}", where=str(self.location or ""))
+        return self.scalars.value(value, dtype)
 
     def size(self, dim: Dim) -> Value:
         """A symbolic size as a 0-d int64 value."""
-        if isinstance(dim, int) or dim.is_Integer:
-            return self.scalar(int(dim), torch.int64)
-        if dim not in self._sizes:
-            self._sizes[dim] = self.b.size(value=dim)
-        return self._sizes[dim]
+        return self.scalars.size(dim)
 
     def tensor_constant(self, tensor: Tensor, name: str) -> Value:
         """A tensor as a weight; one element becomes a `full`."""
@@ -447,6 +416,7 @@ class Importer:
 _COMPLEX_OK = {"aten::detach", "aten::alias", "aten::lift_fresh", "aten::contiguous"}
 # Decompositions of these are worse than the op itself run by torch, or lose its meaning.
 _KEEP_WHOLE = {
+    "aten::soft_margin_loss",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::convolution_backward",
     "aten::_fft_c2c",

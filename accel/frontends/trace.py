@@ -261,10 +261,13 @@ def _compiling() -> Iterator[None]:
     before = flags._is_compiling_flag, flags._is_exporting_flag
     flags._is_compiling_flag = flags._is_exporting_flag = True
     torch.backends.mha.set_fastpath_enabled(False)
+    mkldnn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
     try:
         # Choosing among libraries would also tie the program to this batch size.
-        with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+        with torch.backends.nnpack.flags(enabled=False):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        torch._C._set_mkldnn_enabled(mkldnn)
         flags._is_compiling_flag, flags._is_exporting_flag = before
