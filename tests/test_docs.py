@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,9 +28,27 @@ def test_generated_pages_are_up_to_date() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page) -> None:
+def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+PRELUDE = """
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 4)).eval()
+x = torch.randn(2, 16)
+"""
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    """All blocks, one after the other, in a new process."""
+    blocks = re.findall(r"```python\n(.*?)```", docs_table.README.read_text(), re.DOTALL)
+    assert len(blocks) >= 4
+    script = tmp_path / "readme.py"
+    script.write_text(PRELUDE + "\n".join(blocks))
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "quantize" in done.stdout and (tmp_path / "m.accel").is_file()
 
 
 def commands(text: str) -> list[str]:
@@ -37,7 +58,7 @@ def commands(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_programs_parse_and_verbs_and_pipelines_exist(page) -> None:
+def test_programs_parse_and_verbs_and_pipelines_exist(page: Path) -> None:
     text = page.read_text()
     for block in re.findall(r"```mlir\n(\"accel\.func.*?)```", text, re.DOTALL):
         parse_module(block, page.name)

@@ -37,7 +37,6 @@ _PACKAGES = (
     # package, extra that asks for it, what for
     ("torch", "", "tensors, capture, vendor kernels"),
     ("apache-tvm", "tvm", "generated CPU kernels"),
-    ("apache-tvm-ffi", "tvm", "loading generated kernels"),
     ("triton", "triton", "generated GPU kernels"),
     ("onnx", "onnx", "ONNX models"),
     ("onnxruntime", "onnx", "benchmarks"),
@@ -190,7 +189,7 @@ def _generated() -> str:
     seconds, steps = _compile_probe()
     if not steps.get("kernel"):
         raise BackendError("no kernel was generated")
-    return f"{steps['kernel']} in {format_seconds(seconds)}, result checked"
+    return f"{steps['kernel']} kernel(s) in {format_seconds(seconds)}, result checked"
 
 
 def _end_to_end() -> str:

@@ -11,11 +11,16 @@ import typer
 from accel.cli.output import Json, emit, emit_text, facts, format_bytes, table
 from accel.errors import OptionError
 from accel.names import near
+from accel.runtime.analysis import analyze
 from accel.runtime.artifact import Artifact
+from accel.runtime.binding import Sizes
 from accel.runtime.plan import FunctionPlan, SizeExpr, Step, ValueSpec
 from accel.runtime.trust import trusted_keys
 
 app = typer.Typer()
+
+# Arenas are shown for dynamic sizes of this many elements.
+_TYPICAL_SIZE = 256
 
 
 @app.command()
@@ -94,12 +99,23 @@ def function_facts(plan: FunctionPlan) -> dict[str, Any]:
     return {
         "inputs": [value_facts(plan.values[v]) for v in plan.inputs],
         "outputs": [value_facts(plan.values[v]) for v in plan.outputs],
+        "arena": arena_facts(plan),
         "symbols": {name: list(limits) for name, limits in plan.symbols.items()},
         "steps": dict(steps),
         "libraries": dict(libraries.most_common()),
         "kernels": len(kernels),
         "fallbacks": dict(sorted(fallbacks.items())),
     }
+
+
+def arena_facts(plan: FunctionPlan) -> dict[str, Any]:
+    """The planned arena for typical sizes: `_TYPICAL_SIZE` where a size's range allows it."""
+    sizes = {
+        name: max(low, _TYPICAL_SIZE if high is None else min(high, _TYPICAL_SIZE))
+        for name, (low, high) in plan.symbols.items()
+    }
+    placement = Sizes(plan, analyze(plan)).bind(sizes).placement
+    return {"bytes": placement.total, "least_bytes": placement.lower_bound, "sizes": sizes}
 
 
 def value_facts(value: ValueSpec) -> dict[str, Any]:
@@ -130,6 +146,7 @@ def summary(data: dict[str, Any]) -> list[Any]:
             ("inputs", signature(f["inputs"])),
             ("outputs", signature(f["outputs"])),
             ("sizes", sizes or "fixed"),
+            ("arena", arena_text(f["arena"])),
             ("steps", counts(f["steps"])),
             ("libraries", counts(f["libraries"]) or "none"),
             ("kernels", f"{f['kernels']} different"),
@@ -137,6 +154,12 @@ def summary(data: dict[str, Any]) -> list[Any]:
         ]
         parts += ["", f"[bold]@{name}[/bold]", facts(lines)]
     return parts
+
+
+def arena_text(arena: dict[str, Any]) -> str:
+    sizes = ", ".join(f"{name} = {n}" for name, n in arena["sizes"].items())
+    least = f" (no plan needs less than {format_bytes(arena['least_bytes'])})"
+    return format_bytes(arena["bytes"]) + (f" for {sizes}" if sizes else "") + least
 
 
 def counts(found: dict[str, int]) -> str:

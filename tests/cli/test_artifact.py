@@ -120,6 +120,8 @@ def test_inspect(home: Path, at_home: Run) -> None:
     main = data["functions"]["main"]
     assert main["symbols"]["batch"][0] >= 1 and data["trusted"] is True
     assert main["inputs"][0] == {"name": "x", "dtype": "float32", "shape": ["batch", 16]}
+    arena = main["arena"]
+    assert arena["bytes"] >= arena["least_bytes"] and set(arena["sizes"]) == {"batch"}
     ran = at_home("inspect", path, "--plan", "--kernels")
     assert ran.code == 0, ran.err
     assert "float32[batch, 16]" in ran.out and "onednn.linear" in ran.out
