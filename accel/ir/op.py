@@ -195,14 +195,14 @@ class OpDefinition:
     def complete_attributes(self, given: Mapping[str, Attribute]) -> dict[str, Any]:
         """The given attributes with defaults filled in; unknown or missing ones are errors."""
         result: dict[str, Any] = {}
+        missing = ""
         found = 0
         for spec in self.attributes:
             if spec.name in given:
-                result[spec.name] = given[spec.name]
                 found += 1
-            elif spec.required:
-                raise TypeInferenceError(f"accel.{self.name} needs the attribute '{spec.name}'")
+                result[spec.name] = given[spec.name]
             else:
+                missing = missing or (spec.name if spec.required else "")
                 result[spec.name] = spec.default
         if found < len(given):
             name = next(n for n in given if n not in result)
@@ -210,6 +210,8 @@ class OpDefinition:
                 f"accel.{self.name} has no attribute '{name}'",
                 advice=f"it has: {', '.join(result) or 'none'}",
             )
+        if missing:
+            raise TypeInferenceError(f"accel.{self.name} needs the attribute '{missing}'")
         return result
 
     def check_attributes(self, given: Mapping[str, Attribute]) -> dict[str, Any]:
