@@ -16,6 +16,7 @@ import torch
 
 from accel.compiler.sizes import size_expr
 from accel.errors import BackendError
+from accel.ir.expr import parse_expr
 from accel.ir.module import Function, Module, Op, Value
 from accel.ir.op import Trait
 from accel.ir.types import Dim
@@ -70,6 +71,7 @@ class _Lowering:
             steps=self.steps,
             symbols={name: (s.min, s.max) for name, s in function.symbols.items()},
             donates=dict(function.donates),
+            guards=_guards(function),
             metadata=dict(function.metadata),
         )
 
@@ -169,6 +171,19 @@ class _Lowering:
         outputs = [self.new(r, "owned") for r in op.results]
         options = {"args": args, "kwargs": kwargs}
         self.steps.append(Step("aten", name, numbers, outputs, options, source=_source(op)))
+
+
+def _guards(function: Function) -> list[list[Any]]:
+    """The frontend's conditions on sizes, for the runtime to check at each new set of sizes."""
+    turned = {">": "<", ">=": "<="}
+    guards = []
+    for guard in function.metadata.get("guards", ()):
+        sides = [size_expr(parse_expr(guard[side])) for side in ("left", "right")]
+        relation = guard["relation"]
+        if relation in turned:
+            relation, sides = turned[relation], sides[::-1]
+        guards.append([relation, *sides])
+    return guards
 
 
 _VIEWS = {

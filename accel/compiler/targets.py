@@ -56,14 +56,14 @@ _CUDA = (
 @cache
 def _flags() -> tuple[str, ...]:
     """SIMD features of this CPU, as Linux names them; empty where the system does not say."""
-    wanted = ("sse4_2", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx")
+    wanted = ("sse4_2", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "amx_tile")
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             line = next((row for row in file if row.startswith("flags")), "")
     except OSError:
         return ()
-    have = line.split()
-    return tuple(sorted(w for w in wanted if any(h.startswith(w) for h in have)))
+    have = set(line.split())
+    return tuple(sorted(w for w in wanted if w in have))
 
 
 @cache

@@ -176,7 +176,7 @@ class DynamicShapes:
         return found
 
     def _implied(self, expr: Any) -> bool:
-        known = self.shape_env._maybe_evaluate_static(expr)
+        known = self.shape_env._maybe_evaluate_static(expr, axioms=())  # guards are axioms
         return known is not None and bool(known == sympy.true)
 
     def explain(self, error: Exception, where: Location | None) -> CaptureError:

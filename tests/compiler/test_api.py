@@ -107,6 +107,20 @@ def test_one_program_for_all_sizes(model) -> None:
     assert len(fast._programs) == 1
 
 
+def test_conditions_on_sizes_are_checked_at_each_call() -> None:
+    """The program was traced for x longer than y; another call must not run it."""
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x[: y.shape[0]] + y if x.shape[0] > y.shape[0] else x.sum() * y
+
+    sizes = {"x": {0: "a"}, "y": {0: "b"}}
+    fast = accel.compile(model, inputs=(torch.randn(9), torch.randn(4)), dynamic_shapes=sizes)
+    x, y = torch.randn(7), torch.randn(5)
+    torch.testing.assert_close(fast(x, y), model(x, y))
+    with pytest.raises(InputError):
+        fast(y, x)
+
+
 def test_threads_share_a_compiled_model(model) -> None:
     fast = accel.compile(model, inputs=(torch.randn(8, 16),))
     failures = []
