@@ -17,7 +17,7 @@ the stored constants. Before and after:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +34,7 @@ from accel.ir.rewrite import erase_if_dead
 from accel.ir.storage import WeightStore
 from accel.ir.types import SUB_BYTE_BITS
 from accel.passes.base import EXACT_CONSTANTS, Context, Contract, Pass, register_pass
+from accel.passes.deferred import deferred_function
 
 # Stored results may exceed the weights that they free by this much.
 _SLACK_BYTES = 4096
@@ -262,20 +263,6 @@ def _is_view_of_weight(root: Op) -> bool:
 
 def _lazy_view(b: Builder, root: Op, module: Module) -> Value:
     """A constant that is computed when first read: no rounding, no work at compile time."""
-    load = _Lazy(_function_of([root]), module.weights.copy())
+    load = deferred_function(_function_of([root]), module.weights.copy())
     name = module.weights.add_lazy(_name_for(root), root.result.type, load)
     return b.constant(name, root.result.type)
-
-
-class _Lazy:
-    """Evaluates a function without arguments once; lets go of what it needed for that."""
-
-    def __init__(self, function: Function, weights: WeightStore) -> None:
-        self._make: Callable[[], Tensor] | None = lambda: interpret(function, (), weights)[0]
-        self._value: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        if self._make is not None:
-            self._value, self._make = self._make().contiguous(), None
-        assert self._value is not None
-        return self._value

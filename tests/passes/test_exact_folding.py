@@ -1,4 +1,4 @@
-"""fold_batch_norm, fold_pad, merge_linears and layout: they fire, near misses stay, meanings stay."""
+"""fold_batch_norm, fold_pad, merge_linears, layout: they fire, near misses stay, meanings stay."""
 
 from __future__ import annotations
 
@@ -77,9 +77,80 @@ def live_statistics(b, x, mean):
 )
 def test_batch_norm_stays(make, types, reason) -> None:
     module = program(make, *types)
+    weights = module.weights.names()
     ledger = run("fold_batch_norm", module)
-    assert "batch_norm" in ops(module)
+    assert weights[0] in module.weights, "the weight before it is as it was"
+    assert ("batch_norm" in ops(module)) == (reason == "not a constant")
     assert any(reason in miss.reason for miss in ledger.misses)
+
+
+SHAPES = {"nchw": (8, 1, 1), "nchw with batch": (1, 8, 1, 1), "nhwc": (8,)}
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+def test_a_batch_norm_written_as_arithmetic(layout) -> None:
+    """(y - mean) * scale / 2 + beta, all constants of one number per channel."""
+    last = layout == "nhwc"
+
+    def make(b, x):
+        weight = b.weight(torch.randn(8, 4, 3, 3))
+        y = b.conv(x, weight, **GEOMETRY, layout="nhwc" if last else "nchw")
+        for name in ("sub", "mul", "div", "add"):
+            y = getattr(b, name)(y, b.weight(torch.rand(*SHAPES[layout]) + 0.5, name))
+        return y
+
+    module = program(make, t(2, 6, 6, 4) if last else t(2, 4, 6, 6))
+    ledger = run("fold_batch_norm,dce", module)
+    assert ops(module) == ["constant", "constant", "conv"] and len(module.weights) == 2
+    assert ledger.rows[0].error < 1e-12
+
+
+def test_scales_of_linears_and_transposed_convolutions() -> None:
+    def linear(b, x):
+        y = b.mul(b.linear(x, b.weight(torch.randn(6, 4))), b.weight(torch.randn(6), "s"))
+        return b.add(y, b.weight(torch.randn(6), "shift"))
+
+    module = program(linear, t(2, 3, 4))
+    run("fold_batch_norm,dce", module)
+    assert ops(module) == ["constant", "constant", "linear"]
+
+    def transposed(b, x):
+        weight = b.weight(torch.randn(4, 6, 3, 3))
+        y = b.conv_transpose(x, weight, **GEOMETRY, output_padding=(0, 0))
+        return norm(b, y, 6)
+
+    module = program(transposed, t(1, 4, 5, 5))
+    run("fold_batch_norm,dce", module)
+    assert "batch_norm" not in ops(module) and "mul" not in ops(module)
+
+
+def test_only_a_bias_keeps_the_weight() -> None:
+    def make(b, x):
+        y = conv(b, x, 8, bias=False)
+        return b.add(y, b.weight(torch.randn(8, 1, 1), "late"))
+
+    module = program(make, t(1, 4, 6, 6))
+    run("fold_batch_norm,dce", module)
+    assert ops(module) == ["constant", "constant", "conv"] and "w" in module.weights
+
+
+@pytest.mark.parametrize(
+    "shape", [(6, 1), (6,), (8, 6, 6), (1, 1, 6, 6)], ids=["rows", "columns", "full", "image"]
+)
+def test_constants_that_are_not_per_channel_stay(shape) -> None:
+    def make(b, x):
+        y = b.conv(x, b.weight(torch.randn(8, 4, 1, 1)), **GEOMETRY)
+        return b.mul(y, b.weight(torch.randn(*shape), "s"))
+
+    module = program(make, t(1, 4, 6, 6))
+    assert not run("fold_batch_norm", module).rows[0].changed
+
+
+def test_a_batch_norm_after_something_else_becomes_arithmetic() -> None:
+    module = program(lambda b, x: norm(b, b.relu(x), 8), t(2, 8, 4, 4))
+    ledger = run("fold_batch_norm,dce", module)
+    assert ledger.rows[0].rewrites == {"batch_norm_as_affine": 1}
+    assert [n for n in ops(module) if n != "constant"] == ["relu", "mul", "add"]
 
 
 def padded(low, high, value=0.0):
@@ -135,10 +206,6 @@ def test_linears_of_one_input_merge(bias) -> None:
 
 
 def test_linears_that_differ_do_not_merge() -> None:
-    module = program(parallel((True, False, False)), t(2, 6))
-    run("merge_linears,dce", module)
-    assert ops(module).count("linear") == 2  # those without bias
-
     def two_inputs(b, x, y):
         return [b.linear(v, b.weight(torch.randn(4, 6))) for v in (x, y)]
 
@@ -149,6 +216,48 @@ def test_linears_that_differ_do_not_merge() -> None:
     module = program(parallel(rows=(20, 4, 4)), t(2, 6))
     run("merge_linears{largest_rows=16}", module)
     assert ops(module).count("linear") == 2
+
+
+def test_a_missing_bias_counts_as_zeros() -> None:
+    module = program(parallel((True, False, True)), t(2, 5, 6))
+    run("merge_linears,dce", module)
+    assert ops(module).count("linear") == 1 and len(module.weights) == 2
+    bias = module.weights.tensor(module.weights.names()[1])
+    assert bias.shape == (16,) and not bias[8:12].any()
+
+
+def test_tied_layers_share_what_is_merged() -> None:
+    w, v = torch.randn(6, 6), torch.randn(6, 6)
+
+    def make(b, x):
+        shared = [b.weight(w), b.weight(v)]
+        for _ in range(3):
+            q, k = (b.linear(x, each) for each in shared)
+            x = b.mul(q, k)
+        return x
+
+    module = program(make, t(2, 6))
+    run("merge_linears,dce", module)
+    assert ops(module).count("linear") == 3 and len(module.weights) == 1
+
+
+def test_linears_far_apart_do_not_merge() -> None:
+    def make(b, x):
+        y = b.linear(x, b.weight(torch.randn(6, 6)))
+        for _ in range(60):
+            y = b.tanh(y)
+        return b.add(y, b.linear(x, b.weight(torch.randn(6, 6))))
+
+    module = program(make, t(2, 6))
+    assert not run("merge_linears", module).rows[0].changed
+    assert run("merge_linears{window=100}", module).rows[0].changed
+
+
+def test_an_argument_is_no_weight() -> None:
+    def make(b, x, w):
+        return b.linear(x, w), b.linear(x, b.weight(torch.randn(4, 6)))
+
+    assert not run("merge_linears", program(make, t(2, 6), t(4, 6))).rows[0].changed
 
 
 def network(b, x):
