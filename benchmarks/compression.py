@@ -149,16 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.width = max(console.width, 140)  # the table is wide; a log file does not mind
     tokens = windows(given.windows)
     base = capture(load_checkpoint(find_checkpoint(MODEL)), (tokens[0],))
-    rows: dict[str, dict[str, Any]] = {}
-    for method in given.method or METHODS:
-        rows[method] = measure(base, method, tokens)
-        if not given.json:
-            console.print(f"{method}: perplexity {rows[method]['perplexity']:.3f}")
     # A run of some methods updates their rows; rows measured on other windows are dropped.
     stored = load_results("compression")
-    known = stored.get("rows", {}) if stored.get("windows") == given.windows else {}
-    kept = {name: row for name in METHODS if (row := (known | rows).get(name)) is not None}
-    store_results("compression", {"machine": machine(), "windows": given.windows, "rows": kept})
+    rows = dict(stored["rows"]) if stored.get("windows") == given.windows else {}
+    for method in given.method or METHODS:
+        rows[method] = measure(base, method, tokens)
+        rows = {name: rows[name] for name in METHODS if name in rows}
+        store_results("compression", {"machine": machine(), "windows": given.windows, "rows": rows})
+        if not given.json:
+            console.print(f"{method}: perplexity {rows[method]['perplexity']:.3f}")
     if given.json:
         console.print_json(json.dumps(rows))
     else:
