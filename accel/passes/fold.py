@@ -3,8 +3,8 @@
 Whole constant subgraphs are evaluated by the interpreter's oracle, so intermediate results are not
 rounded at all. A result with one value everywhere becomes an `accel.full`; other results are
 stored, unless that would inflate the weights: a result may be as large as the weights that it
-frees (a transposed copy takes the original's place), or as `limit_bytes` if it was generated
-without any. Encoded weights (`Trait.DECODE`) stay encoded. Contract: exact, up to the rounding of
+frees (a transposed copy takes the original's place), or as `limit_bytes` if it was generated from
+next to none (positions, the angles of rotary embeddings). Encoded weights (`Trait.DECODE`) stay encoded. Contract: exact, up to the rounding of
 the stored constants. Before and after:
 
     %w = "accel.constant"() {name = "w"} : () -> tensor<8x4xf32>
@@ -49,7 +49,7 @@ class Fold(Pass):
     """Evaluates constant subgraphs.
 
     Options:
-        limit_bytes: the largest result that is stored for a subgraph without stored weights.
+        limit_bytes: the largest result that is stored for a subgraph with hardly any weights.
     """
 
     name: ClassVar[str] = "fold"
@@ -136,7 +136,7 @@ class _Frontier:
         made = sum(int(r.type.nbytes()) for r in root.results)
         if made <= _SLACK_BYTES:
             return True
-        if not bases:
+        if sum(stored_bytes(base.result) for base in bases) <= _SLACK_BYTES:
             return made <= self.limit
         freed = sum(
             stored_bytes(base.result) // shares[base]
