@@ -1,0 +1,67 @@
+"""The benchmarks' own logic: errors, tables, and one real row from compiling to figures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from accel.cli.timing import interleaved_medians, relative_error
+from benchmarks import docs_table
+from benchmarks.compile_time import build
+from benchmarks.cpu import measure_row, summary
+from benchmarks.models import CASES, EfficientNetLite0
+from benchmarks.systems import ERROR_FLOOR, reference
+
+
+def test_errors_are_relative_to_the_largest_value() -> None:
+    wanted = [torch.tensor([1.0, -4.0])]
+    assert relative_error([torch.tensor([1.0, -4.2])], wanted) == pytest.approx(0.05)
+    assert relative_error(wanted, wanted) == 0
+    assert relative_error([torch.ones(3)], wanted) == math.inf
+    assert relative_error([torch.tensor([1.0, math.nan])], wanted) == math.inf
+    assert relative_error([torch.zeros(2)], [torch.zeros(2)]) == 0
+    assert relative_error([torch.zeros(0)], [torch.zeros(0)]) == 0
+
+
+def test_systems_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    medians = interleaved_medians(calls, rounds=2, seconds=0)
+    assert set(medians) == {"a", "b"}
+    assert "".join(order) == ("a" * 4 + "b" * 4) * 2
+
+
+def test_the_allowed_error_is_measured() -> None:
+    model = nn.Linear(4, 4).eval()
+    wanted, allowed = reference(model, (torch.randn(2, 4),))
+    assert wanted[0].dtype == torch.float64 and allowed >= ERROR_FLOOR
+    assert model.weight.dtype == torch.float32
+
+
+def test_efficientnet_has_its_weights() -> None:
+    model = EfficientNetLite0.pretrained().eval()
+    assert sum(p.numel() for p in model.parameters()) == 4_652_008
+    with torch.no_grad():
+        scores = model(torch.zeros(1, 3, 224, 224))
+    assert scores.shape == (1, 1000) and scores.std() > 0.01
+
+
+def test_a_row_from_compiling_to_figures() -> None:
+    row = measure_row(CASES["efficientnet-lite0"], ["eager", "accel"], rounds=1, seconds=0)
+    assert row["systems"]["accel"]["error"] <= row["allowed_error"] < 1e-4
+    assert row["systems"]["accel"]["compile_seconds"] > 0
+    assert "accel:" in summary(row)
+    data = {"machine": {"processor": "p", "threads": 2, "python": "3", "packages": {}}}
+    page = docs_table.cpu_section({**data, "rows": {"efficientnet-lite0": row}})
+    assert "EfficientNet-Lite0 B1" in page and "/ eager" in page
+
+
+def test_the_ladder_of_depths_differs_only_in_depth() -> None:
+    (short, (x,)), (long, _) = build(2), build(4)
+    with torch.no_grad():
+        assert short(x).shape == long(x).shape == x.shape
+    layers = [sum(1 for _ in m.parameters()) for m in (short, long)]
+    assert (layers[1] - 2) == 2 * (layers[0] - 2)
