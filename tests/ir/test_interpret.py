@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 
 import pytest
@@ -241,7 +240,6 @@ def test_values_die_at_their_last_use() -> None:
     alive: list[int] = []
 
     def observe(op: Op, results: object) -> None:
-        gc.collect()
         alive.append(sum(r() is not None for r in made))
         made.extend(weakref.ref(r) for r in results)  # type: ignore[attr-defined]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 
 import pytest
 
 from accel.errors import AccelError, IRParseError
-from accel.ir import parse_module, print_module
+from accel.ir import definitions, parse_module, print_module
 from accel.ir.expr import parse_expr
 from tests.ir.random_program import random_program
 
@@ -158,6 +159,44 @@ def mutated(text: str, draw: random.Random) -> str:
         else:
             text = text[: max(at, 1)]
     return text
+
+
+NUMBERS = ("0", "1", "-1", "2", "7", "-9223372036854775808", "9223372036854775807", "1.5", "true")
+TYPES = ("f32", "f16", "i64", "i1", "ui4", "f8E4M3FN", "complex<f32>", "f64")
+
+
+def other_values(text: str, draw: random.Random) -> str:
+    """Numbers, element types and op names changed: text that reads well and is mostly wrong."""
+    for _ in range(draw.randint(1, 3)):
+        found = list(re.finditer(r"-?\b[0-9]+\b|f32|i64|i1|accel\.\w+", text))
+        match = draw.choice(found)
+        if match.group().startswith("accel."):
+            new = f"accel.{draw.choice(NAMES)}"
+        else:
+            new = draw.choice(TYPES if match.group() in ("f32", "i64", "i1") else NUMBERS)
+        text = text[: match.start()] + new + text[match.end() :]
+    return text
+
+
+NAMES = sorted(d.name for d in definitions())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_wrong_values_give_typed_errors_or_a_valid_program(seed: int) -> None:
+    draw = random.Random(seed)
+    good = print_module(random_program(seed, symbolic=bool(seed % 2), length=6).module)
+    refused = 0
+    for _ in range(100):
+        text = other_values(good, draw)
+        start = time.process_time()
+        try:
+            again = print_module(parse_module(text))
+            assert print_module(parse_module(again)) == again
+        except AccelError as error:
+            refused += 1
+            assert error.where, text
+        assert time.process_time() - start < 5, text
+    assert refused > 50
 
 
 @pytest.mark.parametrize("seed", range(6))
