@@ -40,38 +40,27 @@ class Token(NamedTuple):
 
 
 class Lexer:
-    """A cursor over the tokens of one text."""
+    """A cursor over the tokens of one text: `now` is the next one to read."""
 
     def __init__(self, text: str, filename: str) -> None:
         self.text = text
         self.filename = filename
-        self.index = 0
-        self.tokens = self._tokenize()
-        self.now = self.tokens[0]
-
-    def _tokenize(self) -> list[Token]:
-        tokens: list[Token] = []
-        text, match, position = self.text, _TOKEN.match, 0
-        while True:
-            found = match(text, position)
-            if found is None:
-                space = _SPACE.match(text, position)
-                assert space is not None  # it matches the empty string
-                self.fail(f"unexpected character {text[space.end()]!r}", space.end())
-            kind = found.lastgroup
-            assert kind is not None
-            position = found.end()
-            if kind == "end":
-                tokens.append(Token("end", "end of text", len(text)))
-                return tokens
-            start = found.start(kind)
-            tokens.append(Token(kind, text[start:position], start))
+        self.now = Token("start", "", 0)
+        self.advance()
 
     def advance(self) -> Token:
+        """Goes to the next token; returns the one that was `now`. The end stays the end."""
         token = self.now
-        if token.kind != "end":
-            self.index += 1
-            self.now = self.tokens[self.index]
+        position = token.start + len(token.text) if token.kind != "end" else len(self.text)
+        found = _TOKEN.match(self.text, position)
+        if found is None:
+            space = _SPACE.match(self.text, position)
+            assert space is not None  # it matches the empty string
+            self.fail(f"unexpected character {self.text[space.end()]!r}", space.end())
+        kind = found.lastgroup
+        assert kind is not None
+        text = found[kind] if kind != "end" else "end of text"
+        self.now = Token(kind, text, found.start(kind))
         return token
 
     def skip_to(self, position: int) -> None:
