@@ -7,7 +7,9 @@ outputs = call()                            # a list of tensors
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +22,9 @@ from torch import Tensor, nn
 import accel
 from accel.cli.timing import relative_error
 from benchmarks.measure import THREADS
+
+# The exporter says at each export that torchvision is missing.
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 Call: TypeAlias = Callable[[], list[Tensor]]
 
@@ -51,7 +56,9 @@ def onnx_runtime(model: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
     """Exported by `torch.onnx`, all graph optimizations, as many threads as the others."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(model, inputs, path, dynamo=True, verbose=False, external_data=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model, inputs, path, dynamo=True, verbose=False, external_data=True)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = THREADS
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
