@@ -4,8 +4,8 @@ Whole constant subgraphs are evaluated by the interpreter's oracle, so intermedi
 rounded at all. A result with one value everywhere becomes an `accel.full`; other results are
 stored, unless that would inflate the weights: a result may be as large as the weights that it
 frees (a transposed copy takes the original's place), or as `limit_bytes` if it was generated from
-next to none (positions, the angles of rotary embeddings). Encoded weights (`Trait.DECODE`) stay encoded. Contract: exact, up to the rounding of
-the stored constants. Before and after:
+next to none (positions, the angles of rotary embeddings). Encoded weights (`Trait.DECODE`) stay
+encoded. Contract: exact, up to the rounding of the stored constants. Before and after:
 
     %w = "accel.constant"() {name = "w"} : () -> tensor<8x4xf32>
     %0 = "accel.permute"(%w) {axes = [1, 0]} : (tensor<8x4xf32>) -> tensor<4x8xf32>
