@@ -14,7 +14,7 @@ from accel.backends.tvm import CompiledKernels, TvmBackend
 from accel.ir import Builder, Function, Op, TensorType, Value, WeightStore, definition, interpret
 from accel.ir.interpret import bind_symbols
 from accel.ir.module import Region, clone_region_into
-from accel.ir.types import substitute
+from accel.ir.types import SUB_BYTE_BITS, substitute
 from accel.runtime.host import HostLibrary
 
 BACKEND = TvmBackend()
@@ -53,15 +53,20 @@ def kernel_of(function: Function, kind: str = "pointwise") -> Op:
 class Runner:
     """Compiles functions into one library and runs them."""
 
-    def __init__(self, functions: Sequence[Function]) -> None:
+    def __init__(self, functions: Sequence[Function], kinds: Sequence[str] = ()) -> None:
         self.functions = list(functions)
-        self.kernels = [kernel_of(f) for f in self.functions]
+        kinds = kinds or ["pointwise"] * len(self.functions)
+        self.kernels = [kernel_of(f, kind) for f, kind in zip(self.functions, kinds)]
         self.compiled: CompiledKernels = BACKEND.compile(self.kernels)
         self.library = HostLibrary(self.compiled.library)
 
     def __call__(self, number: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         function = self.functions[number]
-        symbols = bind_symbols(function, [tuple(t.shape) for t in inputs])
+        shapes = [
+            tuple(map(int, a.shape)) if a.dtype in SUB_BYTE_BITS else tuple(t.shape)
+            for a, t in zip(function.args, inputs)
+        ]  # sub-byte tensors come packed
+        symbols = bind_symbols(function, shapes)
         outputs = []
         for r in function.results:
             shape = [int(substitute(d, symbols)) for d in r.shape]

@@ -65,6 +65,12 @@ class Accumulator:
         self.step(body, lane, tir.load(self.values, other), place)
         block.loop(lane, tir.i64(half), body)
 
+    def join(self, block: Block, other: Accumulator) -> None:
+        """Takes in another one's first lane."""
+        zero = tir.i64(0)
+        place = None if other.places is None else tir.load(other.places, zero)
+        self.step(block, zero, tir.load(other.values, zero), place)
+
     def result(self, block: Block, lane: Expr) -> Expr:
         """The reduction's result in its compute type."""
         target = self.reduce.op.result.dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from accel.backends.tvm import accumulate, dtypes, scalar, trace
+from accel.backends.tvm import accumulate, contract, dtypes, scalar, trace
 from accel.backends.tvm.kernel import KernelCode, generate, region_symbols
 from accel.backends.tvm.shim import c_source
 from accel.backends.tvm.toolchain import build, version
@@ -58,6 +58,10 @@ class TvmBackend:
             return self._elementwise_reason(op)
         return f"accel.{op.name} has no generated code"
 
+    def supports_product(self, op: Op) -> str | None:
+        """None if a kernel of kind "gemv" may hold this contraction, else the reason why not."""
+        return _type_reason(op) or contract.reason(op)
+
     def _elementwise_reason(self, op: Op) -> str | None:
         reason = scalar.supports(op)
         if reason is None or op.definition.decompose is None:
@@ -97,7 +101,7 @@ class TvmBackend:
         return CompiledKernels(symbols, sources, library, {k.name: k.inplace for k in unique})
 
     def _generate(self, name: str, kernel: Op) -> KernelCode:
-        region = self.primitive_region(kernel.regions[0])
+        region = self.primitive_region(kernel.regions[0], str(kernel.attribute("kind")))
         for op in region.ops:
             if op.has(Trait.TERMINATOR):
                 continue
@@ -108,7 +112,7 @@ class TvmBackend:
                 )
         return generate(name, region)
 
-    def primitive_region(self, region: Region) -> Region:
+    def primitive_region(self, region: Region, kind: str = "") -> Region:
         """A copy in which every op has code of its own; composites without are decomposed."""
         copy = Region([a.type for a in region.args])
         clone_region_into(region, copy, {})
@@ -118,7 +122,10 @@ class TvmBackend:
             if op.definition.decompose is None or _has_own_code(op):
                 continue
             before = op.prev
-            op.replace_with(Builder(before=op).decompose(op))
+            if kind == "gemv" and contract.reason(op) is None:
+                op.replace_with([contract.expand_linear(op)])
+            else:
+                op.replace_with(Builder(before=op).decompose(op))
             current = copy.first if before is None else before.next
             while current is not None and current is not op.next:
                 pending.append(current)

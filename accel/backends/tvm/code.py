@@ -16,7 +16,7 @@ import torch
 from accel.backends.tvm import dtypes, scalar, tir
 from accel.backends.tvm.index import Affine, Axis, Indexer
 from accel.backends.tvm.merge import Addresses, Sizes
-from accel.backends.tvm.survey import index_axes
+from accel.backends.tvm.survey import index_axes, packed_address
 from accel.backends.tvm.tir import Block, Buffer, Expr, cast, select
 from accel.backends.tvm.trace import Index, Key, Tracer
 from accel.errors import BackendError
@@ -151,11 +151,9 @@ class Emitter(Tracer):
     def load(self, value: Value, index: Index) -> Expr:
         buffer, dtype = self.buffers[value], value.dtype
         if dtype in SUB_BYTE_BITS:
-            *rows, extent = value.shape
-            row = self.addresses.code(self.indexer.flatten(index[:-1], rows))
-            bits = SUB_BYTE_BITS[dtype]
-            row_bytes = tir.tirx.floordiv(self.sizes.code(extent) * bits + 7, tir.i64(8))
-            return dtypes.load_packed(buffer, row, self.addresses.code(index[-1]), row_bytes, dtype)
+            address, inside = packed_address(self.indexer, value, index)
+            byte = tir.load(buffer, self.addresses.code(address))
+            return dtypes.from_byte(byte, self.addresses.code(inside), dtype, self.block)
         flat = self.indexer.flatten(index, value.shape)
         code = tir.load(buffer, self.addresses.code(flat))
         if dtypes.is_rounded(dtype) and tir.dtype_of(code) == dtypes.compute(dtype):

@@ -13,7 +13,7 @@ import math
 import torch
 
 from accel.backends.tvm import tir
-from accel.backends.tvm.tir import Block, Buffer, Expr, bits, cast, const, intrinsic, select
+from accel.backends.tvm.tir import Block, Expr, bits, cast, const, intrinsic, select
 from accel.ir.types import SUB_BYTE_BITS
 
 _PLAIN = {
@@ -125,16 +125,14 @@ def rounded(value: Expr, dtype: torch.dtype, block: Block) -> Expr:
     return value
 
 
-def load_packed(buffer: Buffer, row: Expr, last: Expr, row_bytes: Expr, dtype: torch.dtype) -> Expr:
-    """Element `last` of row `row` of a packed sub-byte tensor."""
+def from_byte(byte: Expr, place: Expr, dtype: torch.dtype, block: Block) -> Expr:
+    """Element number `place` of a byte of packed sub-byte elements."""
     width = SUB_BYTE_BITS[dtype]
-    per_byte = 8 // width
-    byte = tir.load(buffer, row * row_bytes + tir.tirx.floordiv(last, tir.i64(per_byte)))
-    shift = cast(tir.tirx.floormod(last, tir.i64(per_byte)), "int32") * const(width, "int32")
+    shift = cast(place, "int32") * const(width, "int32")
     field = (cast(byte, "int32") >> shift) & const((1 << width) - 1, "int32")
     if is_signed(dtype):
         sign = const(1 << (width - 1), "int32")
-        return cast((field ^ sign) - sign, "int8")
+        return cast((block.let(field, "field") ^ sign) - sign, "int8")
     return cast(field, "uint8")
 
 

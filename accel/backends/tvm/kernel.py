@@ -2,7 +2,7 @@
 
 The TIR functions have plain C signatures,
 
-    k_p0(inputs..., results..., scratch..., int *status, sizes..., begin, end)
+    k_p0(inputs..., results..., scratch..., int *status, sizes..., zero, begin, end)
 
 and compute rows begin <= row < end of their phase, so any thread pool can share them out. The C
 function `k(words, threads)` (see `shim`) takes the addresses and sizes in one array, allocates
@@ -174,7 +174,7 @@ def _phase(
         report.store(status, tir.const(1, "int32"), zero)
         body.branch(tir.ne(tir.load(emitter.failed, zero), tir.const(0, "int32")), report)
     block.statements.extend(body.statements)
-    variables = [*parameters.variables, *sizes.symbols.values(), begin, end]
+    variables = [*parameters.variables, *sizes.symbols.values(), sizes.zero, begin, end]
     function = tir.tirx.PrimFunc(variables, block.statement())
     function = function.with_attr({"global_symbol": name, "tirx.noalias": True})
     return PhaseCode(name, function, nest.rows, nest.cost)

@@ -54,10 +54,14 @@ def group_extent(group: Sequence[Axis]) -> Dim:
 
 
 class Sizes:
-    """Symbolic sizes as code: each symbol is an int64 parameter."""
+    """Symbolic sizes as code: each symbol is an int64 parameter.
+
+    `zero` is a parameter too, that is always 0: added to a number, it hides it from LLVM.
+    """
 
     def __init__(self, symbols: Mapping[str, Var]) -> None:
         self.symbols = symbols
+        self.zero = tir.var("zero")
 
     def code(self, dim: Dim) -> Expr:
         if isinstance(dim, int):

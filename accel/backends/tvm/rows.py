@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from typing import TypeAlias
 
 from accel.backends.tvm import tir
 from accel.backends.tvm.accumulate import Accumulator, accumulator
@@ -12,12 +15,28 @@ from accel.backends.tvm.code import Emitter, Kept
 from accel.backends.tvm.index import Affine, Axis
 from accel.backends.tvm.nests import Nest, Pass, group_extent, kept_kind, parts_of
 from accel.backends.tvm.phases import Phase, Reduce
-from accel.backends.tvm.survey import shared_costly
+from accel.backends.tvm.survey import index_axes, shared_costly
 from accel.backends.tvm.tir import Buffer, Expr
+from accel.backends.tvm.trace import Key
 from accel.ir.types import Dim, product
 
 _LANES = 64
+_MOST_LANES = 256  # of all partial results together: half of the vector registers
 _KEPT_ELEMENTS = 4096  # of a row kept on the stack
+_MOST_BESIDE = 8  # rows of x that share one read of a weight
+_MOST_UNROLLED = 4
+
+# Loops that are written out: the step at which a piece of code is.
+At: TypeAlias = tuple[tuple[tuple[Axis, ...], int], ...]
+
+
+@dataclass
+class Part:
+    """Partial results of one reduction at one step of the loops that are written out."""
+
+    sums: Accumulator
+    rows: At
+    inner: At
 
 
 class RowNest(Nest):
@@ -26,6 +45,9 @@ class RowNest(Nest):
     def __init__(self, phase: Phase, emitter: Emitter, targets: dict[int, Buffer]) -> None:
         super().__init__(phase, emitter, targets)
         self.reduces = self._reduce_passes()
+        self.beside: tuple[Axis, ...] | None = None
+        self.reuses = False  # whether all rows read some of the same memory
+        self._here: At = ()
 
     def _reduce_passes(self) -> list[Pass]:
         found: dict[tuple[object, ...], Pass] = {}
@@ -57,7 +79,12 @@ class RowNest(Nest):
         lane = self._lane_group()
         passes = [*self.reduces, *self.stores]
         groups = self._merge(self.phase.outer, passes)
-        rows = [g for g in groups if g != lane]
+        if lane is None:
+            self.beside = self._beside(groups)
+        rows = [g for g in groups if g not in (lane, self.beside)]
+        among = {a for g in rows for a in g}
+        reads = [r for one in self.reduces for r in one.survey.reads]
+        self.reuses = any(not r.axes & among for r in reads)
         self.rows = product(group_extent(g) for g in rows)
         costs: list[Dim] = [p.cost for p in passes]
         self.cost = sum(costs[1:], costs[0])
@@ -66,11 +93,14 @@ class RowNest(Nest):
         with emitter.scope([a for g in rows for a in g], guarded=True) as body:
             if lane is None:
                 self._bind_rows(rows, row)
-                self._keep_costly()
+                if self.beside is None:
+                    self._keep_costly()
                 for one in self.reduces:
                     self._reduce_row(one)
-                for one in self.stores:
-                    self._loops(one, partial(self._store, one))
+                for at in self._copies(self.beside):
+                    with self._at(at):
+                        for one in self.stores:
+                            self._loops(one, partial(self._store, one))
             else:
                 extent = group_extent(lane)
                 width = min(_LANES, extent) if isinstance(extent, int) else _LANES
@@ -111,33 +141,111 @@ class RowNest(Nest):
                 stack.enter_context(self.emitter.loop(group, extent))
             body()
 
+    # -- loops that are written out --------------------------------------------------------
+
+    def _beside(self, groups: Sequence[tuple[Axis, ...]]) -> tuple[Axis, ...] | None:
+        """A short row loop to write out, so that its steps share what they all read.
+
+        That is a matrix product of few rows: the weight does not depend on the row of x, and x
+        does not depend on the row of the weight.
+        """
+        reads = [r for one in self.reduces for r in one.survey.reads]
+        for group in groups:
+            extent, axes = group_extent(group), set(group)
+            if not isinstance(extent, int) or not 1 < extent <= _MOST_BESIDE:
+                continue
+            others = {a for g in groups if g is not group for a in g}
+            shared = any(not r.axes & axes and r.axes & others for r in reads)
+            if shared and any(r.axes & axes and not r.axes & others for r in reads):
+                return group
+        return None
+
+    def _copies(self, group: tuple[Axis, ...] | None) -> list[At]:
+        """The steps of a loop that is written out; one empty step if there is none."""
+        if group is None:
+            return [()]
+        extent = group_extent(group)
+        assert isinstance(extent, int)
+        return [((group, step),) for step in range(extent)]
+
+    @contextmanager
+    def _at(self, at: At) -> Iterator[None]:
+        """Code for one step: what does not depend on it moves out and is shared."""
+        if not at:
+            yield
+            return
+        emitter, before = self.emitter, self._here
+        for group, step in at:
+            emitter.addresses.bind(group, tir.i64(step))
+        self._here = (*before, *at)
+        with emitter.scope([a for group, _ in at for a in group]) as body:
+            yield
+        self._here = before
+        for group, _ in at:
+            emitter.addresses.unbind(group)
+        emitter.block.statements.extend(body.statements)
+
     def _reduce_row(self, one: Pass) -> None:
         emitter = self.emitter
         groups = self._merge(one.axes, [one])
+        unrolled = _short_last(groups)
+        if unrolled is not None:
+            groups.remove(unrolled)
         extent: Dim = group_extent(groups[-1]) if groups else 1
-        width = _width(extent)
+        copies = len(self._copies(self.beside)) * len(self._copies(unrolled))
+        width = _width(extent, len(one.reduces) * copies)
         block = emitter.block
-        parts = [accumulator(r, width, block) for r in one.reduces]
+        parts = self._parts(one, width, unrolled)
         lane = tir.var("lane")
         start = tir.Block()
         for part in parts:
-            part.start(start, lane)
+            part.sums.start(start, lane)
         block.loop(lane, tir.i64(width), start)
         with ExitStack() as stack:
             for group in groups[:-1]:
                 stack.enter_context(emitter.loop(group, self.sizes.code(group_extent(group))))
             self._reduce_inner(groups[-1:], extent, width, parts)
         self._mark_kept(one)
+        self._results(parts, width)
+
+    def _parts(self, one: Pass, width: int, unrolled: tuple[Axis, ...] | None) -> list[Part]:
+        """An accumulator for each reduction, row beside the others, and unrolled step."""
+        parts: list[Part] = []
+        for reduce in one.reduces:
+            depends = self.beside is not None and set(self.beside) & index_axes(reduce.index)
+            for rows in self._copies(self.beside if depends else None):
+                for inner in self._copies(unrolled):
+                    sums = accumulator(reduce, width, self.emitter.block)
+                    parts.append(Part(sums, rows, inner))
+        return parts
+
+    def _results(self, parts: list[Part], width: int) -> None:
+        """Folds lanes, then unrolled steps; the results can be read from then on."""
+        block = self.emitter.block
         while width > 1:
             width //= 2
             for part in parts:
-                part.fold(block, width)
+                part.sums.fold(block, width)
+        firsts: dict[tuple[object, ...], Part] = {}
         for part in parts:
-            value = part.result(block, tir.i64(0))
-            emitter.results[(part.reduce.op.result, part.reduce.index)] = partial(_same, value)
+            key = (part.sums.reduce.op.result, part.sums.reduce.index, part.rows)
+            first = firsts.setdefault(key, part)
+            if first is not part:
+                first.sums.join(block, part.sums)
+        values: dict[Key, dict[At, Expr]] = {}
+        for part in firsts.values():
+            reduce = part.sums.reduce
+            by_row = values.setdefault((reduce.op.result, reduce.index), {})
+            by_row[part.rows] = part.sums.result(block, tir.i64(0))
+        for result, by_row in values.items():
+            self.emitter.results[result] = partial(self._result_here, by_row)
+
+    def _result_here(self, by_row: dict[At, Expr]) -> Expr:
+        rows = tuple(step for step in self._here if step[0] == self.beside)
+        return by_row[rows if rows in by_row else ()]
 
     def _reduce_inner(
-        self, groups: list[tuple[Axis, ...]], extent: Dim, width: int, parts: list[Accumulator]
+        self, groups: list[tuple[Axis, ...]], extent: Dim, width: int, parts: list[Part]
     ) -> None:
         """The innermost loop in steps of `width` lanes, then what is left."""
         emitter = self.emitter
@@ -150,7 +258,12 @@ class RowNest(Nest):
                 self._steps(parts, tir.i64(0))
             return
         count = self.sizes.code(extent)
-        whole = emitter.block.let(tir.tirx.floordiv(count, tir.i64(width)), "whole")
+        steps = tir.tirx.floordiv(count, tir.i64(width))
+        if self.reuses:
+            # LLVM would unroll a loop of known length over all of x, move the loads of x out of the
+            # row loop, and spill what does not fit the registers.
+            steps = steps + emitter.sizes.zero
+        whole = emitter.block.let(steps, "whole")
         step = tir.var("step")
         with emitter.scope() as body:
             self._lanes(group, step * tir.i64(width), tir.i64(width), parts)
@@ -159,9 +272,7 @@ class RowNest(Nest):
             base = emitter.block.let(whole * tir.i64(width), "base")
             self._lanes(group, base, count - base, parts)
 
-    def _lanes(
-        self, group: tuple[Axis, ...], base: Expr, steps: Expr, parts: list[Accumulator]
-    ) -> None:
+    def _lanes(self, group: tuple[Axis, ...], base: Expr, steps: Expr, parts: list[Part]) -> None:
         emitter = self.emitter
         lane = tir.var("lane")
         emitter.addresses.bind(group, base + lane)
@@ -170,11 +281,14 @@ class RowNest(Nest):
         emitter.addresses.unbind(group)
         emitter.block.loop(lane, steps, body)
 
-    def _steps(self, parts: list[Accumulator], lane: Expr) -> None:
-        for part in parts:
-            reduce = part.reduce
-            element = self.emitter.element(reduce.op.operands[0], reduce.source)
-            part.step(self.emitter.block, lane, element, self._position(reduce, part))
+    def _steps(self, parts: list[Part], lane: Expr) -> None:
+        for at, same in groupby(parts, lambda part: (*part.rows, *part.inner)):
+            with self._at(at):
+                for part in same:
+                    reduce = part.sums.reduce
+                    element = self.emitter.element(reduce.op.operands[0], reduce.source)
+                    place = self._position(reduce, part.sums)
+                    part.sums.step(self.emitter.block, lane, element, place)
 
     def _position(self, reduce: Reduce, part: Accumulator) -> Expr | None:
         if part.places is None:
@@ -194,19 +308,19 @@ class RowNest(Nest):
         emitter = self.emitter
         for one in self.reduces:
             block = emitter.block
-            parts = [accumulator(r, width, block) for r in one.reduces]
+            parts = self._parts(one, width, None)
             variable = tir.var("lane")
             start = tir.Block()
             for part in parts:
-                part.start(start, variable)
+                part.sums.start(start, variable)
             block.loop(variable, tir.i64(width), start)
 
-            def body(parts: list[Accumulator] = parts) -> None:
+            def body(parts: list[Part] = parts) -> None:
                 self._lanes(lane, base, steps, parts)
 
             self._loops(one, body)
             for part in parts:
-                self._result_of_lane(part, lane, base)
+                self._result_of_lane(part.sums, lane, base)
         for one in self.stores:
 
             def store(one: Pass = one) -> None:
@@ -229,11 +343,19 @@ class RowNest(Nest):
         emitter.results[key] = read
 
 
-def _same(value: Expr) -> Expr:
-    return value
+def _short_last(groups: Sequence[tuple[Axis, ...]]) -> tuple[Axis, ...] | None:
+    """An innermost loop too short for lanes (two nibbles of a byte): it is written out."""
+    if len(groups) < 2:
+        return None
+    extent = group_extent(groups[-1])
+    return groups[-1] if isinstance(extent, int) and extent <= _MOST_UNROLLED else None
 
 
-def _width(extent: Dim) -> int:
-    if not isinstance(extent, int) or extent >= _LANES:
-        return _LANES
-    return 16 if extent >= 16 else 1
+def _width(extent: Dim, copies: int) -> int:
+    """How many partial results: a power of two, and few enough to stay in registers."""
+    lanes = _LANES
+    while lanes > 16 and lanes * copies > _MOST_LANES:
+        lanes //= 2
+    if not isinstance(extent, int) or extent >= lanes:
+        return lanes
+    return 1 << (extent.bit_length() - 1) if extent >= 16 else 1

@@ -109,11 +109,11 @@ def _phase(kernel: KernelCode, phase: PhaseCode) -> str:
     args += ["f->status"]
     args += [f"f->words[{pointers + i}]" for i in range(len(kernel.symbols))]
     types = ["void *"] * (pointers + len(kernel.scratch)) + ["int *"]
-    types += ["int64_t"] * (len(kernel.symbols) + 2)
+    types += ["int64_t"] * (len(kernel.symbols) + 3)
     return (
         f"void {phase.name}({', '.join(types)});\n"
         f"static void {phase.name}_rows(frame *f, int64_t begin, int64_t end) {{\n"
-        f"    {phase.name}({', '.join([*args, 'begin', 'end'])});\n}}"
+        f"    {phase.name}({', '.join([*args, '0', 'begin', 'end'])});\n}}"
     )
 
 

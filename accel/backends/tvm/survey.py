@@ -16,7 +16,7 @@ from accel.backends.tvm import scalar
 from accel.backends.tvm.index import Affine, Axis, Indexer
 from accel.backends.tvm.trace import Index, Key, Tracer
 from accel.ir.module import Op, Value
-from accel.ir.types import Dim
+from accel.ir.types import SUB_BYTE_BITS, Dim
 
 _COSTLY_OP = 8  # an exponential, compared with an addition
 
@@ -57,7 +57,12 @@ class Survey(Tracer):
         return self.costly[key]
 
     def load(self, value: Value, index: Index) -> bool:
-        self.reads.append(self.indexer.flatten(index, value.shape))
+        if value.dtype in SUB_BYTE_BITS and value.op is None:
+            address, inside = packed_address(self.indexer, value, index)
+            self.fixed |= inside.axes
+            self.reads.append(address)
+        else:
+            self.reads.append(self.indexer.flatten(index, value.shape))
         return False
 
     def arithmetic(self, op: Op, args: list[bool]) -> bool:
@@ -98,6 +103,17 @@ class Survey(Tracer):
     def reduction(self, op: Op, index: Index) -> bool:
         self.reductions.setdefault((op.result, index), op)
         return False
+
+
+def packed_address(indexer: Indexer, value: Value, index: Index) -> tuple[Affine, Affine]:
+    """The byte of a packed sub-byte tensor that holds an element, and which of the byte's."""
+    per_byte = 8 // SUB_BYTE_BITS[value.dtype]
+    if not index:
+        return Affine(), Affine()
+    byte, inside = indexer.divide(index[-1], per_byte)
+    last = value.shape[-1]
+    row_bytes = (last + (per_byte - 1)) // per_byte
+    return indexer.flatten((*index[:-1], byte), (*value.shape[:-1], row_bytes)), inside
 
 
 def index_axes(index: Index) -> frozenset[Axis]:
