@@ -7,7 +7,7 @@ part of the description, so two calls fit the same program if their descriptions
 
 Descriptions (JSON):
     {"tensor": i}                                   leaf i
-    {"int": i}                                      leaf i is a 0-d tensor, wanted as a Python int
+    {"int": i}, {"float": i}, {"bool": i}           leaf i is a 0-d tensor, wanted as a number
     {"value": 3}                                    None, bool, int, float, str
     {"complex": [re, im]}, {"dtype": "float32"}, {"device": "cpu"}, {"torch": "channels_last"}
     {"tuple": [...]}, {"list": [...]}, {"dict": [[key, node], ...]}   (keys are descriptions too)
@@ -32,6 +32,7 @@ from accel.errors import InputError
 
 Node = dict[str, Any]
 _PLAIN = (bool, int, float, str)
+_NUMBERS: dict[str, Any] = {"int": torch.SymInt, "float": torch.SymFloat, "bool": torch.SymBool}
 
 
 def flatten(value: Any) -> tuple[list[Any], Node]:
@@ -47,9 +48,10 @@ def _flatten(value: Any, leaves: list[Any], open_: set[int]) -> Node:
     if isinstance(value, Tensor):
         leaves.append(value)
         return {"tensor": len(leaves) - 1}
-    if isinstance(value, torch.SymInt):
-        leaves.append(value)
-        return {"int": len(leaves) - 1}
+    for kind, symbolic in _NUMBERS.items():
+        if isinstance(value, symbolic):
+            leaves.append(value)
+            return {kind: len(leaves) - 1}
     simple = _describe_constant(value)
     if simple is not None:
         return simple
@@ -157,8 +159,10 @@ def _unflatten(node: Node, leaves: Sequence[Any], resolve: Callable[[str], type 
     match kind:
         case "tensor":
             return leaves[body]
-        case "int":
-            return leaves[body] if isinstance(leaves[body], torch.SymInt) else int(leaves[body])
+        case "int" | "float" | "bool":
+            if isinstance(leaves[body], _NUMBERS[kind]):
+                return leaves[body]
+            return {"int": int, "float": float, "bool": bool}[kind](leaves[body])
         case "value":
             return body
         case "complex":

@@ -170,10 +170,21 @@ class DynamicShapes:
             expr = self.shape_env.replace(guard.expr)
             if expr in (sympy.true, sympy.false) or self._implied(expr):
                 continue
-            condition = relation(symbols, expr)
-            if condition is not None and condition not in found:
-                found.append(condition)
+            for part in self._parts(expr):
+                condition = relation(symbols, part)
+                if condition is not None and condition not in found:
+                    found.append(condition)
         return found
+
+    def _parts(self, expr: Any) -> list[Any]:
+        """Comparisons that together imply a condition: of alternatives, the one that held."""
+        if isinstance(expr, sympy.And):
+            return [part for arg in expr.args for part in self._parts(arg)]
+        if isinstance(expr, sympy.Or):
+            hints = {s.node.expr: s.node.hint for _, s in self._sizes if not s.node.expr.is_number}
+            held = [arg for arg in expr.args if arg.subs(hints) == sympy.true]
+            return self._parts(held[0]) if held else [expr]
+        return [expr]
 
     def _implied(self, expr: Any) -> bool:
         known = self.shape_env._maybe_evaluate_static(expr, axioms=())  # guards are axioms

@@ -44,7 +44,12 @@ def interpret_module(module: Module, options: Mapping[str, Any]) -> Compiled:
 
 
 def make_backend(compile_function: CompileFunction) -> Callable[..., Any]:
-    """A Dynamo backend over any `CompileFunction`."""
+    """A Dynamo backend over any `CompileFunction`.
+
+    `compile_function(module, options)` returns a callable over one tensor per argument of
+    `module.main` that returns one tensor per result. The backend raises CaptureError, OptionError,
+    and the compiler's errors.
+    """
 
     def backend(
         graph: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
@@ -132,8 +137,8 @@ class GraphCallable:
         match output.kind:
             case "result":
                 return results[output.index]
-            case "size":
-                return int(results[output.index])
+            case "number":
+                return results[output.index].item()
             case "input":
                 return args[output.index]
             case "view":

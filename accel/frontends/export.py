@@ -202,8 +202,7 @@ class _Capture:
         values: list[Value] = []
         results: list[dict[str, Any]] = []
         for leaf in outputs:
-            values.append(importer(leaf) if isinstance(leaf, Tensor) else importer.size(
-                importer.dim(leaf)))  # fmt: skip
+            values.append(importer.result(leaf))
             results.append({"kind": "output"})
         final: list[tuple[str, int, Tensor]] = [
             ("mutation", i, fake)

@@ -24,6 +24,7 @@ import accel.frontends.aten  # noqa: F401  (fills the table)
 from accel.errors import CaptureError
 from accel.frontends.calls import Call, storage_key, written_storages
 from accel.frontends.importer import Importer
+from accel.frontends.scalars import SYMBOLIC
 from accel.frontends.symbols import Symbols
 from accel.frontends.trace import record
 from accel.ir.module import Function, Location, Module, Value
@@ -39,7 +40,7 @@ class Output:
     A view's value is (sizes, strides, offset), ints or expressions over torch's size symbols.
     """
 
-    kind: Literal["result", "size", "input", "view", "value"]
+    kind: Literal["result", "number", "input", "view", "value"]
     index: int = 0
     value: Any = None
 
@@ -327,9 +328,9 @@ class _Importer:
                     results[id(leaf)] = len(values)
                     values.append(importer(leaf))
                 self.program.outputs.append(Output("result", results[id(leaf)]))
-            elif isinstance(leaf, torch.SymInt):
-                self.program.outputs.append(Output("size", len(values)))
-                values.append(importer.size(importer.dim(leaf)))
+            elif isinstance(leaf, SYMBOLIC):
+                self.program.outputs.append(Output("number", len(values)))
+                values.append(importer.result(leaf))
             else:
                 self.program.outputs.append(Output("value", value=leaf))
         kinds: list[dict[str, Any]] = [{"kind": "output"} for _ in values]

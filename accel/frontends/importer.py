@@ -149,6 +149,13 @@ class Importer:
         """A symbolic size as a 0-d int64 value."""
         return self.scalars.size(dim)
 
+    def result(self, leaf: Any) -> Value:
+        """A result of the program: a tensor, or a number as a 0-d value."""
+        if isinstance(leaf, Tensor):
+            return self(leaf)
+        kinds = {torch.SymInt: torch.int64, torch.SymFloat: torch.float64}
+        return self.scalars.value(leaf, kinds.get(type(leaf), torch.bool))
+
     def tensor_constant(self, tensor: Tensor, name: str) -> Value:
         """A tensor as a weight; one element becomes a `full`."""
         if tensor.numel() == 1 and not tensor.dtype.is_complex and is_plain(tensor.dtype):
@@ -183,6 +190,9 @@ class Importer:
             self.b.location = call.location
             try:
                 self._import(call)
+            except CaptureError as error:
+                error.where = error.where or str(call.location or "")
+                raise
             except TypeInferenceError as error:
                 raise CaptureError(
                     f"{call.target} cannot be imported: {error.what}",
@@ -383,7 +393,7 @@ class Importer:
             )
         args, kwargs = normalize(call)
         target = args[0]
-        pure = Call(twin, args, kwargs, call.result, call.location)
+        pure = Call(twin, args, kwargs, _result_of(twin, call, args, kwargs), call.location)
         made = self._lower(pure)
         value = made if isinstance(made, Value) else made[0]
         self.write(target, value)
@@ -411,6 +421,17 @@ class Importer:
         first = next(iter(flat_tensors(call)))
         args = [numbers if a is first else a for a in call.args]
         return call.target(*args, **call.kwargs)
+
+
+def _result_of(
+    twin: torch._ops.OpOverload, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What the functional twin returns: `half.mul_(single)` is computed in single precision."""
+    mode = fake_mode_of(call)
+    if mode is None:
+        return call.result
+    with mode, torch.no_grad():
+        return twin(*args, **kwargs)
 
 
 _COMPLEX_OK = {"aten::detach", "aten::alias", "aten::lift_fresh", "aten::contiguous"}

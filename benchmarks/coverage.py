@@ -1,0 +1,234 @@
+"""Which architectures compile: the zoo of tiny random models, accel beside Inductor.
+
+    python -m benchmarks.coverage                       # all: about half an hour on two cores
+    python -m benchmarks.coverage --only llama --only t5
+    python -m benchmarks.coverage --no-inductor --no-gradients
+
+For each model of `tests/zoo.py`, through `torch.compile`:
+
+    accel, inductor   graphs, graph breaks, error against eager, seconds of the first call
+    fallbacks         every ATen op that has no definition in the IR and that torch runs itself
+    dynamic           (models over tokens) three batch and sequence sizes, and programs compiled
+    gradients         error of the gradients against eager's
+
+Errors are the largest difference over the largest element, the worst of all outputs; for gradients,
+over the largest element of any gradient. A row is stored as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from accel import tree
+from accel.compiler.api import compile_function
+from accel.frontends.dynamo import make_backend
+from accel.ir.module import Module
+from benchmarks.measure import THREADS, load_results, machine, store_results
+from tests import zoo
+
+TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 1e-3
+SIZES = ((2, 12), (3, 17), (5, 9))
+Outcome = dict[str, Any]
+
+
+class Accel:
+    """The accel backend; notes the ATen ops without a definition in what it compiles."""
+
+    def __init__(self) -> None:
+        self.fallbacks: dict[str, int] = {}
+        self.programs = 0
+        self.backend = make_backend(self._compile)
+
+    def _compile(
+        self, module: Module, options: Mapping[str, Any]
+    ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        self.programs += 1
+        for name, count in module.metadata["fallbacks"].items():
+            self.fallbacks[name] = self.fallbacks.get(name, 0) + count
+        return compile_function(module, options)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="coverage of architectures")
+    parser.add_argument("--only", action="append", help="a model of the zoo; may be repeated")
+    parser.add_argument("--no-inductor", action="store_true")
+    parser.add_argument("--no-gradients", action="store_true")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(THREADS)
+    warnings.filterwarnings("ignore")
+    data = load_results("coverage") or {}
+    models: dict[str, Outcome] = data.get("models", {})
+    for row in zoo.ZOO:
+        if options.only and row.name not in options.only:
+            continue
+        models[row.name] = measure(row, not options.no_inductor, not options.no_gradients)
+        order = [r.name for r in zoo.ZOO if r.name in models]
+        models = {name: models[name] for name in order}
+        store_results(
+            "coverage", {"machine": machine(), "summary": summary(models), "models": models}
+        )
+        print(row.name, {k: v for k, v in models[row.name].items() if k != "family"}, flush=True)
+    show(models)
+
+
+def measure(row: zoo.Row, inductor: bool, gradients: bool) -> Outcome:
+    """All figures of one architecture."""
+    result: Outcome = {"family": row.family}
+    compiler = Accel()
+    result["accel"] = forward(row, compiler.backend)
+    result["fallbacks"] = dict(sorted(compiler.fallbacks.items()))
+    if row.inputs in (zoo.tokens, zoo.masked_tokens, zoo.source_and_target):
+        result["dynamic"] = dynamic(row)
+    if gradients:
+        result["gradients"] = backward(row)
+    if inductor:
+        result["inductor"] = forward(row, "inductor")
+    return result
+
+
+@contextlib.contextmanager
+def attempt(outcome: Outcome) -> Iterator[None]:
+    """Starts Dynamo afresh; an exception becomes the outcome's "error_message"."""
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        yield
+    except Exception as error:  # a coverage table says what fails, whatever it is
+        outcome["ok"] = False
+        outcome["error_message"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+
+
+def forward(row: zoo.Row, backend: Any) -> Outcome:
+    """One model in inference through `torch.compile`."""
+    outcome: Outcome = {}
+    model, inputs = row.build(), row.make_inputs()
+    with attempt(outcome), torch.no_grad():
+        wanted = model(**inputs)
+        fast = torch.compile(model, backend=backend)
+        start = time.perf_counter()
+        got = fast(**inputs)
+        outcome["seconds"] = round(time.perf_counter() - start, 2)
+        outcome["graphs"] = counters["stats"]["unique_graphs"]
+        outcome["graph_breaks"] = sum(counters["graph_break"].values())
+        outcome["error"] = worst_error(got, wanted)
+        fresh = row.make_inputs(seed=7)
+        outcome["error"] = max(outcome["error"], worst_error(fast(**fresh), model(**fresh)))
+        outcome["ok"] = outcome["error"] <= TOLERANCE and outcome["graph_breaks"] == 0
+    return outcome
+
+
+def dynamic(row: zoo.Row) -> Outcome:
+    """Several batch and sequence sizes with `dynamic=True`."""
+    outcome: Outcome = {}
+    compiler = Accel()
+    model = row.build()
+    with attempt(outcome), torch.no_grad():
+        fast = torch.compile(model, backend=compiler.backend, dynamic=True)
+        errors = []
+        for batch, length in SIZES:
+            inputs = row.make_inputs(batch, length)
+            errors.append(worst_error(fast(**inputs), model(**inputs)))
+        outcome["error"] = max(errors)
+        outcome["programs"] = compiler.programs
+        outcome["ok"] = outcome["error"] <= TOLERANCE and compiler.programs == 1
+    return outcome
+
+
+def backward(row: zoo.Row) -> Outcome:
+    """Gradients of all parameters, of the mean square of all outputs."""
+    outcome: Outcome = {}
+    compiler = Accel()
+    model, inputs = row.build(), row.make_inputs()
+    with attempt(outcome):
+        wanted = gradients_of(model, model, inputs)
+        got = gradients_of(torch.compile(model, backend=compiler.backend), model, inputs)
+        scale = max((float(g.abs().max()) for g in wanted), default=0.0) or 1.0
+        differences = [float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True)]
+        outcome["error"] = max(differences, default=0.0) / scale
+        outcome["parameters"] = len(wanted)
+        outcome["fallbacks"] = dict(sorted(compiler.fallbacks.items()))
+        outcome["ok"] = outcome["error"] <= GRADIENT_TOLERANCE
+    return outcome
+
+
+def gradients_of(function: Any, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    model.zero_grad()
+    outputs, _ = tree.flatten(function(**inputs))
+    loss = sum((t.float().pow(2).mean() for t in outputs if t.requires_grad), torch.tensor(0.0))
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def worst_error(got: Any, wanted: Any) -> float:
+    """The largest relative error of any output; infinity where structures or shapes differ."""
+    ours, our_structure = tree.flatten(got)
+    theirs, their_structure = tree.flatten(wanted)
+    if our_structure != their_structure or any(
+        a.shape != b.shape or a.dtype != b.dtype for a, b in zip(ours, theirs)
+    ):
+        return float("inf")
+    return max((relative_error(a, b) for a, b in zip(ours, theirs)), default=0.0)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    if not a.numel():
+        return 0.0
+    x, y = a.double(), b.double()
+    same = (x == y) | (x.isnan() & y.isnan())  # infinities of masks among them
+    if bool(same.all()):
+        return 0.0
+    finite = y[torch.isfinite(y)]
+    largest = float(finite.abs().max()) if finite.numel() else 1.0
+    return float((x - y)[~same].abs().max()) / max(largest, 1e-6)
+
+
+def summary(models: Mapping[str, Outcome]) -> Outcome:
+    """How many of how many, by question."""
+
+    def rate(key: str) -> str | None:
+        known = [m[key] for m in models.values() if key in m]
+        return f"{sum(bool(k.get('ok')) for k in known)} of {len(known)}" if known else None
+
+    return {key: rate(key) for key in ("accel", "inductor", "dynamic", "gradients")}
+
+
+def show(models: Mapping[str, Outcome]) -> None:
+    """The table on the terminal."""
+    table = Table("model", "accel", "s", "Inductor", "s", "dynamic", "gradients", "run by torch")
+
+    def mark(outcome: Outcome | None) -> str:
+        if outcome is None:
+            return ""
+        if outcome.get("ok"):
+            return f"{outcome['error']:.0e}"
+        return outcome.get("error_message") or f"wrong: {outcome.get('error')}"
+
+    for name, m in models.items():
+        table.add_row(
+            name,
+            mark(m["accel"]),
+            str(m["accel"].get("seconds", "")),
+            mark(m.get("inductor")),
+            str(m.get("inductor", {}).get("seconds", "")),
+            mark(m.get("dynamic")),
+            mark(m.get("gradients")),
+            ", ".join(m["fallbacks"]),
+        )
+    Console().print(table)
+    print(summary(models))
+
+
+if __name__ == "__main__":
+    main()
