@@ -71,6 +71,7 @@ class Sample:
     operands: tuple[Operand | None, ...]
     attributes: Mapping[str, Any]
     inner: torch.dtype | None = None
+    origin: str = ""  # the expression that makes this sample again
 
     def types(self) -> list[TensorType]:
         return [o.type for o in self.operands if o is not None]
@@ -131,9 +132,7 @@ def samples(
     return wrap
 
 
-def sample(
-    operands: Sequence[Operand | None] = (), inner: torch.dtype | None = None, **attributes: Any
-) -> _Case:
+def sample(operands: Sequence[Operand | None] = (), inner: Any = None, **attributes: Any) -> _Case:
     return _Case(operands, attributes, inner)
 
 
@@ -147,7 +146,16 @@ def op_samples(
     """The samples of an op; with `values=None` over symbols."""
     entry = REGISTRY[name]
     cases = entry.build(Sizes(values), dtype)
-    return [Sample(name, tuple(c.operands), c.attributes, c.inner) for c in cases]
+    return [
+        Sample(
+            name,
+            tuple(c.operands),
+            c.attributes,
+            c.inner,
+            f"op_samples({name!r}, {dtype}, {values})[{i}]",
+        )
+        for i, c in enumerate(cases)
+    ]
 
 
 def size_variants(name: str, dtype: torch.dtype) -> Iterator[dict[str, int]]:

@@ -56,7 +56,9 @@ NOT_ONE_CALL = {
 
 
 def repro(sample: Sample, seed: int = 0) -> str:
-    return f"repro: {sample} seed {seed}"
+    """One line that says what failed and makes the function and its inputs again."""
+    again = f"s = {sample.origin}; s.function(), s.tensors({seed})"
+    return f"repro: {sample} # from tests.ir.samples import op_samples; {again}"
 
 
 def run(function: Function, inputs: list[Tensor], oracle: bool = False) -> list[Tensor]:
