@@ -7,10 +7,14 @@ import torch
 from accel.backends.vendor.epilogue import match_epilogue
 from accel.ir.capability import LibraryMatch
 from accel.ir.module import Op, constant_name
+from accel.ir.op import Trait
 
 
 class OneDnnLinear:
-    """`onednn.linear`: float32 or bfloat16, a constant weight, bias, add, one activation."""
+    """`onednn.linear`: float32 or bfloat16, bias, add, one activation.
+
+    The weight is packed if it is constant; one computed at run time is taken as it is, if dense.
+    """
 
     name = "onednn.linear"
 
@@ -18,8 +22,10 @@ class OneDnnLinear:
         if op.name != "linear" or op.result.dtype not in (torch.float32, torch.bfloat16):
             return None
         weight = op.operand("weight")
-        if weight is None or constant_name(weight) is None or op.result.type.rank < 2:
+        if weight is None or op.result.type.rank < 2:
             return None
+        if weight.op is not None and weight.op.has(Trait.VIEW):
+            return None  # MKL takes a transposed weight without copying it
         epilogue = match_epilogue(op, binary=True, after_binary=frozenset(("relu",)))
         return LibraryMatch(self.name, [op, *epilogue.ops], epilogue.options())
 

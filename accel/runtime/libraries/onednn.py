@@ -64,7 +64,11 @@ def _bias(operands: Sequence[Operand | None]) -> tuple[Tensor | None, bool]:
 
 
 class OneDnnLinear:
-    """x [..., K], weight [N, K], bias [N] or none, other [..., N] for the fused add."""
+    """x [..., K], weight [N, K], bias [N] or none, other [..., N] for the fused add.
+
+    A weight given at each call (decoded from a compressed one, say) is not packed: that costs
+    a tenth of the speed at worst, where packing each time would halve it.
+    """
 
     name = "onednn.linear"
 
@@ -72,26 +76,45 @@ class OneDnnLinear:
         self, options: Mapping[str, Any], operands: Sequence[Operand | None]
     ) -> LibraryCall:
         _require_onednn()
-        epilogue = _Epilogue(options)
-        weight = _weight(operands, 1, self.name)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        bias, live_bias = _bias(operands)
-        if live_bias:
-            raise ArtifactError(f"{self.name} needs a constant bias")
-        pointwise = torch.ops.mkldnn._linear_pointwise
-        if epilogue.binary == "none":
-            run = pointwise.default
-            tail = (epilogue.unary, epilogue.scalars, epilogue.algorithm)
-            return lambda x: run(x, packed, bias, *tail)
-        fused = pointwise.binary
-        if epilogue.unary == "none":
-            other = operands[3]
-            if other is not None and other.weight is not None:
-                constant = other.weight
-                return lambda x: fused(x, constant, packed, bias, "add")
-            return lambda x, other: fused(x, other, packed, bias, "add")
-        plain = pointwise.default
-        return lambda x, other: plain(x, packed, bias, "none", [], "").add_(other).relu_()
+        run = _linear(_Epilogue(options))
+        if len(operands) not in (3, 4) or operands[0] is None or operands[1] is None:
+            raise ArtifactError(f"{self.name} takes x, weight, bias and perhaps another operand")
+        fixed: list[Tensor | None] = [None if o is None else o.weight for o in operands]
+        fixed += [None] * (4 - len(fixed))
+        live = [i for i, o in enumerate(operands) if o is not None and o.weight is None]
+        weight = fixed[1]
+        if weight is not None:
+            fixed[1] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        packed, bias, other = fixed[1:]
+        if live == [0]:
+            return lambda x: run(x, packed, bias, other)
+        if live == [0, 3]:
+            return lambda x, other: run(x, packed, bias, other)
+
+        def call(*given: Tensor) -> Tensor:
+            arguments = list(fixed)
+            for place, value in zip(live, given):
+                arguments[place] = value.contiguous() if place in (1, 2) else value
+            return run(*arguments)
+
+        return call
+
+
+def _linear(epilogue: _Epilogue) -> Callable[..., Tensor]:
+    """The call with operands x, weight, bias, other."""
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    plain, fused = pointwise.default, pointwise.binary
+    if epilogue.binary == "none":
+        tail = (epilogue.unary, epilogue.scalars, epilogue.algorithm)
+        return lambda x, weight, bias, _: plain(x, weight, bias, *tail)
+    if epilogue.unary == "none":
+        return lambda x, weight, bias, other: fused(x, other, weight, bias, "add")
+
+    def add_then_relu(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
+        y: Tensor = plain(x, weight, bias, "none", [], "")
+        return y.add_(other).relu_()
+
+    return add_then_relu
 
 
 class OneDnnConv:
