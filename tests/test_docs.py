@@ -20,11 +20,10 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 def test_generated_pages_are_up_to_date() -> None:
-    """`make docs` writes them."""
-    assert docs_table.PAGE.read_text() == docs_table.render()
-    text = docs_table.README.read_text()
-    assert text == docs_table.readme(text)
-    assert all(f"`{name}`" in text for name in load_passes())
+    """In a process of its own: other tests register passes."""
+    command = [sys.executable, "-m", "benchmarks.docs_table", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
