@@ -30,7 +30,7 @@ def _typed(dtype: torch.dtype, *shape: int) -> TensorType:
 
 # Weight operands as a program sees them, their types, how they decode to [N, K], and the position
 # of an operand that is stored packed.
-WEIGHTS: dict[str, tuple[list[TensorType], Callable[..., Any], list[Tensor], torch.dtype | None]] = {
+WEIGHTS: dict[str, tuple[list[TensorType], Callable[..., Any], list[Tensor], torch.dtype | None]] = {  # noqa: E501
     "float32": ([f32(N, K)], lambda b, w: w, [torch.randn(N, K)], None),
     "bfloat16": ([_typed(torch.bfloat16, N, K)], lambda b, w: b.cast(w, dtype=torch.float32),
                  [torch.randn(N, K).bfloat16()], None),
