@@ -13,6 +13,7 @@ from accel.cli.app import VERBS
 from accel.ir import parse_module
 from accel.passes.pipeline import parse_pipeline
 from accel.passes.registry import load_passes
+from benchmarks import docs_table
 from benchmarks.measure import ROOT
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
