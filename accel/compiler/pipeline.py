@@ -34,7 +34,15 @@ from accel.passes.pipelines import CLEAN_PIPELINE, EXACT_PIPELINE
 from accel.passes.registry import load_passes
 from accel.runtime.plan import FunctionPlan
 
-KERNEL_PIPELINE = ("select_libraries", "decompose", "cse", "dce", "fuse", "dce")
+KERNEL_PIPELINE = (
+    "select_products",
+    "select_libraries",
+    "decompose",
+    "cse",
+    "dce",
+    "fuse",
+    "dce",
+)
 
 
 @dataclass

@@ -16,6 +16,9 @@ class KernelGenerator(Protocol):
     def supports(self, op: Op) -> str | None:
         """None if a kernel region may hold this op, else the reason why not."""
 
+    def supports_product(self, op: Op) -> str | None:
+        """None if a kernel of kind "gemv" may hold this contraction, else the reason why not."""
+
 
 class Library(Protocol):
     """A vendor library's entry, as passes see it: which ops one call can take together."""

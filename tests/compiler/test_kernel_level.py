@@ -78,8 +78,11 @@ def test_linear_leaves_what_only_looks_like_an_epilogue(make) -> None:
     assert kernels(module) == ["pointwise"]
 
 
-def test_weights_given_at_run_time_go_to_torch() -> None:
+def test_weights_given_at_run_time() -> None:
     module = lower(program(lambda b, x, w: b.linear(x, w), t(3, 4), t(8, 4)))
+    assert [name for name, _ in calls(module)] == ["onednn.linear"]
+    build = lambda b, x, w: b.linear(x, b.permute(w, axes=(1, 0)))  # noqa: E731
+    module = lower(program(build, t(3, 4), t(4, 8)))
     assert [name for name, _ in calls(module)] == ["torch.linear"]
 
 
