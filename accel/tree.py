@@ -130,7 +130,7 @@ def unflatten(
     """
     try:
         return _unflatten(node, leaves, _resolver(classes))
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"malformed description of a structure: {error}") from error
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import CheckpointPolicy
 
 from accel.config import logger
 from accel.errors import CaptureError, OptionError
@@ -105,11 +106,24 @@ def _with_autograd(
         fw_compiler=now,
         bw_compiler=later,
         inference_compiler=now,
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=partition,
     )
     with functorch_config.patch(activation_memory_budget=budget):
         result: Callable[..., Any] = wrapped(graph, inputs)
     return result
+
+
+def partition(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+    """The min-cut partition, but random draws are kept: recomputing one would draw anew.
+
+    Checkpointed regions ask to recompute all they hold; a dropout's mask is a byte an element.
+    """
+    for node in joint.graph.nodes:
+        source = node.args[0] if getattr(node.target, "__name__", "") == "getitem" else node
+        tags = getattr(getattr(source, "target", None), "tags", ())
+        if "recompute" in node.meta and torch.Tag.nondeterministic_seeded in tags:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return min_cut_rematerialization_partition(joint, inputs, **options)
 
 
 class GraphCallable:

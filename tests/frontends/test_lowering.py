@@ -120,18 +120,27 @@ UNEQUAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("part", range(4))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bfloat16], ids=str)
-def test_samples_of_torch(dtype: torch.dtype, part: int) -> None:
-    """Two samples of each operator that takes the dtype: equal to eager, or a typed refusal."""
+@pytest.mark.parametrize(
+    "dtype, part, step",
+    [(torch.float32, 0, 6), (torch.float32, 1, 6), (torch.int64, 2, 12), (torch.bfloat16, 3, 12)],
+    ids=str,
+)
+def test_samples_of_torch(dtype: torch.dtype, part: int, step: int) -> None:
+    """Two samples of operators that take the dtype: equal to eager, or a typed refusal.
+
+    `benchmarks/op_db.py` takes all of them, through the compiler.
+    """
     pytest.importorskip("expecttest", reason="torch's operator samples need it")
     from torch.testing._internal.common_methods_invocations import op_db
 
-    step = {torch.float32: 4, torch.int64: 12, torch.bfloat16: 12}[dtype]
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
     checked = refused = 0
     for op in op_db[part::step]:
-        if op.name in UNEQUAL or dtype not in op.supported_dtypes("cpu"):
+        if (
+            op.name in UNEQUAL
+            or op.name.startswith("jiterator")
+            or dtype not in op.supported_dtypes("cpu")
+        ):
             continue
         samples = list(op.sample_inputs("cpu", dtype))
         for sample in {id(s): s for s in samples[:: max(len(samples) - 1, 1)]}.values():
@@ -139,7 +148,7 @@ def test_samples_of_torch(dtype: torch.dtype, part: int) -> None:
             outcome = compare(op.op, args, kwargs, tolerance, f"{op.name} {sample}")
             checked += outcome is True
             refused += outcome is False
-    assert checked > 3 * refused > 0 or (checked and dtype != torch.float32)
+    assert checked > 20 and checked > 3 * refused
 
 
 def compare(
