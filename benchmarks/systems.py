@@ -38,7 +38,7 @@ def eager(model: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
 
 
 def inductor(model: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
-    """`torch.compile` with its default mode, and its weights frozen as accel's and ONNX's are."""
+    """`torch.compile` with its defaults: weights are not frozen, while accel's and ONNX's are."""
     call = _torch_call(torch.compile(model), inputs)
     call()
     return call
