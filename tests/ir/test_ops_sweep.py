@@ -249,6 +249,12 @@ def test_aten_call_computes_the_op(name: str) -> None:
         assert all(covered), f"accel.{name} has cases without an ATen form"
 
 
+def test_every_aten_form_names_an_operator() -> None:
+    for d in definitions():
+        for form in d.calls:
+            form.resolve()
+
+
 def test_every_op_can_be_run_without_its_definition() -> None:
     """By an ATen overload, by decomposition or as a view; the rest is listed with a reason."""
     rest = {
