@@ -60,6 +60,11 @@ class SelectProducts(Pass):
         if decoding is None:
             context.miss(self.name, op, "the weight is not a constant, or decoded from constants")
             return
+        for step in decoding:
+            reason = generator.supports_decoding(step)
+            if reason is not None:
+                context.miss(self.name, op, f"accel.{step.name}: {reason}")
+                return
         if not decoding and product(op.operands[0].shape[:-1]) != 1:
             context.miss(self.name, op, "several rows of an uncompressed weight")
             return

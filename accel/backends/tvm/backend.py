@@ -62,6 +62,12 @@ class TvmBackend:
         """None if a kernel of kind "gemv" may hold this contraction, else the reason why not."""
         return _type_reason(op) or contract.reason(op)
 
+    def supports_decoding(self, op: Op) -> str | None:
+        """None if a kernel of kind "gemv" may decode its weight with this op."""
+        if op.definition.decompose is None:
+            return self.supports(op)
+        return _type_reason(op)  # composites are decomposed inside the kernel
+
     def _elementwise_reason(self, op: Op) -> str | None:
         reason = scalar.supports(op)
         if reason is None or op.definition.decompose is None:
