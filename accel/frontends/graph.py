@@ -110,22 +110,62 @@ def import_dynamo_graph(
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta.get("example_value") for n in placeholders]
     mode = _fake_mode(fakes)
-    runner = _Runner(graph, mode)
-    calls, result = record(lambda: runner.run(*fakes), mode, runner.where)
-    outputs = list(result) if isinstance(result, (list, tuple)) else [result]
-    importer = _Importer(fakes, inputs, mode, runner.attributes, freeze, aliased=False)
-    return importer.build(calls, outputs)
+
+    def once() -> Program:
+        runner = _Runner(graph, mode)
+        calls, result = record(lambda: runner.run(*fakes), mode, runner.where)
+        outputs = list(result) if isinstance(result, (list, tuple)) else [result]
+        importer = _Importer(fakes, inputs, mode, runner.attributes, freeze, aliased=False)
+        return importer.build(calls, outputs)
+
+    return _until_fixed(once, fakes, may_fix=True)
 
 
-def import_aten_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Program:
+def import_aten_graph(
+    graph: fx.GraphModule, inputs: Sequence[Any], *, may_fix: bool = True
+) -> Program:
     """The program of a functional ATen graph from AOTAutograd: forward, backward or inference.
 
+    `may_fix` says that guards are still taken: not so for a backward.
     Raises CaptureError for what the IR cannot express.
     """
+
+    def once() -> Program:
+        return _import_aten_graph(graph, inputs)
+
+    fakes = [n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"]
+    return _until_fixed(once, fakes, may_fix)
+
+
+def _import_aten_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Program:
     calls, fakes, outputs, attributes = _calls_of(graph)
     mode = _fake_mode(fakes)
     importer = _Importer(fakes, inputs, mode, attributes, lambda t: False, aliased=True)
     return importer.build(calls, outputs)
+
+
+class _NotASize(Exception):
+    """Graph input `index` is used as a size, and may be negative, 0 or 1."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def _until_fixed(once: Callable[[], Program], fakes: Sequence[Any], may_fix: bool) -> Program:
+    """`once()`, with guards on numbers that are sizes: 2 or more, or exactly the example's."""
+    for _ in range(len(fakes) + 1):
+        try:
+            return once()
+        except _NotASize as error:
+            if not may_fix:
+                break
+            number = fakes[error.index]
+            if not number >= 2:  # asking leaves a guard, which narrows the range
+                int(number)
+    raise CaptureError(
+        "a size of the backward graph depends on a number that may be negative, 0 or 1",
+        advice="compile with dynamic=False",
+    )
 
 
 class _Runner(fx.Interpreter):
@@ -246,8 +286,9 @@ class _Importer:
         for real, fake, name in self.attributes.values():
             importer.aliases.add_root(fake, None, self._constant(name, real))
         importer.run(calls, outputs)
+        values = self._add_outputs(outputs)
         self._settle_arguments()
-        self._finish(outputs)
+        self._finish(values)
         self.function.symbols = self.symbols.infos()
         self.program.module.metadata["fallbacks"] = dict(sorted(importer.fallbacks.items()))
         return self.program
@@ -301,6 +342,8 @@ class _Importer:
         for name, theirs in self.symbols.used.items():
             place = self.program.symbols.get(theirs)
             if name not in told and place is not None:
+                if self.symbols.lowest(theirs) < 2:
+                    raise _NotASize(place[0])
                 body.add_arg(TensorType((symbol(name), 0), torch.int8), f"size{place[0]}")
                 arguments.append(Argument("size", place[0]))
         self.function.metadata["arguments"] = [{"name": v.name, "kind": "input"} for v in body.args]
@@ -313,10 +356,11 @@ class _Importer:
 
         return make
 
-    def _finish(self, outputs: Sequence[Any]) -> None:
+    def _add_outputs(self, outputs: Sequence[Any]) -> list[Value]:
+        """Values of the graph's outputs, each tensor once; notes how each output comes about."""
         importer = self.importer
-        values: list[Value] = []
         importer.b.location = None
+        values: list[Value] = []
         results: dict[int, int] = {}
         for leaf in outputs:
             if isinstance(leaf, Tensor):
@@ -333,6 +377,11 @@ class _Importer:
                 values.append(importer.result(leaf))
             else:
                 self.program.outputs.append(Output("value", value=leaf))
+        return values
+
+    def _finish(self, values: list[Value]) -> None:
+        """The return: outputs, then new values of written inputs."""
+        importer = self.importer
         kinds: list[dict[str, Any]] = [{"kind": "output"} for _ in values]
         for position, argument in enumerate(self.program.arguments):
             fake = self.fakes[argument.index]

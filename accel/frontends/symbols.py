@@ -105,6 +105,13 @@ class Symbols:
             return False
         return bool(self.shape_env.bound_sympy(expr).lower >= 0)
 
+    def lowest(self, theirs: sympy.Symbol) -> int:
+        """The least value of one of torch's symbols; -1 for any negative one."""
+        bounds = self.shape_env.var_to_range.get(theirs) if self.shape_env is not None else None
+        if bounds is None or not bounds.lower.is_Integer:
+            return -1
+        return max(int(bounds.lower), -1)
+
     def infos(self) -> dict[str, SymbolInfo]:
         """Ranges of the symbols met so far."""
         return {name: self._info(s) for name, s in self.used.items()}

@@ -156,7 +156,10 @@ def first_of_slice(c: Importer, size: Any, start: Any, length: Dim) -> Dim:
     if isinstance(size, int) and isinstance(start, int):
         return max(0, min(start + size if start < 0 else start, size))
     if c.symbols.is_nonnegative(start):
-        return c.dim(start) if c.symbols.is_nonnegative(size - start) else c.dim(size)
+        if length == c.dim(size - start) or c.symbols.is_nonnegative(size - start):
+            return c.dim(start)
+        if length == 0 or c.symbols.is_nonnegative(start - size):
+            return c.dim(size)
     if c.symbols.is_nonnegative(-start):
         if length == c.dim(-start) or c.symbols.is_nonnegative(size + start):
             return c.dim(size + start)
