@@ -9,7 +9,7 @@ For each model of `tests/zoo.py`, through `torch.compile`:
     accel, inductor   graphs, graph breaks, error against eager, seconds of the first call
     fallbacks         every ATen op that has no definition in the IR and that torch runs itself
     dynamic           (models over tokens) three batch and sequence sizes, and programs compiled
-    gradients         error of the gradients against eager's
+    gradients         error of the gradients against eager's, where eager has them
 
 Errors are the largest difference over the largest element, the worst of all outputs; for gradients,
 over the largest element of any gradient. A row is stored as soon as it is measured.
@@ -107,7 +107,8 @@ def attempt(outcome: Outcome) -> Iterator[None]:
         yield
     except Exception as error:  # a coverage table says what fails, whatever it is
         outcome["ok"] = False
-        outcome["error_message"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        lines = [line for line in str(error).splitlines() if "Error: " in line] or [str(error)]
+        outcome["error_message"] = f"{type(error).__name__}: {lines[0].splitlines()[0][:200]}"
 
 
 def forward(row: zoo.Row, backend: Any) -> Outcome:
@@ -151,8 +152,11 @@ def backward(row: zoo.Row) -> Outcome:
     outcome: Outcome = {}
     compiler = Accel()
     model, inputs = row.build(), row.make_inputs()
-    with attempt(outcome):
+    try:
         wanted = gradients_of(model, model, inputs)
+    except RuntimeError as error:
+        return {"eager_fails": str(error).splitlines()[0][:200]}
+    with attempt(outcome):
         got = gradients_of(torch.compile(model, backend=compiler.backend), model, inputs)
         scale = max((float(g.abs().max()) for g in wanted), default=0.0) or 1.0
         differences = [float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True)]
@@ -198,7 +202,7 @@ def summary(models: Mapping[str, Outcome]) -> Outcome:
     """How many of how many, by question."""
 
     def rate(key: str) -> str | None:
-        known = [m[key] for m in models.values() if key in m]
+        known = [m[key] for m in models.values() if "ok" in m.get(key, ())]
         return f"{sum(bool(k.get('ok')) for k in known)} of {len(known)}" if known else None
 
     return {key: rate(key) for key in ("accel", "inductor", "dynamic", "gradients")}
@@ -209,8 +213,8 @@ def show(models: Mapping[str, Outcome]) -> None:
     table = Table("model", "accel", "s", "Inductor", "s", "dynamic", "gradients", "run by torch")
 
     def mark(outcome: Outcome | None) -> str:
-        if outcome is None:
-            return ""
+        if outcome is None or "eager_fails" in outcome:
+            return "" if outcome is None else "eager fails"
         if outcome.get("ok"):
             return f"{outcome['error']:.0e}"
         return outcome.get("error_message") or f"wrong: {outcome.get('error')}"
