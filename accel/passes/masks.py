@@ -156,7 +156,11 @@ class MaskReader:
             return parts[0].also(parts[1]) or whole
         if op.name == "where":
             found = hidden_unless(op)
-            return whole if found is None else self.boolean(found[0], rows, columns, found[1])
+            if found is None:
+                return whole
+            condition, wanted, shown = found
+            seen = self.boolean(condition, rows, columns, wanted)
+            return seen.also(self.additive(shown, rows, columns)) or whole
         stored = self._stored_band(value, rows, columns, True)
         return whole if stored is None else Mask(stored)
 
@@ -184,13 +188,13 @@ def _tri_band(op: Op, columns: Dim) -> Band:
     return Band(upper if bounded else None, lower)
 
 
-def hidden_unless(op: Op) -> tuple[Value, bool] | None:
-    """(condition, true) of where(condition, 0, -big), (condition, false) the other way round."""
+def hidden_unless(op: Op) -> tuple[Value, bool, Value] | None:
+    """(condition, true, x) of where(condition, x, -big), (condition, false, x) the other way."""
     condition, x, y = op.operands
     for wanted, shown, hidden in ((True, x, y), (False, y, x)):
         low = splat_value(hidden)
-        if splat_value(shown) == 0 and low is not None and low <= HIDDEN:
-            return condition, wanted
+        if isinstance(low, float) and low <= HIDDEN:
+            return condition, wanted, shown
     return None
 
 

@@ -181,6 +181,17 @@ def test_position_bias_stays_the_mask_beside_causal():
     assert op.attribute("causal") and op.arguments()[3].type == t(1, H, S, S)
 
 
+def test_a_bias_inside_the_causal_where():
+    """T5 with SDPA: where(causal, bias, lowest) is the mask of the composite."""
+
+    def make(b, q, k, v, bias):
+        return sdpa(b, q, k, v, b.where(b.tri_mask(rows=S, columns=S), bias, sc(b, LOWEST)))
+
+    module, _ = raised(make, Q, Q, Q, t(1, H, S, S))
+    op = find(module, "attention")
+    assert op.attribute("causal") and op.operands[3] is module.main.args[3]
+
+
 def test_padding_from_an_argument_is_kept_exactly():
     """Rows that see nothing average over all keys when filled with the lowest number."""
 
