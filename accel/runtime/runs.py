@@ -117,10 +117,12 @@ def library_run(
 
 
 def _store(values: list[Any], results: Any, outputs: list[int]) -> None:
+    """Results that ATen returns as None, because an output mask said so, are no outputs."""
+    made = [results] if isinstance(results, Tensor) else [r for r in results if r is not None]
     if len(outputs) == 1:
-        values[outputs[0]] = results if isinstance(results, Tensor) else results[0]
+        values[outputs[0]] = made[0]
         return
-    for slot, result in zip(outputs, results, strict=True):
+    for slot, result in zip(outputs, made, strict=True):
         values[slot] = result
 
 
