@@ -8,8 +8,9 @@ moves only what crosses its border. Symbolic sizes take the values given, or typ
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from accel.ir.module import Function, Module, Op, Region, SymbolInfo, Value
 from accel.ir.op import Trait
@@ -21,17 +22,23 @@ _TYPICAL_SIZE = 64
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Floating point operations, bytes read and written, and bytes of weights read by name."""
+    """Floating point operations, bytes read and written, and bytes of weights read by name.
+
+    `seconds` is the roofline's estimate: each op takes as long as its operations or its bytes,
+    whichever is more; 0 where the machine's rates are not given.
+    """
 
     flops: int = 0
     bytes: int = 0
     weight_bytes: int = 0
+    seconds: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.flops + other.flops,
             self.bytes + other.bytes,
             self.weight_bytes + other.weight_bytes,
+            self.seconds + other.seconds,
         )
 
     def __sub__(self, other: Cost) -> Cost:
@@ -39,7 +46,18 @@ class Cost:
             self.flops - other.flops,
             self.bytes - other.bytes,
             self.weight_bytes - other.weight_bytes,
+            self.seconds - other.seconds,
         )
+
+
+class Rates(Protocol):
+    """What the roofline needs of a machine (`accel.compiler.targets.Target` has it)."""
+
+    @property
+    def flops(self) -> Mapping[str, float]: ...
+
+    @property
+    def bandwidth(self) -> float: ...
 
 
 def typical_sizes(symbols: Mapping[str, SymbolInfo]) -> dict[str, int]:
@@ -50,26 +68,44 @@ def typical_sizes(symbols: Mapping[str, SymbolInfo]) -> dict[str, int]:
     }
 
 
-def module_cost(module: Module, sizes: Mapping[str, int] | None = None) -> Cost:
+def module_cost(
+    module: Module, sizes: Mapping[str, int] | None = None, rates: Rates | None = None
+) -> Cost:
     """Sum over the functions; each stored weight that is read counts once."""
     total = Cost()
     for function in module.functions.values():
-        total += function_cost(function, sizes)
+        total += function_cost(function, sizes, rates)
     names = {str(op.attributes["name"]): op.result.type for op in _constants(module)}
-    return Cost(total.flops, total.bytes, sum(int(t.nbytes()) for t in names.values()))
+    weights = sum(int(t.nbytes()) for t in names.values())
+    return Cost(total.flops, total.bytes, weights, total.seconds)
 
 
-def function_cost(function: Function, sizes: Mapping[str, int] | None = None) -> Cost:
+def function_cost(
+    function: Function, sizes: Mapping[str, int] | None = None, rates: Rates | None = None
+) -> Cost:
     """Operations and bytes of one function (weights are counted by `module_cost`)."""
     values = typical_sizes(function.symbols) | dict(sizes or {})
-    return region_cost(function.body, values)
+    return region_cost(function.body, values, rates)
 
 
-def region_cost(region: Region, sizes: Mapping[str, int]) -> Cost:
-    total = Cost()
+def region_cost(region: Region, sizes: Mapping[str, int], rates: Rates | None = None) -> Cost:
+    flops = moved = 0
+    seconds = 0.0
     for op in region.ops:
-        total += op_cost(op, sizes)
-    return total
+        cost = op_cost(op, sizes)
+        flops, moved = flops + cost.flops, moved + cost.bytes
+        if rates is not None and cost.bytes:
+            seconds += roofline(cost, op.operands or op.results, rates)
+    return Cost(flops, moved, 0, seconds)
+
+
+def roofline(cost: Cost, values: Sequence[Value], rates: Rates) -> float:
+    """Seconds that a machine needs at least: for the operations, or for the bytes."""
+    name = str(values[0].dtype).removeprefix("torch.")
+    peak = rates.flops.get(name) or max(rates.flops.values(), default=0.0)
+    compute = cost.flops / peak if peak else 0.0
+    memory = cost.bytes / rates.bandwidth if rates.bandwidth else 0.0
+    return max(compute, memory)
 
 
 def op_cost(op: Op, sizes: Mapping[str, int] | None = None) -> Cost:

@@ -1,8 +1,8 @@
 """The ledger: what every pass did. JSON-able, so that it travels in the artifact.
 
-A row holds rewrites by rule, operations, traffic and weight bytes before and after
-(`accel.ir.cost`), the error that the contract check measured, and seconds for the pass, its
-verification and its check.
+A row holds rewrites by rule; operations, traffic, weight bytes and the time that the roofline
+predicts for the context's target, before and after (`accel.ir.cost`); the error that the contract
+check measured; and seconds for the pass, its verification and its check.
 `table()` and `waterfall()` render it for `accel explain`.
 """
 
@@ -172,9 +172,10 @@ class Ledger:
 def _bar(name: str, cost: Cost, change: int, top: int, width: int) -> str:
     bar = "█" * max(1, round(width * cost.bytes / top))
     delta = f" ({'+' if change > 0 else '-'}{format_bytes(abs(change))})" if change else ""
+    predicted = f", at least {cost.seconds * 1e3:.3g} ms" if cost.seconds else ""
     return (
         f"{name:<20.20} {bar:<{width}} {format_bytes(cost.bytes):>9} moved{delta}, "
-        f"{format_bytes(cost.weight_bytes)} weights, {cost.flops / 1e9:.3g} GFLOP\n"
+        f"{format_bytes(cost.weight_bytes)} weights, {cost.flops / 1e9:.3g} GFLOP{predicted}\n"
     )
 
 

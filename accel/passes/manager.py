@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from accel.errors import AccelError, ContractError, OptionError
-from accel.ir.cost import Cost, module_cost
+from accel.ir.cost import Cost, Rates, module_cost
 from accel.ir.fingerprint import fingerprint
 from accel.ir.module import Module, Op
 from accel.ir.printer import print_module
@@ -85,7 +85,7 @@ class PassManager:
         if self.dumps is not None:
             self.dumps.write(0, "input", module)
         verify(module)
-        state = _State(fingerprint(module), module_cost(module), count_ops(module))
+        state = _State(module, self.context.target)
         for index, each in enumerate(self.passes, start=1):
             row = self._run_one(index, each, module, state, ledger)
             ledger.rows.append(row)
@@ -209,8 +209,9 @@ class PassManager:
 class _State:
     """What is known about the module between two passes."""
 
-    def __init__(self, fingerprint: str, cost: Cost, ops: int) -> None:
-        self.fingerprint, self.cost, self.ops = fingerprint, cost, ops
+    def __init__(self, module: Module, rates: Rates | None) -> None:
+        self.rates = rates
+        self.update(fingerprint(module), module)
         self.samples: dict[str, list[Sample]] = {}  # by kind of contract, while still valid
 
     def forget(self, *, keep_exact: bool) -> None:
@@ -219,7 +220,8 @@ class _State:
 
     def update(self, fingerprint: str, module: Module) -> None:
         self.fingerprint = fingerprint
-        self.cost, self.ops = module_cost(module), count_ops(module)
+        self.cost: Cost = module_cost(module, rates=self.rates)
+        self.ops = count_ops(module)
 
 
 def run_pipeline(

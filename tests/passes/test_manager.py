@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -43,6 +44,42 @@ def test_ledger_counts_rewrites_and_changes():
     assert (first.ops_before, first.ops_after) == (6, 2)
     assert first.saved.flops == 4 * 6 and first.saved.bytes == 4 * 2 * 24
     assert first.error == 0.0 and first.seconds > 0 and first.verify_seconds > 0
+
+
+def test_the_ledger_predicts_time_by_the_roofline():
+    from accel.ir.cost import module_cost
+
+    @dataclass
+    class Machine:
+        flops: dict[str, float]
+        bandwidth: float
+
+    module = weighted()  # linear: 2 * 2 * 4 * 3 flops, (6 + 12 + 8) floats
+    fast = module_cost(module, rates=Machine({"float32": 1e9}, 1e12))
+    assert fast.flops == 48 and fast.seconds == pytest.approx(48e-9)
+    slow = module_cost(module, rates=Machine({"float32": 1e15}, 1e9))
+    assert slow.bytes == 26 * 4 and slow.seconds == pytest.approx(104e-9)
+    context = Context(target=Machine({"float32": 1e15}, 1e9))
+    row = PassManager("test_double_negation", context).run(negations()).rows[0]
+    assert row.before.seconds == pytest.approx(5 * 48e-9)
+    assert row.after.seconds == pytest.approx(48e-9) and row.saved.seconds > 0
+
+
+def test_costs_of_contractions_views_and_regions():
+    from accel.ir.cost import module_cost
+
+    q = t(1, 4, 6, 8)
+    attention = program(lambda b, q, k, v: b.attention(q, k, v, scale=1.0), q, q, q)
+    assert module_cost(attention).flops == 2 * 4 * 6 * 6 * 16
+    geometry = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    conv = program(lambda b, x, w: b.conv(x, w, **geometry), t(1, 4, 6, 6), t(8, 4, 3, 3))
+    assert module_cost(conv).flops == 2 * (8 * 4 * 4) * (4 * 3 * 3)
+    views = program(lambda b, x: b.reshape(b.permute(x, axes=(1, 0)), shape=(6,)), t(2, 3))
+    assert module_cost(views).flops == module_cost(views).bytes == 0
+    lookup = program(lambda b, w, i: b.embedding(w, i), t(1000, 4), t(3, dtype=I64))
+    assert module_cost(lookup).bytes == 2 * 48 + 24  # three rows read and written, three indices
+    weights = module_cost(weighted())
+    assert weights.weight_bytes == 4 * 3 * 4
 
 
 def test_a_broken_program_is_caught_and_the_pass_named():
