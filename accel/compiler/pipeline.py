@@ -36,6 +36,7 @@ from accel.runtime.plan import FunctionPlan
 
 KERNEL_PIPELINE = (
     "select_products",
+    "select_attention",
     "select_libraries",
     "decompose",
     "cse",

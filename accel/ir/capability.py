@@ -19,6 +19,9 @@ class KernelGenerator(Protocol):
     def supports_product(self, op: Op) -> str | None:
         """None if a kernel of kind "gemv" may hold this contraction, else the reason why not."""
 
+    def supports_attention(self, op: Op) -> str | None:
+        """None if a kernel of kind "attention" may hold this op, else the reason why not."""
+
     def supports_decoding(self, op: Op) -> str | None:
         """None if such a kernel may decode its weight with this op, else the reason why not."""
 

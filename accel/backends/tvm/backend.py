@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from accel.backends.tvm import accumulate, contract, dtypes, scalar, trace
+from accel.backends.tvm import accumulate, attention, contract, dtypes, scalar, trace
 from accel.backends.tvm.kernel import KernelCode, generate, region_symbols
 from accel.backends.tvm.shim import c_source
 from accel.backends.tvm.toolchain import build, version
@@ -68,6 +68,10 @@ class TvmBackend:
             return self.supports(op)
         return _type_reason(op)  # composites are decomposed inside the kernel
 
+    def supports_attention(self, op: Op) -> str | None:
+        """None if a kernel of kind "attention" may hold this op, else the reason why not."""
+        return _type_reason(op) or attention.reason(op)
+
     def _elementwise_reason(self, op: Op) -> str | None:
         reason = scalar.supports(op)
         if reason is None or op.definition.decompose is None:
@@ -107,11 +111,13 @@ class TvmBackend:
         return CompiledKernels(symbols, sources, library, {k.name: k.inplace for k in unique})
 
     def _generate(self, name: str, kernel: Op) -> KernelCode:
-        region = self.primitive_region(kernel.regions[0], str(kernel.attribute("kind")))
+        kind = str(kernel.attribute("kind"))
+        region = self.primitive_region(kernel.regions[0], kind)
         for op in region.ops:
             if op.has(Trait.TERMINATOR):
                 continue
-            reason = self.supports(op)
+            whole = kind == "attention" and op.name == "attention"
+            reason = self.supports_attention(op) if whole else self.supports(op)
             if reason is not None:
                 raise BackendError(
                     f"no generated kernel: {reason}", where=str(op.location or kernel.location)
@@ -126,6 +132,8 @@ class TvmBackend:
         while pending:
             op = pending.pop()
             if op.definition.decompose is None or _has_own_code(op):
+                continue
+            if kind == "attention" and attention.reason(op) is None:
                 continue
             before = op.prev
             if kind == "gemv" and contract.reason(op) is None:

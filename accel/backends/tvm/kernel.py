@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from accel.backends.tvm import dtypes, tir
+from accel.backends.tvm import attention, dtypes, tir
+from accel.backends.tvm.attention import AttentionNest, AttentionPhase
 from accel.backends.tvm.code import Emitter
 from accel.backends.tvm.flat import FlatNest
 from accel.backends.tvm.index import Affine
@@ -25,7 +26,7 @@ from accel.backends.tvm.phases import Phase, Planner
 from accel.backends.tvm.rows import RowNest
 from accel.backends.tvm.survey import Survey
 from accel.ir.module import Region, Value
-from accel.ir.types import Dim, product
+from accel.ir.types import SUB_BYTE_BITS, Dim, product
 
 
 @dataclass
@@ -91,7 +92,11 @@ def region_symbols(region: Region) -> tuple[str, ...]:
 def generate(name: str, region: Region) -> KernelCode:
     """Code of a region of primitive ops. Raises BackendError for what has none."""
     planner = Planner(region)
-    planner.run()
+    product_op = attention.find(region)
+    if product_op is not None:
+        attention.plan(planner, product_op)
+    else:
+        planner.run()
     symbols = region_symbols(region)
     scratch = planner.scratch_values
     phases = [
@@ -163,7 +168,13 @@ def _phase(
         for position, store in enumerate(phase.stores)
     }
     begin, end = tir.var("begin"), tir.var("end")
-    nest = (RowNest if phase.reduces else FlatNest)(phase, emitter, targets)
+    nest: AttentionNest | RowNest | FlatNest
+    if isinstance(phase, AttentionPhase):
+        nest = AttentionNest(phase, emitter, results[0])
+    elif phase.reduces:
+        nest = RowNest(phase, emitter, targets)
+    else:
+        nest = FlatNest(phase, emitter, targets)
     body = nest.emit(begin, end)
     block = parameters.block
     if emitter.failed is not None:
@@ -197,6 +208,7 @@ def _inplace(planner: Planner, region: Region) -> list[tuple[int, int]]:
         for number, arg in enumerate(region.args):
             fits = arg.type.numel() == store.value.type.numel()
             width = dtypes.storage(arg.dtype) == dtypes.storage(store.value.dtype)
+            fits = fits and arg.dtype not in SUB_BYTE_BITS
             if fits and width and reads[arg] == {written} and store.place.kind == "result":
                 pairs.append((store.place.number, number))
     return pairs

@@ -103,7 +103,7 @@ class Planner:
         below, second = self._as_index(low)
         return above.times(factor).plus(below), (*first, *second)
 
-    def _index_of(self, shape: tuple[Dim, ...]) -> tuple[Index, tuple[Axis, ...]]:
+    def index_of(self, shape: tuple[Dim, ...]) -> tuple[Index, tuple[Axis, ...]]:
         """An index over a whole shape, and its axes."""
         index: list[Affine] = []
         axes: list[Axis] = []
@@ -116,7 +116,7 @@ class Planner:
             axes.extend(parts)
         return tuple(index), tuple(axes)
 
-    def _apply_splits(self) -> bool:
+    def apply_splits(self) -> bool:
         """Splits axes that are divided by a constant somewhere; True if any was split."""
         changed = False
         for axis, factors in list(self.indexer.splits.items()):
@@ -138,11 +138,11 @@ class Planner:
     def _plan(self, value: Value, place: Place) -> None:
         """Adds the phases that store `value`."""
         for _ in range(_MAX_ROUNDS):
-            index, axes = self._index_of(value.shape)
+            index, axes = self.index_of(value.shape)
             survey = Survey(self.indexer, self.scratch)
             survey.element(value, index)
             reduces, surveys, blocked = self._reduces(survey)
-            if self._apply_splits():
+            if self.apply_splits():
                 continue
             if not blocked:
                 blocked = self._unsuited(axes, reduces)
@@ -150,11 +150,11 @@ class Planner:
                 self._add(value, place, index, axes, reduces, [survey, *surveys])
                 return
             for op in blocked:
-                self._materialize(op)
+                self.materialize(op.result)
         raise BackendError(f"no loop nest found for {value!r}")
 
-    def _materialize(self, op: Op) -> None:
-        value = op.result
+    def materialize(self, value: Value) -> None:
+        """Plans phases that leave the value in scratch memory."""
         if value not in self.scratch:
             # Numbered before planning, which may materialize other values on its way.
             place = Place("scratch", len(self.scratch_values))
