@@ -1,22 +1,28 @@
 """Every operator of `torch.testing`'s op_db through the compiler, against eager PyTorch.
 
-    python -m benchmarks.op_db                   # all, JSON to benchmarks/results/op_db.json
-    python -m benchmarks.op_db --only softmax
+    python -m benchmarks.op_db                       # float32, goes on where a run ended
+    python -m benchmarks.op_db --dtype int64 --samples 1
+    python -m benchmarks.op_db --only softmax        # prints, stores nothing
 
-A sample is *right* (eager's result within its dtype's tolerance, or as near to float64's),
-*refused* (by a typed error) or *wrong*; nothing else may happen. Random operators are compared by
-shape and dtype.
+Outcomes of a sample:
+
+    right        eager's results and writes to its inputs, within the dtype's tolerance, or as near
+                 to float64's as eager's are; all of it by ops that the IR defines
+    right, torch the same, but torch runs an operator without a definition, which the report lists
+    refused      a typed error
+    eager fails  PyTorch does not take the sample either
+
+and two that are defects: *wrong* and *crashed* (an untyped error). Operators whose results eager
+does not repeat under another seed are compared by shape and dtype. `benchmarks/results/op_db.json`
+is written after each operator.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,12 +32,13 @@ from torch.testing._internal.common_methods_invocations import op_db
 import accel
 from accel import tree
 from accel.errors import AccelError
+from benchmarks.measure import THREADS, load_results, machine, store_results
 
-RESULTS = Path(__file__).parent / "results" / "op_db.json"
-# Results that eager itself does not repeat: draws, and memory that nobody wrote.
-RANDOM = ("rand", "normal", "bernoulli", "multinomial", "dropout", "empty", "uniform", "cauchy",
-          "exponential", "geometric", "log_normal", "rrelu", "new_empty", "as_strided_partial",
-          "fractional_max_pool", "pca_lowrank", "svd_lowrank")  # fmt: skip
+DEFECTS = ("wrong", "crashed")
+# Memory that nobody wrote: eager may repeat it by chance.
+UNWRITTEN = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty",
+             "new_empty_strided", "resize_", "resize_as_")  # fmt: skip
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def samples(info: Any, dtype: torch.dtype, count: int) -> Iterator[tuple[Callable[..., Any], Any]]:
@@ -41,102 +48,142 @@ def samples(info: Any, dtype: torch.dtype, count: int) -> Iterator[tuple[Callabl
         yield info.op, ((sample.input, *sample.args), sample.kwargs)
 
 
-def compare(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-            random: bool) -> tuple[str, str]:  # fmt: skip
-    """("right" | "refused" | "wrong" | "eager fails", detail) of one sample."""
-
-    def fresh() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        leaves, node = tree.flatten((args, kwargs))
-        copies = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
-        again: tuple[tuple[Any, ...], dict[str, Any]] = tree.unflatten(node, copies)
-        return again
-
+def judge(function: Callable[..., Any], inputs: Inputs, unwritten: bool) -> tuple[str, str]:
+    """(outcome, detail) of one sample."""
     try:
-        eager_args, eager_kwargs = fresh()
-        wanted, _ = tree.flatten(function(*eager_args, **eager_kwargs))
-    except AccelError as error:
-        return "refused", f"{error.id} {error.what}"
+        wanted, after = eager(function, inputs, 0)
+        again, after_again = eager(function, inputs, 1)
     except Exception as error:
         return "eager fails", f"{type(error).__name__}: {error}"
+    pairs = zip([*wanted, *after], [*again, *after_again])
+    random = unwritten or any(not repeated(a, b) for a, b in pairs)
     try:
-        given, named = fresh()
-        compiled = accel.compile(function, inputs=given, kwargs=named, options={"cache": False})
-        given, named = fresh()
-        got, _ = tree.flatten(compiled(*given, **named))
+        args, kwargs = copied(inputs)
+        compiled = accel.compile(function, inputs=args, kwargs=kwargs, options={"cache": False})
+        args, kwargs = copied(inputs)
+        got, _ = tree.flatten(compiled(*args, **kwargs))
     except AccelError as error:
         return "refused", f"{error.id} {error.what}"
     if len(got) != len(wanted):
         return "wrong", f"{len(got)} results, not {len(wanted)}"
     for i, (a, b) in enumerate(zip(got, wanted)):
-        if random:
-            if a.shape != b.shape or a.dtype != b.dtype:
-                return "wrong", f"{a.dtype} {list(a.shape)}, not {b.dtype} {list(b.shape)}"
-            continue
-        try:
+        said = difference(a, b, random)
+        if said and not as_precise(a, b, i, function, inputs):
+            return "wrong", f"result {i}: {said}"
+    for i, (a, b) in enumerate(zip(tree.flatten((args, kwargs))[0], after)):
+        said = difference(a, b, random)
+        if said:
+            return "wrong", f"input {i} after the call: {said}"
+    fallbacks = compiled.report()["fallbacks"]
+    return ("right, torch", ", ".join(sorted(fallbacks))) if fallbacks else ("right", "")
+
+
+def copied(inputs: Inputs) -> Inputs:
+    leaves, node = tree.flatten(inputs)
+    copies = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
+    again: Inputs = tree.unflatten(node, copies)
+    return again
+
+
+def eager(function: Callable[..., Any], inputs: Inputs, seed: int) -> tuple[list[Any], list[Any]]:
+    """Results, and the inputs after the call. Samples that set a seed themselves get ours."""
+    args, kwargs = copied(inputs)
+    set_seed = torch.manual_seed
+    set_seed(seed)
+    torch.manual_seed = lambda seed: torch.default_generator
+    try:
+        results, _ = tree.flatten(function(*args, **kwargs))
+    finally:
+        torch.manual_seed = set_seed
+    return results, tree.flatten((args, kwargs))[0]
+
+
+def repeated(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return bool(a == b)
+    return a.shape == b.shape and not difference(a, b, random=False)
+
+
+def difference(a: Any, b: Any, random: bool) -> str:
+    """The first line that says how `a` differs from eager's `b`; "" if it does not."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return "" if a == b else f"{a}, not {b}"
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{a.dtype} {list(a.shape)}, not {b.dtype} {list(b.shape)}"
+    try:
+        if not random:
             torch.testing.assert_close(a, b, equal_nan=True)
-        except AssertionError as error:
-            if not as_precise(a, b, i, function, fresh()):
-                return "wrong", str(error).splitlines()[0]
-    return "right", ""
+    except AssertionError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def as_precise(
-    got: Tensor, eager: Tensor, index: int, function: Callable[..., Any], inputs: Any
+    got: Any, eager_result: Any, index: int, function: Callable[..., Any], inputs: Inputs
 ) -> bool:
     """Whether `got` is at most twice as far from the float64 result as eager's result is."""
-    if not got.is_floating_point() or got.shape != eager.shape or got.dtype != eager.dtype:
+    if not isinstance(got, Tensor) or not got.is_floating_point():
         return False
-    leaves, node = tree.flatten(inputs)
+    if got.shape != eager_result.shape or got.dtype != eager_result.dtype:
+        return False
+    leaves, node = tree.flatten(copied(inputs))
     wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in leaves]
     args, kwargs = tree.unflatten(node, wide)
     results, _ = tree.flatten(function(*args, **kwargs))
     exact = results[index].double()
-    error, allowed = (got - exact).abs().max(), 2 * (eager - exact).abs().max()
+    error, allowed = (got - exact).abs().max(), 2 * (eager_result - exact).abs().max()
     return bool(error <= allowed)
 
 
-def run(only: str, count: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    rows = []
-    for info in op_db:
-        name = f"{info.name}.{info.variant_test_name}" if info.variant_test_name else info.name
-        if only not in name or not info.supports_dtype(dtype, "cpu"):
-            continue
-        random = any(word in name for word in RANDOM)
-        row: dict[str, Any] = {"op": name, "counts": Counter(), "details": []}
-        for function, (args, kwargs) in samples(info, dtype, count):
-            torch.manual_seed(0)
-            try:
-                outcome, detail = compare(function, args, kwargs, random)
-            except Exception as error:  # anything untyped is a defect, and is reported as one
-                outcome, detail = "crashed", f"{type(error).__name__}: {str(error)[:200]}"
-            row["counts"][outcome] += 1
-            if detail and len(row["details"]) < 2:
-                row["details"].append(f"{outcome}: {detail[:200]}")
-        rows.append(row)
-        bad = {k: v for k, v in row["counts"].items() if k in ("wrong", "crashed")}
-        if bad:
-            print(name, dict(row["counts"]), *row["details"], flush=True)
-    return rows
+def measure(info: Any, dtype: torch.dtype, count: int) -> dict[str, Any]:
+    """{"counts": samples by outcome, and the different details of each outcome}."""
+    counts: Counter[str] = Counter()
+    details: dict[str, list[str]] = {}
+    for function, inputs in samples(info, dtype, count):
+        try:
+            outcome, detail = judge(function, inputs, info.name in UNWRITTEN)
+        except Exception as error:  # anything untyped is a defect, and is reported as one
+            outcome, detail = "crashed", f"{type(error).__name__}: {str(error)[:200]}"
+        counts[outcome] += 1
+        said = details.setdefault(outcome, [])
+        line = " ".join(detail.split())[:200]
+        if line and line not in said:
+            said.append(line)
+    return {"counts": dict(counts), **{k: v for k, v in details.items() if v}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="part of an operator's name")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="part of an operator's name; stores nothing")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--again", action="store_true", help="also what is stored already")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    with contextlib.suppress(AttributeError):
-        torch.set_num_threads(2)
-    rows = run(options.only, options.samples, getattr(torch, options.dtype))
-    total: Counter[str] = Counter()
-    for row in rows:
-        total.update(row["counts"])
-    print(f"{len(rows)} operators, samples: {dict(total)}")
-    if not options.only:
-        RESULTS.parent.mkdir(exist_ok=True)
-        summary = {"dtype": options.dtype, "total": dict(total), "rows": rows}
-        RESULTS.write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    torch.set_num_threads(THREADS)
+    data = load_results("op_db") or {"dtypes": {}}
+    stored = data["dtypes"].setdefault(options.dtype, {"samples": options.samples, "rows": {}})
+    rows: dict[str, Any] = {} if options.only else stored["rows"]
+    for info in op_db:
+        name = f"{info.name}.{info.variant_test_name}" if info.variant_test_name else info.name
+        if options.only not in name or (name in rows and not options.again):
+            continue
+        if not info.supports_dtype(getattr(torch, options.dtype), "cpu"):
+            continue
+        rows[name] = measure(info, getattr(torch, options.dtype), options.samples)
+        if any(outcome in rows[name] for outcome in DEFECTS) or options.only:
+            print(name, rows[name], flush=True)
+        if not options.only:
+            stored["total"] = total(rows)
+            store_results("op_db", {**data, "machine": machine()})
+    print(f"{len(rows)} operators, samples: {total(rows)}")
+
+
+def total(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for row in rows.values():
+        counts.update(row["counts"])
+    return dict(sorted(counts.items()))
 
 
 if __name__ == "__main__":

@@ -67,16 +67,18 @@ class Aten:
 def resolve_overload(overload: str) -> Callable[..., Any]:
     """The function of a name such as `aten::add.Tensor`.
 
-    Raises InterpretError if there is no such operator: the name may come from a file, and must not
-    reach anything but registered operators.
+    Raises InterpretError if the dispatcher knows no such operator: the name may come from a file,
+    and must not reach anything but registered operators.
     """
-    namespace, _, rest = overload.partition("::")
-    name, _, suffix = rest.partition(".")
-    found: Any = torch.ops
-    for part in (namespace, name, suffix or "default"):
-        found = getattr(found, part, None) if part.isidentifier() else None
-    if not isinstance(found, torch._ops.OpOverload):
-        raise InterpretError(f"there is no operator '{overload}'")
+    base, _, suffix = overload.partition(".")
+    suffix = "" if suffix == "default" else suffix
+    try:
+        torch._C._dispatch_find_schema_or_throw(base, suffix)
+    except RuntimeError:
+        raise InterpretError(f"there is no operator '{overload}'") from None
+    namespace, _, name = base.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name)
+    found: Callable[..., Any] = getattr(packet, suffix or "default")
     return found
 
 

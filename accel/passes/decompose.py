@@ -59,4 +59,4 @@ def _wants_decomposition(op: Op, generator: KernelGenerator | None) -> bool:
     if generator is not None:
         # Reductions are always split: fusion planning works on primitive ones.
         return op.has(Trait.REDUCTION) or generator.supports(op) is not None
-    return op.definition.aten is None
+    return op.aten_call() is None

@@ -1,8 +1,8 @@
 """ATen steps: which overload a name means, whether it may be called, and its arguments.
 
 A plan names an operator of PyTorch ("aten::topk.default") and has templates for its arguments (see
-`accel.runtime.plan.Step`). Names are looked up among the registered operators and nowhere else:
-nothing is imported. Only operators that write none of their operands are taken. A plan from a file
+`accel.runtime.plan.Step`). Names are looked up in torch's dispatcher and nowhere else: nothing is
+imported, and no attribute of a Python object is followed that the dispatcher does not know. Only operators that write none of their operands are taken. A plan from a file
 that nobody vouches for may call ATen operators only, and none that reaches outside of its tensors.
 """
 
@@ -42,13 +42,17 @@ def resolve(name: str) -> torch._ops.OpOverload:
     if match is None:
         raise ArtifactError(f"'{name[:80]}' is no operator's name")
     namespace, base, overload = match.groups()
-    packet = getattr(getattr(torch.ops, namespace), base, None)
-    found = getattr(packet, overload or "default", None)
-    if not isinstance(found, torch._ops.OpOverload):
+    overload = overload or "default"
+    try:
+        torch._C._dispatch_find_schema_or_throw(
+            f"{namespace}::{base}", "" if overload == "default" else overload
+        )
+    except RuntimeError:
         advice = f"install torch {torch.__version__} or later, or compile again with this one"
         if namespace != "aten":
             advice = f"import the package that registers the operators of '{namespace}' first"
-        raise ArtifactError(f"this process has no operator '{name}'", advice=advice)
+        raise ArtifactError(f"this process has no operator '{name}'", advice=advice) from None
+    found: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, namespace), base), overload)
     if found._schema.is_mutable:
         raise ArtifactError(f"operator '{name}' writes to its operands")
     return found

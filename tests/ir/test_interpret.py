@@ -104,7 +104,9 @@ def test_the_oracle_runs_a_fallback_without_a_float64_kernel_in_its_dtype() -> N
 
 
 def test_a_fallback_reaches_registered_operators_only() -> None:
-    for name in ("aten::add.Nope", "nope::add", "load_library::__call__.__call__", "aten", "os::x"):
+    wrong = ("aten::add.Nope", "nope::add", "load_library::__call__.__call__", "aten", "os::x",
+             "aten::__class__", "aten::add.__class__", "aten::add.Tensor.x")  # fmt: skip
+    for name in wrong:
         function, b = program(sized(3))
         b.op("return", fallback(b, name, sized(3), function.args[0]).results)
         with pytest.raises(InterpretError, match="no operator"):

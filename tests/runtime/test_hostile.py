@@ -301,6 +301,8 @@ def _set(place: Any, key: Any, value: Any) -> None:
         (lambda m: _set(_main(m)["steps"][1], "name", "aten::add_.Tensor"), "writes to its"),
         (lambda m: _set(_main(m)["steps"][1], "name", "os::system"), "has no operator"),
         (lambda m: _set(_main(m)["steps"][1], "name", "aten::__class__"), "has no operator"),
+        (lambda m: _set(_main(m)["steps"][1], "name", "aten::topk.__class__"), "has no operator"),
+        (lambda m: _set(_main(m)["steps"][1], "name", "load_library::x"), "has no operator"),
         (lambda m: _set(_main(m)["steps"][1], "name", "mkldnn::_linear_pointwise"), "trusted"),
         (lambda m: _set(_main(m)["steps"][0], "name", "cuda.launch"), "no vendor library"),
         (lambda m: _set(_main(m)["steps"][1]["options"], "args", [{"eval": "1"}]), "template"),
