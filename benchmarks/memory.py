@@ -46,9 +46,7 @@ def package_smollm2(path: Path) -> Path:
     """SmolLM2 for any length up to 1024 tokens."""
     model, inputs = smollm2(LENGTH)
     length = Dim("length", min=2, max=1024)
-    accel.package(
-        model, inputs, path=path, dynamic_shapes={"input_ids": {1: length}, "attention_mask": None}
-    )
+    accel.package(model, inputs, path=path, dynamic_shapes={"input_ids": {1: length}})
     return path
 
 

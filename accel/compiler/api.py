@@ -22,6 +22,7 @@ from accel.ir.module import Module
 from accel.runtime.artifact import write_artifact
 from accel.runtime.convention import describe_parameters
 from accel.runtime.golden import record
+from accel.runtime.memory import collection_paused
 from accel.runtime.model import CompiledModel
 
 _MOST_SIGNATURES = 64
@@ -142,8 +143,9 @@ class Compiled:
                         f"more than {_MOST_SIGNATURES} different input signatures were compiled",
                         advice="pass inputs= and dynamic_shapes= to compile once for all sizes",
                     )
-                program = self._compile(args, kwargs)
-                self._programs[key] = (program, to_model(program), tensors)
+                with collection_paused():
+                    program = self._compile(args, kwargs)
+                    self._programs[key] = (program, to_model(program), tensors)
         return self._programs[key][1]
 
     def _compile(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
@@ -199,5 +201,6 @@ def compile_function(
     module: Module, options: Options | Mapping[str, Any] | None = None, target: str = "cpu"
 ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """Compiles a captured module to a function on flat lists of tensors (for `torch.compile`)."""
-    program = compile_module(module, get_target(target), Options.of(options))
-    return to_function(program, module.main.name)
+    with collection_paused():
+        program = compile_module(module, get_target(target), Options.of(options))
+        return to_function(program, module.main.name)

@@ -21,6 +21,7 @@ from accel.runtime.executor import CompiledFunction
 from accel.runtime.host import HostLibrary
 from accel.runtime.interfaces import HostCode, HostCodeLoader, Libraries
 from accel.runtime.manifest import check_machine
+from accel.runtime.memory import collection_paused
 from accel.runtime.model import CompiledModel, EntryPoint, State
 from accel.runtime.plan import FunctionPlan
 from accel.runtime.prepare import PreparedCalls
@@ -62,7 +63,17 @@ def load(
     Raises ArtifactError for a damaged or foreign file, TrustError for native code that is not
     trusted, MissingDependencyError if a library entry is missing.
     """
-    artifact = Artifact(path)
+    with collection_paused():
+        return _load(Artifact(path), trust, rebuild, find_library, load_host)
+
+
+def _load(
+    artifact: Artifact,
+    trust: bool,
+    rebuild: Rebuild | None,
+    find_library: Libraries,
+    load_host: HostCodeLoader,
+) -> CompiledModel:
     manifest = artifact.manifest
     trusted = trust or is_signed_by_trusted_key(artifact)
     plans: Mapping[str, FunctionPlan] = manifest.functions

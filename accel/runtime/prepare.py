@@ -88,14 +88,29 @@ def prepare(
             if host is None:
                 raise ArtifactError("the plan has kernels, and no host code", where=describe(step))
             kernels[number] = host.function(step.name)
-        elif step.kind == "library":
-            operands = [_operand(plan, v, constants, dtypes) for v in step.inputs]
-            labels = [_label(plan, analysis, v, constants) for v in step.inputs]
-            calls[number] = prepared.get(libraries, step, operands, json.dumps(labels))
-            for value in step.inputs:
-                if value in constants:
-                    weights.release(plan.values[analysis.roots[value][0]].name)
+    for number in _largest_first(plan, constants):
+        step = plan.steps[number]
+        operands = [_operand(plan, v, constants, dtypes) for v in step.inputs]
+        labels = [_label(plan, analysis, v, constants) for v in step.inputs]
+        calls[number] = prepared.get(libraries, step, operands, json.dumps(labels))
+        for value in step.inputs:
+            if value in constants:
+                weights.release(plan.values[analysis.roots[value][0]].name)
     return Parts(plan, analysis, constants, calls, kernels, _slots(plan), dtypes)
+
+
+def _largest_first(plan: FunctionPlan, constants: Mapping[int, Tensor]) -> list[int]:
+    """Library steps by the size of their weights.
+
+    While a weight is packed it is in memory twice: the largest one when little else is.
+    """
+
+    def size(number: int) -> int:
+        inputs = plan.steps[number].inputs
+        return sum(constants[v].nbytes for v in inputs if v in constants)
+
+    numbers = [i for i, step in enumerate(plan.steps) if step.kind == "library"]
+    return sorted(numbers, key=size, reverse=True)
 
 
 def _slots(plan: FunctionPlan) -> list[int]:
