@@ -28,6 +28,7 @@ from accel import tree
 from accel.errors import AccelError, InputError
 from accel.frontends.calls import Call, storage_key, written_storages
 from accel.frontends.dynamic import DynamicShapes
+from accel.frontends.fakes import fake_weights
 from accel.frontends.importer import Importer
 from accel.frontends.trace import FrameLocator, record
 from accel.ir.module import Function, Module, Value
@@ -91,13 +92,7 @@ class _Capture:
         self.module = self._build(model)
 
     def _build(self, model: Any) -> Module:
-        fakes: dict[str, Tensor] = {}
-        by_weight: dict[int, Tensor] = {}  # a tied weight is one fake, and so is stored once
-        for name, tensor in self.weights.items():
-            if id(tensor) not in by_weight:
-                plain = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
-                by_weight[id(tensor)] = self.fake_mode.from_tensor(plain, static_shapes=True)
-            fakes[name] = by_weight[id(tensor)]
+        fakes = fake_weights(self.fake_mode, self.weights)  # a tied one is one fake, stored once
         calls, result, after = self._trace(model, fakes)
         outputs, description = tree.flatten(result)
         symbols = self.dynamic.symbols()

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.errors import CaptureError
 from accel.frontends.calls import Call
+from accel.frontends.fakes import ResultMemo
 from accel.ir.module import Location
 
 _HIDDEN = tuple(
@@ -47,6 +48,7 @@ class Recorder(ProxyTorchDispatchMode):
         super().__init__(None, "fake", True)  # type: ignore[arg-type]
         self.calls: list[Call] = []
         self.where = where
+        self.memo = ResultMemo()
 
     def __torch_dispatch__(
         self,
@@ -70,7 +72,7 @@ class Recorder(ProxyTorchDispatchMode):
                 )
             if func._schema.name in _CHANGES_SHAPE:
                 return self._reshape_in_place(func, args, kwargs)
-            result = func(*args, **kwargs)
+            result = self.memo.call(func, args, kwargs)
         except _REFUSALS as error:
             raise refusal(error, func, self.where()) from error
         self.calls.append(Call(func, args, kwargs, result, self.where()))

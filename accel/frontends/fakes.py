@@ -1,0 +1,214 @@
+"""Fake tensors made fast: what calls return is remembered, and weights get theirs directly.
+
+PyTorch works out the result of a call on fake tensors in Python, 0.1 to 0.5 ms a call, and a deep
+model repeats the same few dozen calls. `ResultMemo.call` keeps how results look (shape, strides,
+dtype, and whether they share memory with an argument), keyed by all that a result can depend on,
+and makes an equal fake tensor in a tenth of the time: equal layers go through shape functions once.
+Only plain cases are kept: dense tensors of static sizes on the CPU, and ops that write nothing.
+Everything else is asked anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from accel.frontends.calls import storage_key
+
+Key: TypeAlias = tuple[Any, ...]
+
+_CPU = torch.device("cpu")
+_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout,
+          torch.memory_format, type(None))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """How one result looks; `argument` >= 0: the tensor argument whose memory it shares."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int = 0
+    argument: int = -1
+    same: bool = False  # the argument itself
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    results: tuple[_Made, ...]
+    container: type | None  # of several results
+
+
+class ResultMemo:
+    """Results of calls within one capture."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Key, _Entry | None] = {}  # None: not to be remembered
+
+    def call(
+        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """`func(*args, **kwargs)`, or fake tensors that cannot be told from its results."""
+        tensors: list[FakeTensor] = []
+        key = None if func._schema.is_mutable else _key(func, args, kwargs, tensors)
+        if key is None:
+            return func(*args, **kwargs)
+        if key not in self._entries:
+            result = func(*args, **kwargs)
+            self._entries[key] = _describe(result, tensors)
+            return result
+        entry = self._entries[key]
+        if entry is None:
+            return func(*args, **kwargs)
+        made = [_make(m, tensors) for m in entry.results]
+        return entry.container(made) if entry.container is not None else made[0]
+
+
+def _key(
+    func: torch._ops.OpOverload,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tensors: list[FakeTensor],
+) -> Key | None:
+    """All that the result can depend on; None where that is not plain. Fills `tensors`."""
+    parts: list[Any] = [func, torch.get_default_dtype(), torch.is_autocast_enabled("cpu")]
+    if not _add(args, parts, tensors):
+        return None
+    for name, value in kwargs.items():
+        parts.append(name)
+        if not _add((value,), parts, tensors):
+            return None
+    return tuple(parts) if tensors else None
+
+
+def _add(values: Any, parts: list[Any], tensors: list[FakeTensor]) -> bool:
+    for value in values:
+        kind = type(value)
+        parts.append(kind)
+        if kind is FakeTensor:
+            if not _is_plain_fake(value):
+                return False
+            # Which arguments are one tensor, or share memory, counts: results go by position.
+            twins = tuple(
+                (i, t is value) for i, t in enumerate(tensors) if _storage(t) == _storage(value)
+            )
+            parts += (value.shape, value.stride(), value.dtype, value.storage_offset(), twins)
+            tensors.append(value)
+        elif kind in (tuple, list):
+            parts.append(len(value))
+            if not _add(value, parts, tensors):
+                return False
+        elif kind in _PLAIN:
+            parts.append(value)
+        else:
+            return False
+    return True
+
+
+def _is_plain_fake(tensor: FakeTensor) -> bool:
+    """A dense fake tensor of static sizes on the CPU, of which nothing else is known."""
+    return (
+        tensor.constant is None
+        and tensor.fake_device == _CPU
+        and tensor.layout is torch.strided
+        and not tensor._has_symbolic_sizes_strides
+        and not tensor.requires_grad
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _describe(result: Any, tensors: list[FakeTensor]) -> _Entry | None:
+    if type(result) in (tuple, list):
+        made = [_describe_one(r, tensors) for r in result]
+        plain = tuple(m for m in made if m is not None)
+        return _Entry(plain, type(result)) if plain and len(plain) == len(made) else None
+    one = _describe_one(result, tensors)
+    return None if one is None else _Entry((one,), None)
+
+
+def _describe_one(result: Any, tensors: list[FakeTensor]) -> _Made | None:
+    if type(result) is not FakeTensor or not _is_plain_fake(result):
+        return None
+    shape, stride = tuple(result.shape), tuple(result.stride())
+    storage = result.untyped_storage()
+    for i, tensor in enumerate(tensors):
+        if result is tensor:
+            return _Made(shape, stride, result.dtype, 0, i, same=True)
+        if _storage(tensor) == storage._cdata:
+            if result.dtype != tensor.dtype:
+                return None
+            return _Made(shape, stride, result.dtype, int(result.storage_offset()), i)
+    if not _fills_storage(result):
+        return None  # part of something that is not an argument
+    return _Made(shape, stride, result.dtype)
+
+
+def _fills_storage(tensor: Tensor) -> bool:
+    shape, stride = tensor.shape, tensor.stride()
+    count = sum((d - 1) * s for d, s in zip(shape, stride)) + 1 if 0 not in shape else 0
+    whole = count * tensor.dtype.itemsize == tensor.untyped_storage().nbytes()
+    return whole and tensor.storage_offset() == 0
+
+
+def _make(made: _Made, tensors: list[FakeTensor]) -> Tensor:
+    if made.argument < 0:
+        return _new(tensors[0].fake_mode, made.shape, made.stride, made.dtype)
+    source = tensors[made.argument]
+    if made.same:
+        return source
+    storage = source.untyped_storage()
+    with torch._C._DisableTorchDispatch():
+        view = torch.empty(0, dtype=made.dtype, device="meta")
+        view.set_(storage, made.offset, made.shape, made.stride)
+        return FakeTensor(source.fake_mode, view, _CPU)
+
+
+def _new(
+    mode: FakeTensorMode, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+) -> FakeTensor:
+    """With memory of its own."""
+    with torch._C._DisableTorchDispatch():
+        meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        return FakeTensor(mode, meta, _CPU)
+
+
+def fake_weights(mode: FakeTensorMode, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A fake for each weight; a tied weight, under several names, is one fake.
+
+    Weights that share memory otherwise, and unusual ones, are left to PyTorch's own conversion.
+    """
+    distinct = {id(tensor): tensor for tensor in weights.values()}
+    owners = Counter(map(storage_key, distinct.values()))
+    made: dict[int, Tensor] = {}
+    for key, tensor in distinct.items():
+        plain = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+        if owners[storage_key(tensor)] == 1 and _is_plain_weight(plain):
+            made[key] = _new(mode, tuple(plain.shape), plain.stride(), plain.dtype)
+        else:
+            made[key] = mode.from_tensor(plain, static_shapes=True)
+    return {name: made[id(tensor)] for name, tensor in weights.items()}
+
+
+def _is_plain_weight(tensor: Tensor) -> bool:
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and tensor.device == _CPU
+        and not tensor.requires_grad
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and _fills_storage(tensor)
+    )
