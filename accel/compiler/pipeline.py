@@ -35,6 +35,7 @@ from accel.passes.registry import load_passes
 from accel.runtime.plan import FunctionPlan
 
 KERNEL_PIPELINE = (
+    "select_matmul",
     "select_products",
     "select_attention",
     "select_libraries",

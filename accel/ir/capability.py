@@ -22,6 +22,12 @@ class KernelGenerator(Protocol):
     def supports_attention(self, op: Op) -> str | None:
         """None if a kernel of kind "attention" may hold this op, else the reason why not."""
 
+    def supports_matmul(self, op: Op) -> str | None:
+        """None if a kernel of kind "matmul" may hold this linear, else the reason why not."""
+
+    def matmul_columns(self, op: Op) -> int:
+        """Columns of one block of such a linear's weight [blocks, K, columns]."""
+
     def supports_decoding(self, op: Op) -> str | None:
         """None if such a kernel may decode its weight with this op, else the reason why not."""
 

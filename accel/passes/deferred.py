@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from accel.ir.interpret import interpret
@@ -34,3 +35,22 @@ def deferred_function(function: Function, weights: WeightStore) -> Deferred:
 def deferred_stack(weights: WeightStore, names: Sequence[str]) -> Deferred:
     """The named tensors, one after the other along the first axis."""
     return Deferred(lambda: torch.cat([weights.tensor(n).detach() for n in names]))
+
+
+def deferred_blocks(weights: WeightStore, name: str, lanes: int) -> Deferred:
+    """A matrix [N, K] as blocks of rows, each transposed: [ceil(N / lanes), K, lanes], 0 beyond."""
+
+    def compute() -> Tensor:
+        matrix = weights.tensor(name).detach()
+        rows, depth = matrix.shape
+        blocks = -(-rows // lanes)
+        if rows % lanes:
+            matrix = F.pad(matrix, (0, 0, 0, blocks * lanes - rows))
+        return matrix.reshape(blocks, lanes, depth).transpose(1, 2).contiguous()
+
+    return Deferred(compute)
+
+
+def deferred_reshape(weights: WeightStore, name: str, shape: Sequence[int]) -> Deferred:
+    """The named tensor in another shape."""
+    return Deferred(lambda: weights.tensor(name).detach().reshape(tuple(shape)))

@@ -3,7 +3,7 @@
 Each 2-d convolution becomes `layout = "nhwc"` between two permutes; then whatever follows without
 caring for the order of axes (elementwise ops, padding, reductions, concatenation) follows into that
 layout, so that permutes remain at the edges only. What cannot follow (a max pool, say) reads a
-permuted view, which costs nothing.
+permuted view, which costs nothing. A 1x1 convolution is a product over the last axis there.
 
 Contract: exact (elements are only addressed otherwise). Before and after:
 
@@ -27,7 +27,10 @@ import torch
 from accel.ir.builder import Builder
 from accel.ir.module import Function, Module, Op, Value, constant_name
 from accel.ir.op import Trait
+from accel.ir.storage import WeightStore
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
+from accel.passes.deferred import deferred_reshape
+from accel.passes.weights import drop_unused
 
 _TO_LAST = (0, 2, 3, 1)  # result axis i is operand axis _TO_LAST[i]
 _TO_FIRST = (0, 3, 1, 2)
@@ -44,7 +47,9 @@ class Layout(Pass):
     def run(self, module: Module, context: Context) -> None:
         for function in module.functions.values():
             if any(_is_first(op) for op in function.ops):
-                _Mover(function, context, self.name).run()
+                mover = _Mover(function, module.weights, context, self.name)
+                mover.run()
+                drop_unused(module, list(mover.matrices))
 
 
 def _is_first(op: Op) -> bool:
@@ -61,11 +66,26 @@ def _is_first(op: Op) -> bool:
     )
 
 
+def _is_pointwise(op: Op) -> bool:
+    """A 1x1 convolution without stride, padding or groups."""
+    _, weight, _ = op.arguments()
+    return (
+        weight.shape[2:] == (1, 1)
+        and set(op.attribute("stride")) == {1}
+        and set(op.attribute("padding")) == {0}
+        and op.attribute("groups") == 1
+    )
+
+
 class _Mover:
     """`twins` maps a channels-first value to the same value channels-last."""
 
-    def __init__(self, function: Function, context: Context, made_by: str) -> None:
+    def __init__(
+        self, function: Function, weights: WeightStore, context: Context, made_by: str
+    ) -> None:
         self.function, self.context, self.made_by = function, context, made_by
+        self.weights = weights
+        self.matrices: dict[str, str] = {}  # 1x1 weights as matrices, by the weight's name
         self.twins: dict[Value, Value] = {}
 
     def run(self) -> None:
@@ -126,6 +146,9 @@ class _Mover:
             x, *rest = op.arguments()
             operands = [self._last(x, b), *rest]
             attributes["layout"] = "nhwc"
+            if _is_pointwise(op):
+                self._finish(op, self._linear(b, operands))
+                return
         else:
             operands = [self._last(v, b) for v in op.operands]
         for name in ("low", "high"):
@@ -136,11 +159,26 @@ class _Mover:
         if op.has(Trait.REDUCTION):
             axes = (_TO_LAST.index(int(a) % 4) for a in attributes["axes"])
             attributes["axes"] = tuple(sorted(axes))
-        result = b.op(op.name, operands, attributes).result
+        self._finish(op, b.op(op.name, operands, attributes).result)
+
+    def _finish(self, op: Op, result: Value) -> None:
         if result.type.rank == 4:
             self.twins[op.result] = result
         else:
             op.result.replace_all_uses(result)
+
+    def _linear(self, b: Builder, operands: Sequence[Value | None]) -> Value:
+        """A 1x1 convolution as a product over the channels."""
+        x, weight, bias = operands
+        assert x is not None and weight is not None
+        name = str(constant_name(weight))
+        if name not in self.matrices:
+            type = weight.type.with_shape(weight.shape[:2])
+            store = deferred_reshape(self.weights.copy(), name, [int(d) for d in type.shape])
+            self.matrices[name] = self.weights.add_lazy(f"{name}.matrix", type, store)
+        matrix = b.constant(self.matrices[name], self.weights.type(self.matrices[name]))
+        result: Value = b.linear(x, matrix, bias)
+        return result
 
     def _leave(self, value: Value, moved: set[Op]) -> None:
         """Gives users outside of the layout a permuted view."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from accel.ir.capability import KernelGenerator
 from accel.ir.module import Op, Region, Value, clone_op
-from accel.ir.op import Attribute, definition
+from accel.ir.op import Attribute, Trait, definition
+from accel.ir.types import same_shape
 
 
 def outline(
@@ -77,3 +79,25 @@ def finish_outline(new: Op, ops: Sequence[Op]) -> None:
                 user.set_operand(index, result)
     for op in reversed(ops):
         op.erase()
+
+
+def elementwise_epilogue(op: Op, generator: KernelGenerator, most: int) -> list[Op]:
+    """Elementwise ops of the same shape after `op`, in order, that leave nothing else to read."""
+    found: list[Op] = []
+    value = op.result
+    while len(found) < most:
+        user = value.single_user
+        if user is None or not user.has(Trait.ELEMENTWISE) or len(user.results) != 1:
+            break
+        if not same_shape(user.result.shape, value.shape):
+            break
+        if generator.supports(user) is not None:
+            break
+        found.append(user)
+        value = user.result
+    return found
+
+
+def is_full(value: Value) -> bool:
+    """Whether a value is a scalar constant, which belongs inside of a region."""
+    return value.op is not None and value.op.name == "full"

@@ -19,9 +19,9 @@ from typing import ClassVar
 from accel.ir.capability import KernelGenerator
 from accel.ir.module import Function, Module, Op, Value
 from accel.ir.op import Trait
-from accel.ir.types import product, same_shape
+from accel.ir.types import product
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
-from accel.passes.outline import finish_outline, outline
+from accel.passes.outline import elementwise_epilogue, finish_outline, is_full, outline
 
 
 @register_pass
@@ -70,30 +70,14 @@ class SelectProducts(Pass):
             return
         if not context.rewrite(self.name, op):
             return
-        ops = [op, *self._epilogue(op, generator)]
+        ops = [op, *elementwise_epilogue(op, generator, self.max_epilogue)]
         ops.sort(key=order.__getitem__)
         attributes = {"backend": generator.name, "kind": "gemv"}
-        kernel = outline(ops, "kernel", attributes, self.name, duplicate=decoding, inline=_is_full)
+        kernel = outline(ops, "kernel", attributes, self.name, duplicate=decoding, inline=is_full)
         last = ops[-1]
         function.body.insert_before(kernel, last)
         order[kernel] = order[last]
         finish_outline(kernel, ops)
-
-    def _epilogue(self, op: Op, generator: KernelGenerator) -> list[Op]:
-        """Elementwise ops of the same shape that use nothing else of the product."""
-        found: list[Op] = []
-        value = op.result
-        while len(found) < self.max_epilogue:
-            user = value.single_user
-            if user is None or not user.has(Trait.ELEMENTWISE) or len(user.results) != 1:
-                break
-            if not same_shape(user.result.shape, value.shape):
-                break
-            if generator.supports(user) is not None:
-                break
-            found.append(user)
-            value = user.result
-        return found
 
 
 def _decoding(weight: Value) -> list[Op] | None:
@@ -114,7 +98,3 @@ def _decoding(weight: Value) -> list[Op] | None:
         return True
 
     return list(found) if visit(weight) else None
-
-
-def _is_full(value: Value) -> bool:
-    return value.op is not None and value.op.name == "full"

@@ -45,6 +45,8 @@ class Accumulator:
 
     def step(self, block: Block, lane: Expr, element: Expr, place: Expr | None) -> None:
         """Takes in one element. `place` is its position along the axis, for argmax and argmin."""
+        if self.name in ("any", "all") and tir.dtype_of(element) != "bool":
+            element = tir.ne(element, const(0, tir.dtype_of(element)))
         element = block.let(cast(element, self.kind), "element")
         have = block.let(tir.load(self.values, lane), "have")
         if self.places is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from accel.backends.tvm import accumulate, attention, contract, dtypes, scalar, trace
+from accel.backends.tvm import accumulate, attention, blocked, contract, dtypes, scalar, trace
 from accel.backends.tvm.kernel import KernelCode, generate, region_symbols
 from accel.backends.tvm.shim import c_source
 from accel.backends.tvm.toolchain import build, version
@@ -72,6 +72,14 @@ class TvmBackend:
         """None if a kernel of kind "attention" may hold this op, else the reason why not."""
         return _type_reason(op) or attention.reason(op)
 
+    def supports_matmul(self, op: Op) -> str | None:
+        """None if a kernel of kind "matmul" may hold this contraction, else the reason why not."""
+        return _type_reason(op) or blocked.reason(op)
+
+    def matmul_columns(self, op: Op) -> int:
+        """Columns of one block of such a linear's weight [blocks, K, columns]."""
+        return blocked.block_columns(op)
+
     def _elementwise_reason(self, op: Op) -> str | None:
         reason = scalar.supports(op)
         if reason is None or op.definition.decompose is None:
@@ -116,8 +124,7 @@ class TvmBackend:
         for op in region.ops:
             if op.has(Trait.TERMINATOR):
                 continue
-            whole = kind == "attention" and op.name == "attention"
-            reason = self.supports_attention(op) if whole else self.supports(op)
+            reason = None if _is_whole(op, kind) else self.supports(op)
             if reason is not None:
                 raise BackendError(
                     f"no generated kernel: {reason}", where=str(op.location or kernel.location)
@@ -133,7 +140,7 @@ class TvmBackend:
             op = pending.pop()
             if op.definition.decompose is None or _has_own_code(op):
                 continue
-            if kind == "attention" and attention.reason(op) is None:
+            if _is_whole(op, kind):
                 continue
             before = op.prev
             if kind == "gemv" and contract.reason(op) is None:
@@ -145,6 +152,15 @@ class TvmBackend:
                 pending.append(current)
                 current = current.next
         return copy
+
+
+def _is_whole(op: Op, kind: str) -> bool:
+    """Whether the kernel is built around this op, which so stays whole."""
+    if _type_reason(op) is not None:
+        return False
+    if kind == "attention":
+        return attention.reason(op) is None
+    return kind == "matmul" and blocked.reason(op) is None
 
 
 def _has_own_code(op: Op) -> bool:

@@ -87,14 +87,19 @@ class Emitter(Tracer):
 
     @contextmanager
     def loop(
-        self, group: tuple[Axis, ...], extent: Expr, base: Expr | None = None
+        self,
+        group: tuple[Axis, ...],
+        extent: Expr,
+        base: Expr | None = None,
+        *,
+        guarded: bool = False,
     ) -> Iterator[None]:
         """A loop over merged axes, from `base` (0) on, `extent` steps."""
         variable = tir.var(group[0].name)
         code = variable if base is None else base + variable
         self.addresses.bind(group, code)
         try:
-            with self.scope(group) as body:
+            with self.scope(group, guarded=guarded) as body:
                 yield
             self.block.loop(variable, extent, body)
         finally:

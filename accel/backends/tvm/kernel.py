@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from accel.backends.tvm import attention, dtypes, tir
+from accel.backends.tvm import attention, blocked, dtypes, tir
 from accel.backends.tvm.attention import AttentionNest, AttentionPhase
+from accel.backends.tvm.blocked import BlockedNest, BlockedPhase
 from accel.backends.tvm.code import Emitter
 from accel.backends.tvm.flat import FlatNest
 from accel.backends.tvm.index import Affine
@@ -92,9 +93,11 @@ def region_symbols(region: Region) -> tuple[str, ...]:
 def generate(name: str, region: Region) -> KernelCode:
     """Code of a region of primitive ops. Raises BackendError for what has none."""
     planner = Planner(region)
-    product_op = attention.find(region)
-    if product_op is not None:
-        attention.plan(planner, product_op)
+    attended, multiplied = attention.find(region), blocked.find(region)
+    if attended is not None:
+        attention.plan(planner, attended)
+    elif multiplied is not None:
+        blocked.plan(planner, multiplied)
     else:
         planner.run()
     symbols = region_symbols(region)
@@ -168,9 +171,11 @@ def _phase(
         for position, store in enumerate(phase.stores)
     }
     begin, end = tir.var("begin"), tir.var("end")
-    nest: AttentionNest | RowNest | FlatNest
+    nest: AttentionNest | BlockedNest | RowNest | FlatNest
     if isinstance(phase, AttentionPhase):
         nest = AttentionNest(phase, emitter, results[0])
+    elif isinstance(phase, BlockedPhase):
+        nest = BlockedNest(phase, emitter, results[0])
     elif phase.reduces:
         nest = RowNest(phase, emitter, targets)
     else:

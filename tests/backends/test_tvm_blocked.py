@@ -1,0 +1,144 @@
+"""Generated products over blocked weights against the interpreter in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from accel.backends.tvm import blocked
+from accel.backends.tvm.blocked import VECTOR, block_columns, tile_rows
+from accel.errors import BackendError
+from accel.ir import Function, Op, WeightStore, interpret
+from tests.backends.kernels import BACKEND, Runner, f32, function_of, kernel_of, sym
+
+S = sym("s0")
+
+
+def plain(x: tuple[Any, ...], columns: int) -> Op:
+    function = function_of([f32(*x), f32(columns, x[-1])], lambda b, x, w: b.linear(x, w))
+    return next(op for op in function.ops if op.name == "linear")
+
+
+def product(x: tuple[Any, ...], columns: int, epilogue: Any = None) -> tuple[Function, int]:
+    """A linear over [..., K] with its weight in blocks, as the pass makes it; and a block's size."""
+    lanes = block_columns(plain(x, columns))
+    blocks = -(-columns // lanes)
+
+    def build(b: Any, x: Any, weight: Any, *rest: Any) -> Any:
+        turned = b.permute(weight, axes=(0, 2, 1))
+        wide = b.reshape(turned, shape=(blocks * lanes, x.shape[-1]))
+        y = b.linear(x, wide)
+        if blocks * lanes != columns:
+            y = b.slice(y, axis=len(x.shape) - 1, start=0, stop=columns)
+        return epilogue(b, y, *rest) if epilogue is not None else y
+
+    types = [f32(*x), f32(blocks, x[-1], lanes)]
+    if epilogue is not None:
+        types += [f32(columns), f32(*x[:-1], columns)]
+    return function_of(types, build), lanes
+
+
+def finish(b: Any, y: Any, bias: Any, other: Any) -> Any:
+    return b.add(b.gelu(b.add(y, bias)), other)
+
+
+def in_blocks(weight: Tensor, lanes: int) -> Tensor:
+    columns, depth = weight.shape
+    padded = torch.zeros(-(-columns // lanes) * lanes, depth)
+    padded[:columns] = weight
+    return padded.reshape(-1, lanes, depth).transpose(1, 2).contiguous()
+
+
+SHAPES = [
+    ((49, 40), 112), ((1, 64), 48), ((7, 3), 1), ((13, 17), 16), ((2, 3, 33), 24), ((196, 24), 144),
+    ((100, 576), 960), ((64, 1), 80), ((3, 100), 1000), ((5, 2, 4, 8), 33), ((31, 300), 400),
+]  # fmt: skip
+
+
+def check(function: Function, runner: Runner, number: int, inputs: list[Tensor]) -> None:
+    (got,) = runner(number, inputs)
+    (wanted,) = interpret(function, inputs, WeightStore(), oracle=True)
+    assert got.shape == wanted.shape
+    assert float((got - wanted).abs().max()) <= 3e-6 * float(wanted.abs().max())
+
+
+def test_shapes_and_epilogues() -> None:
+    """One library for all; sizes that leave rows, columns and lanes over."""
+    made = [product(x, n, e) for x, n in SHAPES for e in (None, finish)]
+    runner = Runner([f for f, _ in made], ["matmul"] * len(made))
+    cases = [(x, n) for x, n in SHAPES for _ in range(2)]
+    for number, ((x, n), (function, lanes)) in enumerate(zip(cases, made)):
+        inputs = [torch.randn(x), in_blocks(torch.randn(n, x[-1]), lanes)]
+        if len(function.args) == 4:
+            inputs += [torch.randn(n), torch.randn(*x[:-1], n)]
+        check(function, runner, number, inputs)
+
+
+def test_symbolic_rows() -> None:
+    function, lanes = product((2, S, 40), 100, finish)
+    runner = Runner([function], ["matmul"])
+    weight = in_blocks(torch.randn(100, 40), lanes)
+    for size in (0, 1, 3, 64):
+        inputs = [torch.randn(2, size, 40), weight, torch.randn(100), torch.randn(2, size, 100)]
+        if size == 0:
+            assert runner(0, inputs)[0].shape == (2, 0, 100)
+        else:
+            check(function, runner, 0, inputs)
+
+
+def test_rows_read_through_views() -> None:
+    """x as every second pixel of an image: its rows do not merge into one loop."""
+
+    def build(b: Any, x: Any, weight: Any) -> Any:
+        x = b.slice(b.slice(x, axis=1, start=0, stop=9, step=2), axis=2, start=1, stop=9, step=2)
+        wide = b.reshape(b.permute(weight, axes=(0, 2, 1)), shape=(48, 24))
+        return b.relu(b.linear(x, wide))
+
+    function = function_of([f32(2, 9, 9, 24), f32(1, 24, 48)], build)
+    inputs = [torch.randn(2, 9, 9, 24), torch.randn(1, 24, 48)]
+    check(function, Runner([function], ["matmul"]), 0, inputs)
+
+
+def test_nan_and_infinity_stay_in_their_row() -> None:
+    function, lanes = product((20, 40), 100)
+    x, weight = torch.randn(20, 40), torch.randn(100, 40)
+    x[3, 5], x[7, 0] = float("nan"), float("inf")
+    (got,) = Runner([function], ["matmul"])(0, [x, in_blocks(weight, lanes)])
+    wanted = x @ weight.T
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert torch.equal(got.isinf(), wanted.isinf())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 49, 196, 3136, S])
+@pytest.mark.parametrize("columns", [1, 24, 112, 144, 1000, 3072])
+def test_tiles_fit_the_registers_and_cover_the_rows(rows: Any, columns: int) -> None:
+    lanes = block_columns(plain((rows, 64), columns))
+    tile = tile_rows(lanes, rows)
+    assert lanes % VECTOR == 0
+    assert 1 <= tile * (lanes // VECTOR) <= 25
+    if isinstance(rows, int):
+        assert tile * -(-rows // tile) - rows < tile
+
+
+REFUSED = {
+    "dtype": (lambda b, x, w: b.linear(b.cast(x, dtype=torch.float64), b.cast(w, dtype=torch.float64)), "float64"),
+    "other op": (lambda b, x, w: b.matmul(x, b.permute(w, axes=(1, 0))), "accel.matmul"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_code_says_why(name: str) -> None:
+    build, wanted = REFUSED[name]
+    function = function_of([f32(20, 8), f32(16, 8)], build)
+    op = next(o for o in function.ops if o.name in ("linear", "matmul"))
+    assert wanted in str(BACKEND.supports_matmul(op))
+
+
+def test_a_weight_that_is_not_in_blocks_is_an_error() -> None:
+    function = function_of([f32(20, 8), f32(16, 8)], lambda b, x, w: b.linear(x, w))
+    with pytest.raises(BackendError, match="not stored in blocks"):
+        BACKEND.compile([kernel_of(function, "matmul")])
+    assert blocked.find(function.body) is not None
