@@ -1,0 +1,15 @@
+"""Generated GPU kernels: from `accel.kernel` regions to Triton source, cubin and PTX.
+
+    program.py     one phase of a kernel as one Triton program
+    emitter.py     elements; scalar.py, reductions.py, dtypes.py: what they are made of
+    tiles.py       how large a program's tile is
+    kernel.py      a region's launches
+    toolchain.py   Triton itself: source -> cubin, on a machine without a GPU too
+    backend.py     what passes and the compiler see
+
+Index arithmetic and the plan of phases are those of the CPU's kernels (`accel.backends.tvm`).
+"""
+
+from accel.backends.triton.backend import CompiledLaunch, CompiledLaunches, TritonBackend
+
+__all__ = ["CompiledLaunch", "CompiledLaunches", "TritonBackend"]

@@ -1,0 +1,221 @@
+"""`TritonBackend`: what generated GPU kernels can take, and their code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from accel.backends.triton import dtypes, scalar
+from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot, generate
+from accel.backends.triton.toolchain import Binary, compile_source, version
+from accel.backends.tvm import trace
+from accel.backends.tvm.accumulate import SUPPORTED as REDUCTIONS
+from accel.errors import BackendError
+from accel.ir.builder import Builder
+from accel.ir.fingerprint import region_fingerprint
+from accel.ir.module import Op, Region, clone_region_into
+from accel.ir.op import Trait
+from accel.ir.printer import print_op
+from accel.ir.types import SUB_BYTE_BITS, Dim, is_float, symbol
+
+_LARGEST_SUPPORTED_RANK = 12
+
+
+@dataclass(frozen=True)
+class CompiledLaunch:
+    """One launch of a kernel: its code, and what it is given."""
+
+    code: LaunchCode
+    binary: Binary | None
+
+    @property
+    def name(self) -> str:
+        return self.code.name
+
+    @property
+    def reads(self) -> list[Slot]:
+        return self.code.reads
+
+    @property
+    def writes(self) -> list[Slot]:
+        return self.code.writes
+
+    @property
+    def dims(self) -> tuple[Dim, ...]:
+        return tuple(symbol(name) for name in self.code.sizes)
+
+
+@dataclass
+class CompiledLaunches:
+    """Kernels, compiled.
+
+    Attributes:
+        names: the kernel of each op that was asked for, in order; equal ones share one.
+        launches: by kernel name, what to launch, in order.
+        scratch: by kernel name, the bytes of each scratch buffer.
+    """
+
+    names: list[str]
+    launches: dict[str, list[CompiledLaunch]] = field(default_factory=dict)
+    scratch: dict[str, list[Dim]] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Readable source by launch name."""
+        return {one.name: one.code.source for made in self.launches.values() for one in made}
+
+
+class TritonBackend:
+    """Generated kernels for NVIDIA GPUs. Stateless; one may serve many compiles.
+
+    Args:
+        arch: "sm_80", "sm_90", "sm_100"...
+        sms: multiprocessors, for the cost model.
+    """
+
+    name = "triton"
+
+    def __init__(self, arch: str = "sm_90", sms: int = 132) -> None:
+        self.arch, self.sms = arch, sms
+
+    def version(self) -> str:
+        """A cache key for machine code."""
+        return f"{version()}-{self.arch}-{self.sms}"
+
+    def supports(self, op: Op) -> str | None:
+        """None if a kernel region may hold this op, else the reason why not."""
+        reason = _type_reason(op)
+        if reason is not None:
+            return reason
+        if op.name in trace.INDEX_OPS:
+            return _index_reason(op)
+        if op.name in REDUCTIONS:
+            return _reduction_reason(op)
+        if op.has(Trait.ELEMENTWISE):
+            return self._elementwise_reason(op)
+        return f"accel.{op.name} has no generated code"
+
+    def supports_product(self, op: Op) -> str | None:
+        return f"accel.{op.name} has no generated code on GPUs"
+
+    def supports_attention(self, op: Op) -> str | None:
+        return f"accel.{op.name} has no generated code on GPUs"
+
+    def supports_decoding(self, op: Op) -> str | None:
+        return f"accel.{op.name} has no generated code on GPUs"
+
+    def _elementwise_reason(self, op: Op) -> str | None:
+        reason = scalar.supports(op)
+        if reason is None or op.definition.decompose is None:
+            return reason
+        region = Region([v.type for v in op.operands])
+        copy = Op(op.definition, region.args, op.attributes, [r.type for r in op.results],
+                  segments=op.segments)  # fmt: skip
+        Builder(region).decompose(copy)
+        inner = (self.supports(made) for made in region.ops)
+        return next((r for r in inner if r is not None), None)
+
+    def generate(self, kernels: Sequence[Op]) -> tuple[list[str], dict[str, KernelCode]]:
+        """Sources only: the kernel name of each op, and the code by name."""
+        made: dict[str, KernelCode] = {}
+        names: list[str] = []
+        for kernel in kernels:
+            name = f"accel_{region_fingerprint(kernel.regions[0])[:16]}"
+            if name not in made:
+                made[name] = self._generate(name, kernel)
+            names.append(name)
+        return names, made
+
+    def compile(self, kernels: Sequence[Op]) -> CompiledLaunches:
+        """Compiles `accel.kernel` ops for `arch`. No GPU is needed.
+
+        Raises BackendError with the reason if an op has no code, or Triton fails.
+        """
+        names, made = self.generate(kernels)
+        result = CompiledLaunches(names)
+        for name, code in made.items():
+            result.launches[name] = [
+                CompiledLaunch(launch, _compile(launch, self.arch)) for launch in code.launches
+            ]
+            result.scratch[name] = code.scratch
+        return result
+
+    def _generate(self, name: str, kernel: Op) -> KernelCode:
+        region = self.primitive_region(kernel.regions[0])
+        for op in region.ops:
+            if op.has(Trait.TERMINATOR):
+                continue
+            reason = self.supports(op)
+            if reason is not None:
+                raise BackendError(
+                    f"no generated kernel: {reason}", where=str(op.location or kernel.location)
+                )
+        return generate(name, region, print_op(kernel), self.sms)
+
+    def primitive_region(self, region: Region) -> Region:
+        """A copy in which every op has code of its own; composites without are decomposed."""
+        copy = Region([a.type for a in region.args])
+        clone_region_into(region, copy, {})
+        pending = list(copy.ops)
+        while pending:
+            op = pending.pop()
+            if op.definition.decompose is None or _has_own_code(op):
+                continue
+            before = op.prev
+            op.replace_with(Builder(before=op).decompose(op))
+            current = copy.first if before is None else before.next
+            while current is not None and current is not op.next:
+                pending.append(current)
+                current = current.next
+        return copy
+
+
+def _compile(launch: LaunchCode, arch: str) -> Binary:
+    return compile_source(
+        launch.source, launch.name, launch.signature, launch.constants, launch.warps, arch
+    )
+
+
+def _has_own_code(op: Op) -> bool:
+    if op.name in trace.INDEX_OPS or op.name in REDUCTIONS:
+        return True
+    return op.has(Trait.ELEMENTWISE) and scalar.supports(op) is None
+
+
+def _type_reason(op: Op) -> str | None:
+    for value in (*op.operands, *op.results):
+        if not dtypes.is_known(value.dtype):
+            return f"dtype {value.dtype}"
+        if value.type.rank > _LARGEST_SUPPORTED_RANK:
+            return f"rank {value.type.rank}"
+    for value in op.operands:
+        if value.dtype in SUB_BYTE_BITS and not (value.op is None or value.op.name == "constant"):
+            return "a sub-byte operand that is not a stored weight"
+    if any(r.dtype in SUB_BYTE_BITS for r in op.results):
+        return "a result of less than a byte an element"
+    return None
+
+
+def _index_reason(op: Op) -> str | None:
+    for position in trace.LOOKUPS.get(op.name, ()):
+        if is_float(op.operands[position].dtype):
+            return "floating indices"
+    if op.name == "arange" and any(isinstance(op.attribute(a), float) for a in ("start", "step")):
+        return "a floating arange"
+    if op.name in ("full", "pad") and isinstance(op.attribute("value"), complex):
+        return "complex numbers"
+    if op.name in ("arange", "iota") and scalar.is_storage_only(op.result.dtype):
+        return f"dtype {op.result.dtype}"
+    return None
+
+
+def _reduction_reason(op: Op) -> str | None:
+    dtype: torch.dtype = op.operands[0].dtype
+    if scalar.is_storage_only(dtype):
+        return f"a reduction of {dtype}"
+    attributes = {a.name for a in op.definition.attributes}
+    if "axes" not in attributes and op.attribute("axis") is None:
+        return f"accel.{op.name} over all axes at once"
+    return None

@@ -1,0 +1,169 @@
+"""One kernel: a region becomes Triton sources, one a phase, each launched once.
+
+Every source is a module with one `@triton.jit` function,
+
+    accel_..._0(x0, x1, t0, y0, s0, status, BLOCK: tl.constexpr)
+
+whose parameters are what it reads (arguments x, scratch t), what it writes (results y, scratch t),
+the symbolic sizes, a word that is set if an index is out of range, and block sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from accel.backends.triton import dtypes
+from accel.backends.triton.emitter import Emitter
+from accel.backends.triton.program import Program, ProgramWriter
+from accel.backends.tvm.kernel import region_symbols
+from accel.backends.tvm.phases import Phase, Planner
+from accel.ir.module import Region, Value
+from accel.ir.types import SUB_BYTE_BITS, Dim, product
+
+_LARGEST_INT32 = (1 << 31) - (1 << 16)  # tiles may overrun a range by their size
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor that a launch gets: ("input" | "result" | "scratch", number)."""
+
+    kind: str
+    number: int
+
+
+@dataclass
+class LaunchCode:
+    """One Triton function and how to launch it.
+
+    Attributes:
+        reads, writes: the tensors whose addresses are its first arguments.
+        sizes: symbols passed after them, as int64.
+        checks: a status word follows.
+        signature: Triton's types of all its parameters, block sizes ("constexpr") included.
+        programs: how many programs the grid has.
+        inplace: pairs (position in writes, position in reads) that may be the same memory.
+    """
+
+    name: str
+    source: str
+    reads: list[Slot]
+    writes: list[Slot]
+    sizes: tuple[str, ...]
+    checks: bool
+    signature: dict[str, str]
+    constants: dict[str, int]
+    programs: Dim
+    warps: int
+    inplace: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass
+class KernelCode:
+    """All launches of one kernel, in order, and the bytes of its scratch buffers."""
+
+    name: str
+    launches: list[LaunchCode]
+    scratch: list[Dim]
+
+
+def generate(name: str, region: Region, comment: str, sms: int) -> KernelCode:
+    """Sources of a region of primitive ops. Raises BackendError for what has none."""
+    planner = Planner(region)
+    planner.run()
+    launches = [
+        _launch(f"{name}_{number}", phase, planner, region, comment, sms)
+        for number, phase in enumerate(planner.phases)
+    ]
+    return KernelCode(name, launches, [_scratch_bytes(v) for v in planner.scratch_values])
+
+
+def _scratch_kind(value: Value) -> str:
+    return dtypes.scratch(dtypes.compute(value.dtype))
+
+
+def _scratch_bytes(value: Value) -> Dim:
+    kind = _scratch_kind(value)
+    width = 1 if kind == "int1" else torch.empty(0, dtype=getattr(torch, kind)).element_size()
+    return product((width, *value.shape))
+
+
+def index_kind(region: Region, scratch: list[Value]) -> str:
+    """int32 if every position in every tensor fits, whatever the symbolic sizes are."""
+    for value in (
+        *region.args,
+        *region.results,
+        *scratch,
+        *(r for o in region.ops for r in o.results),
+    ):
+        count = value.type.numel()
+        if not isinstance(count, int) or count >= _LARGEST_INT32:
+            return "int64"
+    return "int32"
+
+
+def _launch(
+    name: str, phase: Phase, planner: Planner, region: Region, comment: str, sms: int
+) -> LaunchCode:
+    arguments = {v: f"x{i}" for i, v in enumerate(region.args)}
+    scratch = {v: f"t{i}" for i, v in enumerate(planner.scratch_values)}
+    kind = index_kind(region, planner.scratch_values)
+    pointers = arguments | {v: scratch[v] for v in phase.needs}
+    emitter = Emitter(planner.indexer, pointers, set(phase.needs), kind)
+    targets = [f"{'y' if s.place.kind == 'result' else 't'}{s.place.number}" for s in phase.stores]
+    program = ProgramWriter(phase, emitter, targets, sms).write()
+    reads = [Slot("input", region.args.index(v)) for v in program.reads if v in arguments]
+    reads += [
+        Slot("scratch", planner.scratch_values.index(v)) for v in program.reads if v in phase.needs
+    ]
+    reads.sort(key=lambda s: (s.kind, s.number))
+    writes = [Slot(s.place.kind, s.place.number) for s in phase.stores]
+    signature: dict[str, str] = {}
+    for slot in (*reads, *writes):
+        letter = {"input": "x", "result": "y", "scratch": "t"}[slot.kind]
+        stored = _stored(slot, region, planner.scratch_values)
+        signature[f"{letter}{slot.number}"] = dtypes.pointer(stored)
+    symbols = region_symbols(region)
+    signature.update(dict.fromkeys(symbols, "i64"))
+    if program.checks:
+        signature["status"] = "*i32"
+    signature.update(dict.fromkeys(program.constants, "constexpr"))
+    return LaunchCode(
+        name,
+        _source(name, program, signature, comment),
+        reads,
+        writes,
+        symbols,
+        program.checks,
+        signature,
+        program.constants,
+        program.programs,
+        program.warps,
+    )
+
+
+def _stored(slot: Slot, region: Region, scratch: list[Value]) -> str:
+    if slot.kind == "scratch":
+        return _scratch_kind(scratch[slot.number])
+    values = region.args if slot.kind == "input" else region.results
+    return dtypes.storage(values[slot.number].dtype)
+
+
+def _source(name: str, program: Program, signature: dict[str, str], comment: str) -> str:
+    parameters = ", ".join(
+        f"{p}: tl.constexpr" if t == "constexpr" else p for p, t in signature.items()
+    )
+    blocks = ", ".join(f"{k} = {v}" for k, v in program.constants.items())
+    text = "\n".join(f"# {line}".rstrip() for line in comment.splitlines())
+    parts = [
+        f"{text}\n#\n# {blocks or 'no blocks'}; {program.warps} warps\n\nimport triton\n"
+        "import triton.language as tl\nfrom triton.language.extra.cuda import libdevice\n",
+        *program.helpers,
+        f"@triton.jit\ndef {name}({parameters}):\n{program.lines}\n",
+    ]
+    return "\n\n".join(parts)
+
+
+def is_packed(value: Value) -> bool:
+    return value.dtype in SUB_BYTE_BITS

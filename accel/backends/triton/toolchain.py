@@ -1,0 +1,128 @@
+"""The only door to Triton: source text -> cubin and PTX. No GPU is needed.
+
+Triton compiles functions of modules on disk, so a source is written to a private folder and
+imported from there: it is text that this compiler made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from accel.errors import BackendError, MissingDependencyError
+
+_ALIGNMENT = 16  # of every pointer: what vector loads need
+_ENTRY = re.compile(r"\.entry\s+(\w+)\s*\(([^)]*)\)", re.S)
+
+
+@dataclass(frozen=True)
+class Binary:
+    """One compiled function.
+
+    Attributes:
+        symbol: its name in the cubin.
+        shared: bytes of dynamic shared memory.
+        spare: parameters after the source's own, that Triton adds for scratch memory it does not
+            need here; they get null.
+    """
+
+    symbol: str
+    cubin: bytes
+    ptx: str
+    warps: int
+    shared: int
+    spare: int
+
+
+def _triton() -> Any:
+    try:
+        import triton
+    except ImportError as error:  # pragma: no cover - depends on the installation
+        raise MissingDependencyError(
+            "generated GPU kernels need triton", advice="pip install 'accel-compiler[triton]'"
+        ) from error
+    return triton
+
+
+def version() -> str:
+    """Part of a cache key for machine code."""
+    return f"triton-{_triton().__version__}"
+
+
+@contextmanager
+def loaded(source: str, name: str) -> Iterator[ModuleType]:
+    """The source as a module."""
+    with tempfile.TemporaryDirectory(prefix="accel-triton-") as folder:
+        path = Path(folder) / f"{name}.py"
+        path.write_text(source)
+        label = f"accel_generated_{hashlib.sha256(source.encode()).hexdigest()[:24]}"
+        spec = importlib.util.spec_from_file_location(label, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[label] = module
+        try:
+            spec.loader.exec_module(module)
+            yield module
+        finally:
+            del sys.modules[label]
+
+
+def compile_source(
+    source: str,
+    name: str,
+    signature: Mapping[str, str],
+    constants: Mapping[str, int],
+    warps: int,
+    arch: str,
+) -> Binary:
+    """Machine code of the function `name` for an architecture such as "sm_90".
+
+    Raises BackendError with Triton's message if it does not compile.
+    """
+    triton = _triton()
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    capability = int(arch.removeprefix("sm_").rstrip("a"))
+    aligned = {
+        (position,): [["tt.divisibility", _ALIGNMENT]]
+        for position, type_ in enumerate(signature.values())
+        if type_.startswith("*") and list(signature)[position] != "status"
+    }
+    with loaded(source, name) as module:
+        unit = ASTSource(getattr(module, name), dict(signature), dict(constants), aligned)
+        try:
+            made = triton.compile(
+                unit,
+                target=GPUTarget("cuda", capability, 32),
+                options={"num_warps": warps, "enable_fp_fusion": True},
+            )
+        except Exception as error:
+            raise BackendError(f"Triton does not compile {name}: {error}\n{source}") from error
+    ptx = str(made.asm["ptx"])
+    metadata = made.metadata
+    own = sum(t != "constexpr" for t in signature.values())
+    return Binary(
+        symbol=str(metadata.name),
+        cubin=bytes(made.asm["cubin"]),
+        ptx=ptx,
+        warps=int(metadata.num_warps),
+        shared=int(metadata.shared),
+        spare=_parameters(ptx, str(metadata.name)) - own,
+    )
+
+
+def _parameters(ptx: str, symbol: str) -> int:
+    for name, parameters in _ENTRY.findall(ptx):
+        if name == symbol:
+            return int(parameters.count(".param"))
+    raise BackendError(f"Triton's PTX has no entry {symbol}")

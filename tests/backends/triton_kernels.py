@@ -1,0 +1,101 @@
+"""Runs a function of tensor-level ops as one generated Triton kernel, for tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from accel.backends.triton import TritonBackend
+from accel.backends.triton.kernel import LaunchCode, Slot
+from accel.ir import Function
+from accel.ir.interpret import bind_symbols
+from accel.ir.types import SUB_BYTE_BITS, Dim, substitute
+from tests.backends.kernels import kernel_of, poisoned
+from tests.backends.triton_worker import Job, Worker
+
+BACKEND = TritonBackend()
+_BYTES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class IndexFailure(Exception):
+    """A kernel reported an index out of range."""
+
+
+class InterpretedKernels:
+    """Functions as kernels, run by Triton's interpreter in another process."""
+
+    def __init__(self, functions: Sequence[Function], worker: Worker) -> None:
+        self.functions, self.worker = list(functions), worker
+        self.names, self.made = BACKEND.generate([kernel_of(f) for f in functions])
+
+    def source(self, number: int) -> str:
+        return "\n".join(one.source for one in self.made[self.names[number]].launches)
+
+    def __call__(self, number: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        function, code = self.functions[number], self.made[self.names[number]]
+        shapes = [
+            tuple(map(int, a.shape)) if a.dtype in SUB_BYTE_BITS else tuple(t.shape)
+            for a, t in zip(function.args, inputs)
+        ]
+        symbols = bind_symbols(function, shapes)
+        memory: dict[Slot, Tensor] = {}
+        for i, tensor in enumerate(inputs):
+            memory[Slot("input", i)] = tensor.contiguous()
+        for i, result in enumerate(function.results):
+            shape = [int(substitute(d, symbols)) for d in result.shape]
+            memory[Slot("result", i)] = poisoned(shape, result.dtype)
+        for i, size in enumerate(code.scratch):
+            memory[Slot("scratch", i)] = poisoned([_value(size, symbols)], torch.uint8)
+        for launch in code.launches:
+            self._launch(launch, memory, symbols)
+        return [memory[Slot("result", i)] for i in range(len(function.results))]
+
+    def _launch(
+        self, launch: LaunchCode, memory: dict[Slot, Tensor], symbols: dict[str, int]
+    ) -> None:
+        slots = [*launch.reads, *launch.writes]
+        types = list(launch.signature.values())
+        args: list[object] = [_viewed(memory[s], t) for s, t in zip(slots, types)]
+        args += [symbols[name] for name in launch.sizes]
+        if launch.checks:
+            args.append(torch.zeros(1, dtype=torch.int32))
+        positions = list(range(len(launch.reads), len(slots)))
+        if launch.checks:
+            positions.append(len(args) - 1)
+        programs = _value(launch.programs, symbols)
+        if any(memory[s].numel() == 0 for s in launch.writes):
+            programs = 0
+        job = Job(launch.source, launch.name, args, launch.constants, programs, positions)
+        made = self.worker.run(job)
+        for slot, tensor in zip(launch.writes, made):
+            memory[slot] = _unviewed(tensor, memory[slot])
+        if launch.checks and int(made[-1]):
+            raise IndexFailure(launch.name)
+
+
+def _value(size: Dim, symbols: dict[str, int]) -> int:
+    return int(substitute(size, symbols))
+
+
+def _viewed(tensor: Tensor, pointer: str) -> Tensor:
+    """A tensor under the type that the kernel's parameter has."""
+    wanted = {
+        "*fp64": torch.float64, "*fp32": torch.float32, "*fp16": torch.float16,
+        "*bf16": torch.bfloat16, "*i1": torch.bool, "*i8": torch.int8, "*i16": torch.int16,
+        "*i32": torch.int32, "*i64": torch.int64, "*u8": torch.uint8, "*u16": torch.uint16,
+        "*u32": torch.uint32, "*u64": torch.uint64,
+    }[pointer]  # fmt: skip
+    if tensor.dtype == wanted:
+        return tensor
+    return tensor.reshape(-1).view(wanted)
+
+
+def _unviewed(tensor: Tensor, like: Tensor) -> Tensor:
+    if tensor.dtype == like.dtype:
+        return tensor
+    if math.prod(like.shape) == 0:
+        return like
+    return tensor.reshape(-1).view(like.dtype).reshape(like.shape)

@@ -1,0 +1,144 @@
+"""Runs Triton sources on the CPU, through Triton's interpreter, in a process of its own.
+
+Triton decides at import whether its functions are compiled or interpreted, so the process that
+interprets is not the one that compiles. CUDA's libdevice has no interpreter: the worker replaces
+it by functions of torch, in float64 where the operand is float32 and torch's float32 is coarser.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Job:
+    """One launch: tensors and sizes in the order of the function's parameters."""
+
+    source: str
+    name: str
+    args: list[Any]
+    constants: dict[str, int]
+    programs: int
+    writes: list[int]  # positions in args that it writes
+
+
+def run(job: Job) -> list[Tensor]:
+    """The tensors that the launch wrote."""
+    from accel.backends.triton.toolchain import loaded
+
+    _prepare()
+    with loaded(job.source, job.name) as module:
+        module.libdevice = _Libdevice()
+        args = list(job.args)
+        if job.programs:
+            try:
+                getattr(module, job.name)[(job.programs,)](*args, **job.constants)
+            except Exception as error:
+                raise RuntimeError(f"{error}\n{job.source}") from error
+    return [args[i] for i in job.writes]
+
+
+class Worker:
+    """A process with an interpreting Triton."""
+
+    def __init__(self) -> None:
+        before = os.environ.get("TRITON_INTERPRET")
+        os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(1, mp_context=context)
+            self.pool.submit(_prepare).result()
+        finally:
+            if before is None:
+                del os.environ["TRITON_INTERPRET"]
+            else:
+                os.environ["TRITON_INTERPRET"] = before
+
+    def run(self, job: Job) -> list[Tensor]:
+        return self.pool.submit(run, job).result()
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+_prepared = False
+
+
+def _prepare() -> None:
+    """Once per process: a `tl.reduce` that folds whole slices, where the interpreter's own calls
+    the combining function for every element; and a splat that keeps a condition a bool."""
+    global _prepared
+    if _prepared:
+        return
+    _prepared = True
+    torch.set_num_threads(1)
+    from triton.runtime import interpreter
+
+    interpreter.ReduceOps.generic_reduce = _reduce_slices
+    interpreter.InterpreterBuilder.create_splat = _splat
+
+
+def _splat(self: Any, type_: Any, value: Any) -> Any:
+    import numpy as np
+
+    data = np.asarray(value.data)
+    return type(value)(np.full(type_.shape, data.reshape(-1)[0], data.dtype), value.dtype.scalar)
+
+
+def _reduce_slices(self: Any, operands: Sequence[Any]) -> Any:
+    import numpy as np
+
+    axis = self.axis
+    arrays = [o.handle.data for o in operands]
+    count = arrays[0].shape[axis]
+
+    def part(step: int) -> tuple[Any, ...]:
+        return tuple(
+            self.to_tensor(np.take(a, step, axis=axis), o.dtype) for a, o in zip(arrays, operands)
+        )
+
+    total = part(0)
+    for step in range(1, count):
+        made = self.combine_fn.fn(*total, *part(step))
+        total = made if isinstance(made, tuple) else (made,)
+    shape = list(arrays[0].shape)
+    shape[axis : axis + 1] = [1] if self.keep_dims else []
+    found = [np.asarray(t.handle.data).reshape(shape) for t in total]
+    return [self.to_tensor(f, o.dtype) for f, o in zip(found, operands)]
+
+
+class _Libdevice:
+    """libdevice's functions on the interpreter's tensors."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = _FUNCTIONS[name]
+
+        def call(*args: Any) -> Any:
+            import numpy as np
+            import triton.language as tl
+
+            arrays = [torch.from_numpy(np.array(a.handle.data)) for a in args]
+            wide = [a.double() for a in arrays]
+            result = function(*torch.broadcast_tensors(*wide)).to(arrays[0].dtype).numpy()
+            handle = type(args[0].handle)(result, args[0].handle.dtype)
+            shaped = max(args, key=lambda a: len(a.shape))
+            return tl.tensor(handle, shaped.type)
+
+        return call
+
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    name: getattr(torch, name)
+    for name in ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan",
+                 "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "tanh", "erf",
+                 "erfc", "erfinv", "lgamma", "atan2", "fmod", "pow", "floor", "ceil", "trunc",
+                 "rsqrt", "sqrt", "copysign")
+} | {"rint": torch.round}  # fmt: skip
