@@ -56,8 +56,10 @@ def factors(op: Op) -> Product:
 
 
 def _keeps_shape(op: Op) -> bool:
-    """Whether all operands that are no numbers have the result's shape: no broadcast inside."""
-    return all(same_shape(v.shape, op.result.shape) for v in op.operands if _number(v) is None)
+    """Whether all operands that are no numbers have the one result's shape: no broadcast inside."""
+    return len(op.results) == 1 and all(
+        same_shape(v.shape, op.result.shape) for v in op.operands if _number(v) is None
+    )
 
 
 def _number(value: Value) -> float | None:

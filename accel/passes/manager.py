@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from accel.errors import AccelError, ContractError, OptionError
-from accel.ir.cost import Cost, Rates, module_cost
-from accel.ir.fingerprint import fingerprint
+from accel.ir.cost import Cost, CostMeter, Rates
 from accel.ir.module import Module, Op
 from accel.ir.printer import print_module
+from accel.ir.snapshot import Snapshot
 from accel.ir.verify import verify
 from accel.names import near
 from accel.passes.base import Context, Pass
@@ -110,11 +110,12 @@ class PassManager:
         try:
             precise = self._run_pass(each, module, row, ledger)
             start = time.perf_counter()
-            changed = fingerprint(module)
-            row.changed = changed != state.fingerprint
+            snapshot = Snapshot(module)
+            row.changed = not snapshot.same_program(state.snapshot)
             if row.changed:
-                verify(module)
-                state.update(changed, module)
+                settled = snapshot.settled(state.snapshot)
+                verify(module, settled)
+                state.update(snapshot, module, settled)
             row.verify_seconds = time.perf_counter() - start
         except AccelError as error:
             error.add_note(f"in pass {index:02d} '{each}'")
@@ -203,25 +204,27 @@ class PassManager:
         module.functions, module.weights = backup.functions, backup.weights
         module.metadata = backup.metadata
         row.undone = True
-        state.update(fingerprint(module), module)
+        state.update(Snapshot(module), module)
 
 
 class _State:
     """What is known about the module between two passes."""
 
     def __init__(self, module: Module, rates: Rates | None) -> None:
-        self.rates = rates
-        self.update(fingerprint(module), module)
+        self.meter = CostMeter(rates)
+        self.update(Snapshot(module), module)
         self.samples: dict[str, list[Sample]] = {}  # by kind of contract, while still valid
 
     def forget(self, *, keep_exact: bool) -> None:
         """Drops results that a pass made stale; an exact pass keeps those of the oracle."""
         self.samples = {k: v for k, v in self.samples.items() if keep_exact and k == "exact"}
 
-    def update(self, fingerprint: str, module: Module) -> None:
-        self.fingerprint = fingerprint
-        self.cost: Cost = module_cost(module, rates=self.rates)
-        self.ops = count_ops(module)
+    def update(
+        self, snapshot: Snapshot, module: Module, settled: frozenset[Op] = frozenset()
+    ) -> None:
+        self.snapshot = snapshot
+        self.cost: Cost = self.meter.measure(module, settled)
+        self.ops = snapshot.ops
 
 
 def run_pipeline(

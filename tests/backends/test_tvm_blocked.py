@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accel.backends.tvm import blocked
-from accel.backends.tvm.blocked import VECTOR, block_columns, tile_rows
+from accel.backends.tvm.blocked import Registers, block_columns, registers, tile_rows
 from accel.errors import BackendError
 from accel.ir import Function, Op, WeightStore, interpret
 from tests.backends.kernels import BACKEND, Runner, f32, function_of, kernel_of, sym
@@ -23,7 +24,7 @@ def plain(x: tuple[Any, ...], columns: int) -> Op:
 
 
 def product(x: tuple[Any, ...], columns: int, epilogue: Any = None) -> tuple[Function, int]:
-    """A linear over [..., K] with its weight in blocks, as the pass makes it; and a block's size."""
+    """A linear with its weight in blocks, as the pass makes it; and a block's size."""
     lanes = block_columns(plain(x, columns))
     blocks = -(-columns // lanes)
 
@@ -117,14 +118,36 @@ def test_nan_and_infinity_stay_in_their_row() -> None:
 def test_tiles_fit_the_registers_and_cover_the_rows(rows: Any, columns: int) -> None:
     lanes = block_columns(plain((rows, 64), columns))
     tile = tile_rows(lanes, rows)
-    assert lanes % VECTOR == 0
-    assert 1 <= tile * (lanes // VECTOR) <= 25
+    unit = registers()
+    assert lanes % unit.lanes == 0
+    assert 1 <= tile * (lanes // unit.lanes) <= (25 if len(unit.tiles) == 6 else 12)
     if isinstance(rows, int):
         assert tile * -(-rows // tile) - rows < tile
 
 
+@pytest.mark.parametrize("unit", [Registers(8, blocked._FEW), Registers(4, blocked._MANY)])
+def test_tiles_of_other_vector_units(unit: Registers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the tile's size depends on the unit: any machine can run any tile."""
+    monkeypatch.setattr(blocked, "registers", lambda: unit)
+    made = [product((13, 40), 100, finish), product((49, 17), 24)]
+    runner = Runner([f for f, _ in made], ["matmul"] * 2)
+    first = [torch.randn(13, 40), in_blocks(torch.randn(100, 40), made[0][1])]
+    check(made[0][0], runner, 0, [*first, torch.randn(100), torch.randn(13, 100)])
+    second = [torch.randn(49, 17), in_blocks(torch.randn(24, 17), made[1][1])]
+    check(made[1][0], runner, 1, second)
+
+
+def test_code_for_another_cpu() -> None:
+    """A CPU name that LLVM knows is taken, with its own vectors."""
+    function, _ = product((8, 16), 16)
+    kernel = kernel_of(function, "matmul")
+    cpu = {"x86_64": "haswell", "AMD64": "haswell"}.get(platform.machine(), "generic")
+    assert BACKEND.compile([kernel], cpu=cpu).library != BACKEND.compile([kernel]).library
+
+
 REFUSED = {
-    "dtype": (lambda b, x, w: b.linear(b.cast(x, dtype=torch.float64), b.cast(w, dtype=torch.float64)), "float64"),
+    "dtype": (lambda b, x, w: b.linear(*(b.cast(v, dtype=torch.float64) for v in (x, w))),
+              "float64"),
     "other op": (lambda b, x, w: b.matmul(x, b.permute(w, axes=(1, 0))), "accel.matmul"),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""select_matmul: linears over stored weights become kernels, and the weights are stored in blocks."""
+"""select_matmul: linears over stored weights become kernels, the weights stored in blocks."""
 
 from __future__ import annotations
 

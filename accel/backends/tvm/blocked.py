@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -27,33 +28,64 @@ from accel.backends.tvm.trace import Index
 from accel.errors import BackendError
 from accel.ir.module import Op, Region, Value
 from accel.ir.types import Dim, product
+from accel.runtime.manifest import cpu_features
 
-VECTOR = 16  # float32 lanes of a 512-bit register
-# Rows of a tile by vectors of a row: measured on Zen 5 with LLVM's register allocation. More rows
-# spill; fewer leave the multipliers waiting. The second number is the GFLOP/s reached.
-_TILES = {1: (20, 390), 2: (10, 450), 3: (7, 475), 4: (6, 470), 5: (5, 455), 6: (4, 450)}
 _MOST_DEPTH = 4096  # above, a block of the weight does not stay in the second-level cache
 _INNER_BLOCKS_BYTES = 1 << 18  # a weight that stays in cache while rows of x go by
+_LINE = 16  # float32 elements of a cache line
 _MAX_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Registers:
+    """A vector unit: float32 lanes of a register, and tiles by registers of a row.
+
+    A tile is (rows, relative speed). More rows than these spill in LLVM's allocation; fewer leave
+    the multipliers waiting. Speeds are GFLOP/s measured with AVX-512 and with AVX2 code on Zen 5.
+    """
+
+    lanes: int
+    tiles: tuple[tuple[int, int], ...]
+
+
+# 32 registers, of which a tile's sums take up to 25; and 16.
+_MANY = ((20, 390), (10, 450), (7, 475), (6, 470), (5, 455), (4, 450))
+_FEW = ((8, 205), (5, 237), (3, 228), (3, 235))
+
+
+@cache
+def registers() -> Registers:
+    """This machine's vector unit."""
+    features = cpu_features()
+    if "avx512f" in features:
+        return Registers(16, _MANY)
+    if "avx2" in features:
+        return Registers(8, _FEW)
+    return Registers(4, _MANY if "asimd" in features else _FEW)
 
 
 def block_columns(op: Op) -> int:
     """Columns of one block of the linear's weight. The last block may be part empty."""
     rows, columns = product(op.operands[0].shape[:-1]), int(op.operands[1].shape[0])
+    unit = registers()
 
-    def cost(vectors: int) -> float:
-        lanes = vectors * VECTOR
+    def cost(lanes: int) -> float:
         wide = -(-columns // lanes) * lanes
         tile = tile_rows(lanes, rows)
         tall = -(-rows // tile) * tile if isinstance(rows, int) else 1
-        return wide * tall / _TILES[vectors][1]
+        return wide * tall / unit.tiles[lanes // unit.lanes - 1][1]
 
-    return min(_TILES, key=cost) * VECTOR
+    return min((unit.lanes * (i + 1) for i in range(len(unit.tiles))), key=cost)
 
 
 def tile_rows(lanes: int, rows: Dim) -> int:
-    """Rows of a tile: as many as fit the registers, so that few are left over at the end."""
-    most = _TILES[-(-lanes // VECTOR)][0]
+    """Rows of a tile: as many as fit the registers, so that few are left over at the end.
+
+    `lanes` may come from another machine's artifact.
+    """
+    unit = registers()
+    vectors = min(-(-lanes // unit.lanes), len(unit.tiles))
+    most = unit.tiles[vectors - 1][0]
     if not isinstance(rows, int):
         return most
     tiles = -(-rows // most)
@@ -237,7 +269,7 @@ class BlockedNest:
         """
         if self.block is None or self._blocks_inside():
             return
-        emitter, vectors = self.emitter, self.lanes // VECTOR
+        emitter, vectors = self.emitter, -(-self.lanes // _LINE)
         tiles = self.tiles if isinstance(self.tiles, int) else vectors
         lines = max(1, vectors // tiles)
         last = tir.i64(-(-vectors // lines) - 1)
@@ -248,7 +280,7 @@ class BlockedNest:
         start = following * tir.i64(self.lanes) * self.sizes.code(self.depth.extent)
         (argument,) = (a for a in self.emitter.buffers if a is _stored(self.weight))
         for line in range(lines):
-            place = start + (step * tir.i64(lines) + tir.i64(line)) * tir.i64(VECTOR)
+            place = start + (step * tir.i64(lines) + tir.i64(line)) * tir.i64(_LINE)
             tir.prefetch(emitter.block, emitter.buffers[argument], place)
 
     def _number(self, m: int) -> Expr:

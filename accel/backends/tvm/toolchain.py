@@ -30,8 +30,8 @@ _COMPILE_SECONDS = 300
 def llvm_target(cpu: str) -> Any:
     """TVM's target for an LLVM CPU name; "" or a name LLVM does not know: this machine's CPU."""
     known = tvm.get_global_func("target.llvm_is_valid_cpu")
-    base = tvm.target.Target({"kind": "llvm"})
-    if not cpu or not known(cpu, base):
+    triple = tvm.get_global_func("target.llvm_get_system_triple")()
+    if not cpu or not known(cpu, triple):
         cpu = tvm.get_global_func("target.llvm_get_system_cpu")()
     return tvm.target.Target({"kind": "llvm", "mcpu": cpu})
 
