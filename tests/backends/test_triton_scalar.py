@@ -84,6 +84,10 @@ def test_float8_is_exact(worker: Worker, dtype: torch.dtype) -> None:
                          lambda b, v: b.cast(v, dtype=dtype))  # fmt: skip
     (made,) = InterpretedKernels([encode], worker)(0, [numbers])
     wanted = numbers.to(dtype).float()
+    if dtype == torch.float8_e4m3fn:  # before torch 2.13 what does not fit became NaN
+        wanted = torch.where(numbers.isnan(), wanted, wanted.nan_to_num(448.0))
+        wanted = torch.where(numbers == -torch.inf, -448.0, wanted)
+        wanted = wanted.copysign(numbers)
     assert torch.equal(made.float().nan_to_num(9e9), wanted.nan_to_num(9e9))
     assert torch.equal(made.float().signbit()[~wanted.isnan()], wanted.signbit()[~wanted.isnan()])
 

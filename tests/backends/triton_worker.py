@@ -73,8 +73,12 @@ _prepared = False
 
 
 def _prepare() -> None:
-    """Once per process: a `tl.reduce` that folds whole slices, where the interpreter's own calls
-    the combining function for every element; and a splat that keeps a condition a bool."""
+    """Mends the interpreter, once per process.
+
+    A `tl.reduce` that folds whole slices, where its own calls the combining function for every
+    element; a splat that keeps a condition a bool; bfloat16 as torch rounds it (its own goes wrong
+    at ties and below the smallest normal number).
+    """
     global _prepared
     if _prepared:
         return
@@ -84,6 +88,22 @@ def _prepare() -> None:
 
     interpreter.ReduceOps.generic_reduce = _reduce_slices
     interpreter.InterpreterBuilder.create_splat = _splat
+    own = interpreter._convert_float
+
+    def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        made = _brain(data, str(source), str(target))
+        return own(data, source, target, rounding) if made is None else made
+
+    interpreter._convert_float = convert
+
+
+def _brain(data: Any, source: str, target: str) -> Any:
+    """Between float32 and bfloat16 (as uint16); None for other types."""
+    if (source, target) == ("fp32", "bf16"):
+        return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
+    if (source, target) == ("bf16", "fp32"):
+        return torch.from_numpy(data.copy()).view(torch.bfloat16).float().numpy()
+    return None
 
 
 def _splat(self: Any, type_: Any, value: Any) -> Any:
@@ -135,10 +155,18 @@ class _Libdevice:
         return call
 
 
+def _fmod(x: Tensor, y: Tensor) -> Tensor:
+    """C's; torch's vectorized code gives NaN where x / y is huge."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        return torch.from_numpy(np.fmod(x.numpy(), y.numpy()))
+
+
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     name: getattr(torch, name)
     for name in ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan",
                  "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "tanh", "erf",
-                 "erfc", "erfinv", "lgamma", "atan2", "fmod", "pow", "floor", "ceil", "trunc",
+                 "erfc", "erfinv", "lgamma", "atan2", "pow", "floor", "ceil", "trunc",
                  "rsqrt", "sqrt", "copysign")
-} | {"rint": torch.round}  # fmt: skip
+} | {"rint": torch.round, "fmod": _fmod}  # fmt: skip

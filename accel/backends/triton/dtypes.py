@@ -3,7 +3,7 @@
 As for CPUs: small floats compute in float32 and are rounded where they are stored or cast; bool is
 a byte in memory and an int1 in registers. float8 and sub-byte integers are converted by arithmetic on
 their bits, which is exact, means the same on every architecture, and rounds and overflows as torch
-does (the hardware's own conversions saturate).
+does.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def _to_float8(value: Expr, block: Block, *, mantissa: int, bias: int) -> Expr:
 
     Normal numbers round by carrying in float32's own bits; below the smallest normal, adding a
     number whose last bit is float8's last bit rounds in hardware. Too large a number becomes
-    infinite (e5m2) or NaN (e4m3fn), as in torch.
+    infinite (e5m2) or the largest one (e4m3fn), as in torch from 2.13 on; before, the latter was
+    NaN.
     """
     dims = value.dims
 
@@ -139,10 +140,8 @@ def _to_float8(value: Expr, block: Block, *, mantissa: int, bias: int) -> Expr:
     )
     limit = (127 - bias + 1) << 23  # float32's bits of the smallest normal float8
     byte = let(f"tl.where({size} < {limit}, {tiny}, {normal})", "int32", "byte")
-    if mantissa == 3:
-        byte = let(f"tl.where({byte} > 0x7E, 0x7F, {byte})", "int32", "byte")
-    else:
-        byte = let(f"tl.where({byte} > 0x7C, 0x7C, {byte})", "int32", "byte")
+    largest = 0x7E if mantissa == 3 else 0x7C
+    byte = let(f"tl.where({byte} > {largest}, {largest}, {byte})", "int32", "byte")
     byte = let(f"tl.where({size} > 0x7F800000, 0x7F, {byte})", "int32", "byte")
     return Expr(f"({byte} | {sign}).to(tl.uint8)", "uint8", dims)
 
