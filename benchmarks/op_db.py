@@ -20,6 +20,7 @@ is written after each operator.
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ from accel import tree
 from accel.errors import AccelError
 from benchmarks.measure import THREADS, load_results, machine, store_results
 
+_FALLBACK = re.compile(r'"accel\.aten"[^\n]*?\bname = "([^"]+)"')
 DEFECTS = ("wrong", "crashed")
 # Memory that nobody wrote: eager may repeat it by chance.
 UNWRITTEN = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty",
@@ -74,8 +76,8 @@ def judge(function: Callable[..., Any], inputs: Inputs, unwritten: bool) -> tupl
         said = difference(a, b, random)
         if said:
             return "wrong", f"input {i} after the call: {said}"
-    fallbacks = compiled.report()["fallbacks"]
-    return ("right, torch", ", ".join(sorted(fallbacks))) if fallbacks else ("right", "")
+    fallbacks = sorted(set(_FALLBACK.findall(compiled.ir("captured"))))
+    return ("right, torch", ", ".join(fallbacks)) if fallbacks else ("right", "")
 
 
 def copied(inputs: Inputs) -> Inputs:

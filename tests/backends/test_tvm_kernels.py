@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -356,6 +357,38 @@ def test_results_that_may_overwrite_an_operand() -> None:
     assert pairs(square[:1], lambda b, x: b.cast(x, dtype=torch.float64)) == []
     assert pairs(square[:1], lambda b, x: b.sum(x, axes=(1,))) == []
     assert pairs(square[:1], lambda b, x: (b.exp(x), b.sum(x, axes=(0,)))) == []
+
+
+def test_a_result_never_overwrites_what_a_later_one_reads() -> None:
+    """Results of an element are stored one after another (gradients of a residual block)."""
+
+    def build(b: B, x: Any, y: Any, z: Any) -> Any:
+        first = b.add(x, y)
+        return first, b.mul(first, z), b.mul(x, x)
+
+    runner = Runner([function_of([f32(4, 8)] * 3, build)])
+    pairs = runner.compiled.inplace[runner.compiled.symbols[0]]
+    assert pairs == [(1, 1), (1, 2), (2, 0)]
+
+
+def test_any_and_all_of_numbers_ask_whether_they_are_zero() -> None:
+    x = torch.tensor([[0.25, -8.5, 0.0], [256.0, 2.0, 1.0], [0.0, -0.0, 0.0]])
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.int32):
+        given = (x * 4).to(dtype)
+        for name in ("any", "all"):
+            check([typed(dtype, 3, 3)], lambda b, v, n=name: getattr(b, n)(v, axes=(1,)), [given])
+            check([typed(dtype, 3, 3)], lambda b, v, n=name: getattr(b, n)(v, axes=(0,)), [given])
+
+
+def test_zero_times_infinity_is_no_zero() -> None:
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 2.0])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+
+        def build(b: B, v: Any) -> Any:
+            zero = b.scalar(0.0, v.dtype)
+            return b.mul(v, zero), b.mul(zero, v), b.div(zero, v)
+
+        check([typed(dtype, 5)], build, [x.to(dtype)])
 
 
 def test_refusals_say_why() -> None:

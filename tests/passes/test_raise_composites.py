@@ -442,3 +442,16 @@ def test_integer_arithmetic_is_left_alone():
         lambda b, x: b.where(b.gt(x, sc(b, 0, I64)), x, b.mul(x, sc(b, 2, I64))), t(3, dtype=I64)
     )
     assert sorted(compute(module)) == ["gt", "mul", "where"]
+
+
+def test_a_product_with_one_of_several_results_is_left_alone():
+    """Activations are looked for in products; a factor may be a result of an op with more."""
+
+    def make(b, grad, x, w):
+        options = {"stride": (1,), "padding": (0,), "dilation": (1,), "mask": (True, True, True)}
+        by_x, _, _ = b.conv_backward(grad, x, w, **options)
+        return b.mul(b.mul(by_x, b.sigmoid(x)), x)
+
+    module = program(make, t(2, 4, 5), t(2, 3, 6), t(4, 3, 2))
+    run_pipeline(module, "raise_composites", validate=True)
+    assert "conv_backward" in compute(module)

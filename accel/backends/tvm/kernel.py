@@ -11,6 +11,7 @@ scratch memory, and shares the rows of each phase among the threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -23,7 +24,7 @@ from accel.backends.tvm.code import Emitter
 from accel.backends.tvm.flat import FlatNest
 from accel.backends.tvm.index import Affine
 from accel.backends.tvm.merge import Sizes
-from accel.backends.tvm.phases import Phase, Planner
+from accel.backends.tvm.phases import Phase, Planner, Reduce, Store
 from accel.backends.tvm.rows import RowNest
 from accel.backends.tvm.survey import Survey
 from accel.ir.module import Region, Value
@@ -199,33 +200,40 @@ def _phase(
 def _inplace(planner: Planner, region: Region) -> list[tuple[int, int]]:
     """Results that may overwrite an input: every read of it is at the very place of the write.
 
-    Only in kernels of one phase with one loop of stores, so that nothing reads the input later.
+    Only in kernels of one phase with one loop of stores, so that nothing reads the input later. The
+    stores of an element follow one another, each after what it computes, and the code says that no
+    pointers alias: so the result must depend on the input, and later stores must not.
     """
     if len(planner.phases) != 1:
         return []
     (phase,) = planner.phases
     if len({store.inner for store in phase.stores}) != 1:
         return []
-    reads = _argument_reads(planner, phase)
+    by_store = [_argument_reads(planner, [store], ()) for store in phase.stores]
+    reads = _argument_reads(planner, phase.stores, phase.reduces)
     pairs: list[tuple[int, int]] = []
-    for store in phase.stores:
+    for i, store in enumerate(phase.stores):
         written = planner.indexer.flatten(store.index, store.value.shape)
         for number, arg in enumerate(region.args):
             fits = arg.type.numel() == store.value.type.numel()
             width = dtypes.storage(arg.dtype) == dtypes.storage(store.value.dtype)
             fits = fits and arg.dtype not in SUB_BYTE_BITS
-            if fits and width and reads[arg] == {written} and store.place.kind == "result":
-                pairs.append((store.place.number, number))
+            last = bool(by_store[i][arg]) and not any(later[arg] for later in by_store[i + 1 :])
+            if fits and width and last and reads[arg] == {written}:
+                if store.place.kind == "result":
+                    pairs.append((store.place.number, number))
     return pairs
 
 
-def _argument_reads(planner: Planner, phase: Phase) -> dict[Value, set[Affine]]:
+def _argument_reads(
+    planner: Planner, stores: Sequence[Store], reduces: Sequence[Reduce]
+) -> dict[Value, set[Affine]]:
     """Flat positions at which each argument is read."""
     reads: dict[Value, set[Affine]] = {arg: set() for arg in planner.region.args}
     survey = Survey(planner.indexer, {})
-    for store in phase.stores:
+    for store in stores:
         survey.element(store.value, store.index)
-    for reduce in phase.reduces:
+    for reduce in reduces:
         survey.element(reduce.op.operands[0], reduce.source)
     for value, index in survey.costly:
         if value in reads:

@@ -89,7 +89,7 @@ def constant(number: bool | int | float, dtype: torch.dtype, block: Block) -> Ex
     if dtype == torch.uint64:
         return math.const_u64(whole % (1 << 64))
     del block
-    return const(whole, kind)
+    return const(whole % (1 << 8 * dtype.itemsize) if kind.startswith("uint") else whole, kind)
 
 
 def emit(op: Op, args: Sequence[Expr], block: Block) -> Expr:
@@ -363,8 +363,8 @@ _FLOAT: dict[str, Emitter] = {
     **_COMPARE,
     "add": _simple(lambda a, b: a + b),
     "sub": _simple(lambda a, b: a - b),
-    "mul": _simple(lambda a, b: a * b),
-    "div": _simple(lambda a, b: a / b),
+    "mul": _simple(lambda a, b: tir.tirx.Mul(a, b)),  # TVM's operators take 0 * x as 0 for NaN
+    "div": _simple(lambda a, b: tir.tirx.Div(a, b)),
     "abs": _abs,
     "neg": _negate,
     "ceil": _intrinsic("llvm.ceil"),

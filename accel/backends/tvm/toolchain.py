@@ -7,6 +7,7 @@ signatures and one pass makes them ready for LLVM; the others would rewrite `not
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 import tempfile
@@ -36,15 +37,28 @@ def llvm_target(cpu: str) -> Any:
     return tvm.target.Target({"kind": "llvm", "mcpu": cpu})
 
 
+@cache
 def version() -> str:
-    """What machine code depends on besides the program: TVM (with its LLVM), and the CPU."""
+    """What machine code depends on besides the program: TVM (with its LLVM), this generator, the
+    meaning of ops, and the CPU."""
     try:
         number = metadata.version("apache-tvm")
     except metadata.PackageNotFoundError as error:
         raise MissingDependencyError(
             "generated CPU kernels need apache-tvm", advice="pip install 'accel-compiler[tvm]'"
         ) from error
-    return f"tvm {number}, {platform.machine()}, {' '.join(sorted(cpu_features()))}"
+    features = " ".join(sorted(cpu_features()))
+    return f"tvm {number}, generator {_sources()}, {platform.machine()}, {features}"
+
+
+def _sources() -> str:
+    """A hash over this package and the IR, so that no cache entry outlives a change of either."""
+    package = Path(__file__).parent
+    hasher = hashlib.sha256()
+    for folder in (package, package.parent.parent / "ir"):
+        for file in sorted(folder.rglob("*.py")):
+            hasher.update(file.read_bytes())
+    return hasher.hexdigest()[:16]
 
 
 def build(kernels: Sequence[KernelCode], cpu: str = "") -> bytes:
