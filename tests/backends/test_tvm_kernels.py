@@ -391,6 +391,32 @@ def test_zero_times_infinity_is_no_zero() -> None:
         check([typed(dtype, 5)], build, [x.to(dtype)])
 
 
+def test_division_by_a_constant_zero() -> None:
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 2.0, -1e-40])
+
+    def build(b: B, v: Any) -> Any:
+        return b.div(v, b.scalar(0.0, v.dtype)), b.div(v, b.scalar(-0.0, v.dtype))
+
+    for dtype in (torch.float32, torch.float64):
+        check([typed(dtype, 6)], build, [x.to(dtype)])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (2, 0, 70)])
+def test_empty_results(shape: tuple[int, ...]) -> None:
+    """Loops that never run are still loops: no constant division by their lengths."""
+
+    def transposed(b: B, x: Any) -> Any:
+        return b.exp(b.permute(x, axes=(2, 0, 1))), b.cat(x, x, axis=2), b.sum(x, axes=(0,))
+
+    def rows(b: B, x: Any) -> Any:
+        return b.softmax(x, axis=2), b.any(x, axes=(1,)), b.sum(b.cat(x, x, axis=0), axes=(0,))
+
+    x = torch.randn(shape)
+    for build in (transposed, rows):
+        for i in range(3):
+            check([f32(*shape)], lambda b, v, n=i, f=build: f(b, v)[n], [x])
+
+
 def test_refusals_say_why() -> None:
     complex_type = typed(torch.complex64, 4)
     function = function_of([complex_type], lambda b, x: b.exp(x))

@@ -55,7 +55,7 @@ class FlatNest(Nest):
         with self.emitter.scope([a for g in rows for a in g]) as body:
             part, base, steps = row, None, self.sizes.code(inner)
             if few:
-                across = self.sizes.code(pieces)
+                across = self.sizes.code(pieces or 1)
                 base, steps = self._cut(tir.tirx.truncmod(row, across), inner, _PIECE)
                 part = body.let(tir.tirx.truncdiv(row, across), "part")
             self._bind_rows(rows, part)
@@ -90,7 +90,7 @@ class FlatNest(Nest):
         self.cost = product((only.per_element, _TILE, inner))
         row, tile = tir.var("row"), tir.var("tile")
         with self.emitter.scope([a for g in rows for a in g]) as body:
-            count = self.sizes.code(high)
+            count = self.sizes.code(high or 1)
             base, steps = self._cut(tir.tirx.truncmod(row, count), across, _TILE)
             self._bind_rows(rows, body.let(tir.tirx.truncdiv(row, count), "part"))
             with self.emitter.scope() as tiles:

@@ -100,7 +100,7 @@ class Nest(ABC):
         """Recovers each row loop's variable from the number of the row."""
         block = self.emitter.block
         for group in reversed(groups[1:]):
-            extent = self.sizes.code(group_extent(group))
+            extent = self.sizes.code(group_extent(group) or 1)  # no row runs where one is empty
             variable = block.let(tir.tirx.truncmod(row, extent), group[0].name)
             row = block.let(tir.tirx.truncdiv(row, extent), "row")
             self.emitter.addresses.bind(group, variable)

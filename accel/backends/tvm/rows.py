@@ -103,10 +103,10 @@ class RowNest(Nest):
                             self._loops(one, partial(self._store, one))
             else:
                 extent = group_extent(lane)
-                width = min(_LANES, extent) if isinstance(extent, int) else _LANES
+                width = max(1, min(_LANES, extent)) if isinstance(extent, int) else _LANES
                 pieces = parts_of(extent, width)
                 self.rows, self.cost = product((self.rows, pieces)), product((self.cost, width))
-                count = self.sizes.code(pieces)
+                count = self.sizes.code(pieces or 1)
                 self._bind_rows(rows, body.let(tir.tirx.truncdiv(row, count), "part"))
                 base, steps = self._cut(tir.tirx.truncmod(row, count), extent, width)
                 self._emit_lanes(lane, base, steps, width)

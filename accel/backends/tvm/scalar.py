@@ -157,6 +157,13 @@ def minimum(a: Expr, b: Expr) -> Expr:
     return select(tir.tirx.Or(a < b, tir.is_nan(a)), a, b)
 
 
+def _divide(a: Expr, b: Expr) -> Expr:
+    """TVM refuses to print a division by a constant zero; the product with infinity is the same."""
+    if isinstance(b, tir.tirx.FloatImm) and b.value == 0:
+        return tir.tirx.Mul(a, const(pymath.copysign(pymath.inf, b.value), tir.dtype_of(b)))
+    return tir.tirx.Div(a, b)
+
+
 def _sigmoid(block: Block, kind: str, args: list[Expr]) -> Expr:
     if kind == "float32":
         return math.sigmoid(args[0], block)
@@ -364,7 +371,7 @@ _FLOAT: dict[str, Emitter] = {
     "add": _simple(lambda a, b: a + b),
     "sub": _simple(lambda a, b: a - b),
     "mul": _simple(lambda a, b: tir.tirx.Mul(a, b)),  # TVM's operators take 0 * x as 0 for NaN
-    "div": _simple(lambda a, b: tir.tirx.Div(a, b)),
+    "div": _simple(_divide),
     "abs": _abs,
     "neg": _negate,
     "ceil": _intrinsic("llvm.ceil"),
