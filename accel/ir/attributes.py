@@ -73,7 +73,9 @@ def _simple(annotation: str) -> Check:
 
 def attributes_key(attributes: Mapping[str, Attribute]) -> tuple[Any, ...]:
     """A key that tells apart what Python calls equal: 1, 1.0 and True. Values must hash."""
-    return tuple(
+    if not attributes:
+        return ()
+    return tuple([
         (name, type(value), value, tuple(map(type, value)) if type(value) is tuple else None)
         for name, value in attributes.items()
-    )
+    ])  # fmt: skip

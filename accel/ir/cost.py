@@ -8,9 +8,9 @@ moves only what crosses its border. Symbolic sizes take the values given, or typ
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from accel.ir.module import Function, Module, Op, Region, SymbolInfo, Value
 from accel.ir.op import Trait
@@ -78,6 +78,80 @@ def module_cost(
     names = {str(op.attributes["name"]): op.result.type for op in _constants(module)}
     weights = sum(int(t.nbytes()) for t in names.values())
     return Cost(total.flops, total.bytes, weights, total.seconds)
+
+
+class CostMeter:
+    """`module_cost` of a program that is measured again and again while passes change it.
+
+    Keeps what each op costs; `settled` ops of a later measurement cost what they did, and ops of
+    the same types cost the same.
+    """
+
+    def __init__(self, rates: Rates | None = None) -> None:
+        self.rates = rates
+        self._known: dict[Op, _OpCost] = {}
+        self._alike: dict[tuple[object, ...], _OpCost] = {}
+        self._sizes: dict[str, int] = {}  # that these costs hold for
+
+    def measure(self, module: Module, settled: Set[Op] = frozenset()) -> Cost:
+        flops = moved = 0
+        seconds = 0.0
+        weights: dict[str, int] = {}
+        before, self._known = self._known, {}
+        for function in module.functions.values():
+            sizes = typical_sizes(function.symbols)
+            if sizes != self._sizes:
+                self._alike, self._sizes = {}, sizes
+            for op in function.ops:
+                known = before.get(op) if op in settled else None
+                if known is None:
+                    known = self._cost(op, sizes)
+                self._known[op] = known
+                flops, moved, seconds = flops + known[0], moved + known[1], seconds + known[2]
+                if known[3]:
+                    weights.update(known[3])
+        return Cost(flops, moved, sum(weights.values()), seconds)
+
+    def _cost(self, op: Op, sizes: Mapping[str, int]) -> _OpCost:
+        if op.name == "constant":
+            return 0, 0, 0.0, _weights(op)
+        if not op.regions:
+            return self._plain_cost(op, sizes)
+        inner = [each for region in op.regions for each in region.ops]
+        flops = sum([self._cost(each, sizes)[0] for each in inner])
+        cost = Cost(flops, _moved(op, sizes))
+        weights = [w for each in inner for w in _weights(each)]
+        return flops, cost.bytes, self._seconds(op, cost), weights
+
+    def _plain_cost(self, op: Op, sizes: Mapping[str, int]) -> _OpCost:
+        """By definition, types, and which operands are one value: it is read once."""
+        given = op.operands
+        key = (
+            op.definition,
+            *[v.type for v in given],
+            *[r.type for r in op.results],
+            *[given.index(v) for v in given],
+        )
+        found = self._alike.get(key)
+        if found is None:
+            cost = op_cost(op, sizes)
+            found = self._alike[key] = (cost.flops, cost.bytes, self._seconds(op, cost), [])
+        return found
+
+    def _seconds(self, op: Op, cost: Cost) -> float:
+        if self.rates is None or not cost.bytes:
+            return 0.0
+        return roofline(cost, op.operands or op.results, self.rates)
+
+
+# Operations, bytes, seconds, and the weights by name with their bytes.
+_OpCost: TypeAlias = tuple[int, int, float, list[tuple[str, int]]]
+
+
+def _weights(op: Op) -> list[tuple[str, int]]:
+    if op.name != "constant":
+        return []
+    return [(str(op.attributes["name"]), int(op.result.type.nbytes()))]
 
 
 def function_cost(

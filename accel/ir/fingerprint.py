@@ -35,23 +35,31 @@ def function_fingerprint(function: Function) -> str:
 def region_fingerprint(region: Region) -> str:
     """Of one region; values from outside of it are numbered in the order they are met."""
     lines: list[str] = []
-    _describe(region, {}, lines)
+    _describe(region, {}, {}, lines)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _describe(region: Region, numbers: dict[Value, int], lines: list[str]) -> None:
+def _describe(
+    region: Region, numbers: dict[Value, int], types: dict[int, str], lines: list[str]
+) -> None:
+    """`types` has the texts of types by identity: definitions share the ones they inferred."""
+
     def number(value: Value) -> int:
         return numbers.setdefault(value, len(numbers))
 
-    lines.append(f"^{[(number(a), _type(a)) for a in region.args]}")
+    def type_of(value: Value) -> str:
+        key = id(value.type)
+        return types.get(key) or types.setdefault(key, _type(value))
+
+    lines.append(f"^{[(number(a), type_of(a)) for a in region.args]}")
     for op in region.ops:
         operands = [number(v) for v in op.operands]
         attributes = op.attributes and {k: _attribute(v) for k, v in op.attributes.items()}
-        results = [(number(r), _type(r)) for r in op.results]
+        results = [(number(r), type_of(r)) for r in op.results]
         lines.append(f"{op.name}{operands}{op.segments}{attributes}{results}")
         for nested in op.regions:
             lines.append("{")
-            _describe(nested, numbers, lines)
+            _describe(nested, numbers, types, lines)
             lines.append("}")
 
 

@@ -12,7 +12,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 import sympy
 import torch
@@ -52,6 +53,8 @@ class _Printer:
     def __init__(self, locations: bool, outer: _Printer | None = None) -> None:
         self.locations = locations
         self.outer = outer
+        # Texts by identity: a model has few different types and lines, and uses each many times.
+        self.texts: dict[int, str] = outer.texts if outer else {}
         self.names: dict[Value, str] = {}
         self.taken: set[str] = set()
         self.counter: int = outer.counter if outer else 0  # for values without a name
@@ -78,7 +81,7 @@ class _Printer:
 
     def region(self, region: Region, indent: int) -> list[str]:
         pad = " " * (indent - 2)
-        args = ", ".join(f"{self.name(v)}: {v.type}" for v in region.args)
+        args = ", ".join([f"{self.name(v)}: {self.type(v.type)}" for v in region.args])
         lines = [f"{pad}^bb0({args}):" if args else f"{pad}^bb0:"]
         for op in region.ops:
             lines.extend(self.op(op, indent))
@@ -86,24 +89,24 @@ class _Printer:
 
     def op(self, op: Op, indent: int) -> list[str]:
         pad = " " * indent
-        operands = ", ".join(self.name(v) for v in op.operands)
+        name, type, given = self.name, self.type, op.operands
+        operands = ", ".join([name(v) for v in given])
         nested: list[str] = []
         if op.regions:
             inner = _Printer(self.locations, self)
             for i, region in enumerate(op.regions):
                 nested.append(" ({" if i == 0 else f"{pad}}}, {{")
                 nested.extend(inner.region(region, indent + 4))
-        results = ", ".join(self.name(v) for v in op.results)
+        results = ", ".join([name(v) for v in op.results])
         prefix = f"{results} = " if results else ""
-        attributes = dict(op.attributes)
+        made = ", ".join([type(v.type) for v in op.results])
+        attributes = op.attributes
         if op.segments is not None:
-            attributes["operand_segments"] = op.segments
-        dims = _dims(v.type for v in op.results)
-        if dims:
-            attributes["accel.dims"] = dims
+            attributes = {**attributes, "operand_segments": op.segments}
+        if "?" in made:
+            attributes = {**attributes, "accel.dims": _dims(v.type for v in op.results)}
         text = f" {_dictionary(attributes)}" if attributes else ""
-        types = ", ".join(str(v.type) for v in op.operands)
-        made = ", ".join(str(v.type) for v in op.results)
+        types = ", ".join([type(v.type) for v in given])
         made = made if len(op.results) == 1 else f"({made})"
         tail = f"{text} : ({types}) -> {made}{self.location(op)}"
         head = f'{pad}{prefix}"accel.{op.name}"({operands})'
@@ -114,8 +117,15 @@ class _Printer:
     def location(self, op: Op) -> str:
         if not self.locations or (op.location is None and not op.made_by):
             return ""
-        place = _location(op.location) if op.location is not None else "unknown"
+        place = "unknown"
+        if op.location is not None:
+            key = id(op.location)
+            place = self.texts.get(key) or self.texts.setdefault(key, _location(op.location))
         return f" loc({_string(op.made_by)}({place}))" if op.made_by else f" loc({place})"
+
+    def type(self, type: TensorType) -> str:
+        key = id(type)
+        return self.texts.get(key) or self.texts.setdefault(key, str(type))
 
     def name(self, value: Value) -> str:
         """The value's hint if it is free, with a number if it is taken, or a number alone.
@@ -125,7 +135,9 @@ class _Printer:
         known = self.names.get(value)
         if known is not None:
             return known
-        hint = _BAD.sub("_", value.name)
+        hint = value.name
+        if not (hint.isascii() and hint.isidentifier()):
+            hint = _BAD.sub("_", hint)
         if not hint or hint[0] in "0123456789.":
             name = str(self.counter)
             self.counter += 1
@@ -162,10 +174,11 @@ def _dims(types: Iterable[TensorType]) -> tuple[sympy.Expr, ...]:
     return tuple(d for t in types for d in t.shape if not isinstance(d, int))
 
 
-def _dictionary(attributes: dict[str, Attribute]) -> str:
-    return "{" + ", ".join(f"{k} = {format_attribute(v)}" for k, v in attributes.items()) + "}"
+def _dictionary(attributes: Mapping[str, Attribute]) -> str:
+    return "{" + ", ".join([f"{k} = {format_attribute(v)}" for k, v in attributes.items()]) + "}"
 
 
+@lru_cache(4096)
 def _string(text: str) -> str:
     if _PLAIN.fullmatch(text):
         return f'"{text}"'
@@ -181,6 +194,10 @@ _PLAIN = re.compile(r"[ !#-\[\]-~]*+")
 
 def format_attribute(value: Attribute) -> str:
     """One attribute as MLIR text."""
+    if type(value) is str:
+        return _string(value)
+    if type(value) is tuple:
+        return "[" + ", ".join([format_attribute(v) for v in value]) + "]"
     if value is None:
         return "unit"
     if isinstance(value, bool):
@@ -199,7 +216,7 @@ def format_attribute(value: Attribute) -> str:
         return DTYPE_NAMES[value]
     if isinstance(value, sympy.Expr):
         return f"#accel.expr<{_string(str(value))}>"
-    return "[" + ", ".join(format_attribute(v) for v in value) + "]"
+    return "[" + ", ".join([format_attribute(v) for v in value]) + "]"
 
 
 def _float(value: float) -> str:

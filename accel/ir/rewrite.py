@@ -260,10 +260,12 @@ class _Driver:
             self.queued.discard(current)
             if current.parent is not self.region:
                 continue
-            for rule in self.rules.of(current.definition):
-                if self.try_rule(rule, current, depth_limit):
-                    break
-                if self.out_of_fuel:
+            rules = self.rules.of(current.definition)
+            if not rules:
+                continue
+            b = Builder(before=current, made_by=self.context.current_pass or current.made_by)
+            for rule in rules:
+                if self.try_rule(rule, current, b, depth_limit) or self.out_of_fuel:
                     break
             if self.count > limit:
                 raise RewriteError(
@@ -277,10 +279,11 @@ class _Driver:
             self.queued.add(each)
             self.queue.append(each)
 
-    def try_rule(self, rule: Rule, current: Op, depth_limit: int) -> bool:
+    def try_rule(self, rule: Rule, current: Op, b: Builder, depth_limit: int) -> bool:
         anchor = current.prev
-        b = Builder(before=current, made_by=self.context.current_pass or current.made_by)
         made = rule.apply(current, b, self.context)
+        if made is None and current.prev is anchor:
+            return False
         new = self.inserted(anchor, current)
         if made is None:
             self.discard(new)

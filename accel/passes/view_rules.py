@@ -7,6 +7,7 @@ to know which chains cancel. Part of `canonicalize`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from accel.ir.module import Op, Value
 from accel.ir.op import Trait
 from accel.ir.patterns import bind, op, splat_value, var
 from accel.ir.rewrite import Made, Rewrite, RewriteContext, Rule
-from accel.ir.types import Dim, broadcast_shapes, same_dim, same_shape, simplify_dim
+from accel.ir.types import Dim, Shape, broadcast_shapes, same_dim, same_shape, simplify_dim
 from accel.ir.viewmap import ViewMap
 
 _LONGEST_CHAIN = 12
@@ -38,10 +39,10 @@ class ViewChain(Rule):
             chain.append(source)
         # The longest tail of the chain that factors: sizes may hide how an axis was split.
         for length in range(len(chain), 0, -1):
-            view = _view_of(chain[:length])
-            if view is None:
+            start = chain[length - 1].operands[0].shape
+            steps = _normal_form(start, tuple([_step(each) for each in reversed(chain[:length])]))
+            if steps is None:
                 continue
-            steps = view.steps()
             fewer = len(steps) < length
             permute_for_nothing = length == 1 and op.name == "permute" and _is_reshape(steps)
             if not fewer and not permute_for_nothing:
@@ -54,17 +55,24 @@ class ViewChain(Rule):
         return None
 
 
-def _view_of(chain: Sequence[Op]) -> ViewMap | None:
-    """The map of a chain given from its end to its start; None if it does not factor."""
-    if any(d == 0 for each in chain for d in each.result.shape):
-        return None
-    view = ViewMap(chain[-1].operands[0].shape)
-    for each in reversed(chain):
-        if each.name == "permute":
-            view.permute(each.attribute("axes"))
-        elif not view.reshape(each.attribute("shape")):
+def _step(op: Op) -> tuple[str, tuple[Any, ...]]:
+    return op.name, op.attribute("axes" if op.name == "permute" else "shape")
+
+
+@lru_cache(4096)  # models repeat their layers
+def _normal_form(
+    start: Shape, chain: tuple[tuple[str, tuple[Any, ...]], ...]
+) -> tuple[tuple[str, tuple[Any, ...]], ...] | None:
+    """The fewest steps that do what the chain does to that shape; None if it does not factor."""
+    view = ViewMap(start)
+    for name, argument in chain:
+        if any(d == 0 for d in view.shape):
             return None
-    return view
+        if name == "permute":
+            view.permute(argument)
+        elif not view.reshape(argument):
+            return None
+    return None if any(d == 0 for d in view.shape) else tuple(view.steps())
 
 
 def _is_reshape(steps: Sequence[tuple[str, Any]]) -> bool:
