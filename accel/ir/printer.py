@@ -55,6 +55,7 @@ class _Printer:
         self.outer = outer
         # Texts by identity: a model has few different types and lines, and uses each many times.
         self.texts: dict[int, str] = outer.texts if outer else {}
+        self.places: dict[tuple[str, int], str] = outer.places if outer else {}
         self.names: dict[Value, str] = {}
         self.taken: set[str] = set()
         self.counter: int = outer.counter if outer else 0  # for values without a name
@@ -90,7 +91,8 @@ class _Printer:
     def op(self, op: Op, indent: int) -> list[str]:
         pad = " " * indent
         name, type, given = self.name, self.type, op.operands
-        operands = ", ".join([name(v) for v in given])
+        names, texts = self.names, self.texts
+        operands = ", ".join([names.get(v) or name(v) for v in given])
         nested: list[str] = []
         if op.regions:
             inner = _Printer(self.locations, self)
@@ -106,7 +108,7 @@ class _Printer:
         if "?" in made:
             attributes = {**attributes, "accel.dims": _dims(v.type for v in op.results)}
         text = f" {_dictionary(attributes)}" if attributes else ""
-        types = ", ".join([type(v.type) for v in given])
+        types = ", ".join([texts.get(id(v.type)) or type(v.type) for v in given])
         made = made if len(op.results) == 1 else f"({made})"
         tail = f"{text} : ({types}) -> {made}{self.location(op)}"
         head = f'{pad}{prefix}"accel.{op.name}"({operands})'
@@ -117,11 +119,13 @@ class _Printer:
     def location(self, op: Op) -> str:
         if not self.locations or (op.location is None and not op.made_by):
             return ""
-        place = "unknown"
-        if op.location is not None:
-            key = id(op.location)
-            place = self.texts.get(key) or self.texts.setdefault(key, _location(op.location))
-        return f" loc({_string(op.made_by)}({place}))" if op.made_by else f" loc({place})"
+        key = (op.made_by, id(op.location))
+        text = self.places.get(key)
+        if text is None:
+            place = _location(op.location) if op.location is not None else "unknown"
+            text = f" loc({_string(op.made_by)}({place}))" if op.made_by else f" loc({place})"
+            self.places[key] = text
+        return text
 
     def type(self, type: TensorType) -> str:
         key = id(type)

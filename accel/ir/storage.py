@@ -88,6 +88,12 @@ class WeightStore:
         new._entries = dict(self._entries)
         return new
 
+    def pick(self, *names: str) -> WeightStore:
+        """A store of these weights alone, which stay whatever happens to the names here."""
+        new = WeightStore()
+        new._entries = {name: self._entry(name) for name in names}
+        return new
+
     def names(self) -> list[str]:
         return list(self._entries)
 

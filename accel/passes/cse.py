@@ -39,12 +39,17 @@ class CommonSubexpressions(Pass):
 
 def _merge(region: Region, context: Context) -> bool:
     """Merges in program order; False when fuel is spent."""
-    known: dict[Hashable, Op] = {}
+    alike: dict[Hashable, Op | dict[Hashable, Op]] = {}  # attributes are compared where needed
     for op in region.ops:
         if not _mergeable(op):
             continue
-        key = _key(op)
-        first = known.setdefault(key, op)
+        operands = _operands(op)
+        known = alike.setdefault(operands, op)
+        if known is op:
+            continue
+        if isinstance(known, Op):
+            known = alike[operands] = {_attributes(known): known}
+        first = known.setdefault(_attributes(op), op)
         if first is op:
             continue
         if not context.rewrite("equal_op", op):
@@ -59,16 +64,16 @@ def _mergeable(op: Op) -> bool:
     return op.has(Trait.PURE) or (op.name == "aten" and bool(op.attribute("pure")))
 
 
-def _key(op: Op) -> Hashable:
+def _operands(op: Op) -> Hashable:
     operands = [id(v) for v in op.operands]
     if op.has(Trait.COMMUTATIVE):
         operands[:2] = sorted(operands[:2])
-    attributes = tuple(sorted((k, _exactly(v)) for k, v in _complete(op).items()))
-    return (op.definition.name, tuple(operands), op.segments, attributes)
+    return (op.definition.name, tuple(operands), op.segments)
 
 
-def _complete(op: Op) -> dict[str, Any]:
-    return op.definition.complete_attributes(op.attributes)
+def _attributes(op: Op) -> Hashable:
+    given = op.definition.complete_attributes(op.attributes)
+    return tuple([(k, _exactly(v)) for k, v in given.items()])
 
 
 def _exactly(value: Any) -> Any:

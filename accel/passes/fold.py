@@ -263,6 +263,7 @@ def _is_view_of_weight(root: Op) -> bool:
 
 def _lazy_view(b: Builder, root: Op, module: Module) -> Value:
     """A constant that is computed when first read: no rounding, no work at compile time."""
-    load = deferred_function(_function_of([root]), module.weights.copy())
+    names = [str(op.attributes["name"]) for op in _subgraph([root]) if op.name == "constant"]
+    load = deferred_function(_function_of([root]), module.weights.pick(*names))
     name = module.weights.add_lazy(_name_for(root), root.result.type, load)
     return b.constant(name, root.result.type)

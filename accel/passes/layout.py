@@ -174,7 +174,7 @@ class _Mover:
         name = str(constant_name(weight))
         if name not in self.matrices:
             type = weight.type.with_shape(weight.shape[:2])
-            store = deferred_reshape(self.weights.copy(), name, [int(d) for d in type.shape])
+            store = deferred_reshape(self.weights.pick(name), name, [int(d) for d in type.shape])
             self.matrices[name] = self.weights.add_lazy(f"{name}.matrix", type, store)
         matrix = b.constant(self.matrices[name], self.weights.type(self.matrices[name]))
         result: Value = b.linear(x, matrix, bias)

@@ -3,6 +3,7 @@
     manager = PassManager("canonicalize,cse,dce", Context(), validate=True, dump_dir="dumps")
     ledger = manager.run(module)
 
+A pass that has had nothing to do on a program does not run on it again before something changes.
 After each pass the manager verifies the module, tells whether it changed by comparing programs (a
 pass never reports on itself), times the pass, numbers a dump (`03_fuse.mlir`) and writes a ledger
 row. With `validate` it checks the pass's contract (`accel.passes.contracts`). An approximate pass
@@ -103,6 +104,10 @@ class PassManager:
     ) -> PassRow:
         row = PassRow(index, each.name, _json_options(each), _contract_text(each))
         row.ops_before, row.before = state.ops, state.cost
+        if not self._must_check(each) and state.idle.get(str(each)) is state.snapshot:
+            row.notes = {"skipped": "it left this very program as it is before"}
+            row.ops_after, row.after = state.ops, state.cost
+            return row
         check_start = time.perf_counter()
         samples = self._samples(each, module, state)
         backup = self._backup(each, module)
@@ -135,6 +140,8 @@ class PassManager:
             row.error = 0.0
         elif row.changed:
             state.forget(keep_exact=False)
+        if not row.changed and not row.rewrites:
+            state.idle[str(each)] = state.snapshot
         row.ops_after, row.after = state.ops, state.cost
         return row
 
@@ -212,6 +219,8 @@ class _State:
 
     def __init__(self, module: Module, rates: Rates | None) -> None:
         self.meter = CostMeter(rates)
+        # Passes, with their options, by the program that they had nothing to do on.
+        self.idle: dict[str, Snapshot] = {}
         self.update(Snapshot(module), module)
         self.samples: dict[str, list[Sample]] = {}  # by kind of contract, while still valid
 

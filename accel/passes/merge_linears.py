@@ -111,7 +111,7 @@ class _Stacks:
         if key not in self.known:
             first = first or names[0]
             self.known[key] = self.weights.add_lazy(
-                f"{first}.merged", type, deferred_stack(self.weights.copy(), names)
+                f"{first}.merged", type, deferred_stack(self.weights.pick(*names), names)
             )
         return b.constant(self.known[key], type)
 
