@@ -15,22 +15,23 @@ from accel.ir.storage import WeightStore
 from accel.runtime import libraries
 from accel.runtime.artifact import Contents, GoldenCase
 from accel.runtime.convention import Convention
+from accel.runtime.device import DeviceWeights, device_of, load_code
 from accel.runtime.executor import CompiledFunction
-from accel.runtime.host import HostLibrary
 from accel.runtime.interfaces import HostCode
 from accel.runtime.manifest import TargetSpec
 from accel.runtime.model import CompiledModel, EntryPoint, State
-from accel.runtime.prepare import PreparedCalls, TensorWeights
+from accel.runtime.prepare import PreparedCalls, TensorWeights, WeightSource
 from accel.runtime.weights import StoredWeight
 from accel.tree import class_named
 
-HOST_CODE = "kernels.so"
+HOST_CODE = {"cpu": "kernels.so", "cuda": "kernels.cuda"}
 
 
 def to_model(program: Program) -> CompiledModel:
     """The program, ready to be called in this process."""
-    weights = TensorWeights(_StoredTensors(program.weights))
-    host = HostLibrary(program.library) if program.library else None
+    device = device_of(program.target.kind)
+    weights = weights_on(device, program.weights)
+    host = load_code(program.library, device) if program.library else None
     prepared = PreparedCalls()
     state = State(weights.tensor)
     entries = {
@@ -54,20 +55,28 @@ def to_function(
     program: Program,
     name: str,
     *,
-    weights: TensorWeights | None = None,
+    weights: WeightSource | None = None,
     host: HostCode | None = None,
     prepared: PreparedCalls | None = None,
 ) -> CompiledFunction:
     """One function on flat lists of tensors."""
+    device = device_of(program.target.kind)
     if host is None and program.library:
-        host = HostLibrary(program.library)
+        host = load_code(program.library, device)
     return CompiledFunction(
         program.plans[name],
-        weights or TensorWeights(_StoredTensors(program.weights)),
+        weights or weights_on(device, program.weights),
         libraries=libraries.get,
         host=host,
         prepared=prepared,
+        device=device,
     )
+
+
+def weights_on(device: torch.device, store: WeightStore) -> WeightSource:
+    """A store's tensors on the device that runs."""
+    tensors = TensorWeights(_StoredTensors(store))
+    return tensors if device.type == "cpu" else DeviceWeights(tensors, device)
 
 
 def to_contents(program: Program, golden: Sequence[GoldenCase] = ()) -> Contents:
@@ -77,22 +86,24 @@ def to_contents(program: Program, golden: Sequence[GoldenCase] = ()) -> Contents
         type_ = program.weights.type(name)
         shape = tuple(int(d) for d in type_.shape)
         weights[name] = StoredWeight(type_.dtype, shape, partial(program.weights.stored, name))
+    host_code = HOST_CODE[program.target.kind] if program.library else ""
     kernels = {f"{name}.txt": text.encode() for name, text in program.sources.items()}
+    native = bool(program.library) and program.target.kind == "cpu"
     if program.library:
-        kernels[HOST_CODE] = program.library
+        kernels[host_code] = program.library
     return Contents(
         functions=program.plans,
         weights=weights,
         target=TargetSpec(
             name=program.target.name,
-            machine=platform.machine() if program.library else "",
-            features=list(program.target.features) if program.library else [],
+            machine=platform.machine() if native else "",
+            features=list(program.target.features) if native else [],
             description=program.target.to_json(),
         ),
         versions=versions(),
         ir=program.stages,
         kernels=kernels,
-        host_code=HOST_CODE if program.library else "",
+        host_code=host_code,
         golden=golden,
         ledger=program.ledger.to_json(),
         report=report(program),

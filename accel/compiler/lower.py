@@ -27,11 +27,28 @@ from accel.runtime.plan import FunctionPlan, SizeExpr, Step, ValueKind, ValueSpe
 class KernelSymbol:
     """Where a kernel op's code is: its symbol and the sizes to pass after the buffers.
 
-    `inplace` has pairs (result, input) where the result may overwrite the input.
+    `inplace` has pairs (result, input) where the result may overwrite the input. A GPU kernel may
+    be several launches, each a step of its own, with buffers of `scratch` bytes between them.
     """
 
     symbol: str
     dims: tuple[Dim, ...] = ()
+    inplace: tuple[tuple[int, int], ...] = ()
+    launches: tuple[Launch, ...] = ()
+    scratch: tuple[SizeExpr, ...] = ()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: ("input" | "result" | "scratch", number) of what it reads and writes, in order.
+
+    `inplace` has pairs (position in `writes`, position in `reads`).
+    """
+
+    symbol: str
+    reads: tuple[tuple[str, int], ...]
+    writes: tuple[tuple[str, int], ...]
+    sizes: tuple[str, ...]
     inplace: tuple[tuple[int, int], ...] = ()
 
 
@@ -86,6 +103,8 @@ class _Lowering:
             self.weight(op.result, str(op.attributes["name"]))
         elif op.name == "full" and op.result.type.is_static:
             self.full(op)
+        elif op.name == "kernel" and self.kernels[op].launches:
+            self.launches(op, self.kernels[op])
         elif op.name == "kernel":
             symbol = self.kernels[op]
             dims = [size_expr(d) for d in symbol.dims]
@@ -142,6 +161,28 @@ class _Lowering:
         self.steps.append(
             Step(kind, name, numbers, outputs, options or {}, dims or [], source=_source(op))
         )
+
+    def launches(self, op: Op, kernel: KernelSymbol) -> None:
+        """A kernel as one step a launch."""
+        places = {("input", i): self.ids[v] for i, v in enumerate(op.operands)}
+        for i, result in enumerate(op.results):
+            places["result", i] = self.new(result, "buffer")
+        for i, size in enumerate(kernel.scratch):
+            self.values.append(ValueSpec("buffer", "uint8", [size], "scratch"))
+            places["scratch", i] = len(self.values) - 1
+        for launch in kernel.launches:
+            options = {"inplace": [list(p) for p in launch.inplace]} if launch.inplace else {}
+            self.steps.append(
+                Step(
+                    "kernel",
+                    launch.symbol,
+                    [places[slot] for slot in launch.reads],
+                    [places[slot] for slot in launch.writes],
+                    options,
+                    list(launch.sizes),
+                    source=_source(op),
+                )
+            )
 
     def aten(self, op: Op) -> None:
         inputs: list[int] = []

@@ -16,13 +16,15 @@ from typing import Any
 from torch import Tensor
 
 from accel import __version__
+from accel.backends.triton import TritonBackend
 from accel.backends.tvm import TvmBackend
 from accel.backends.vendor import OneDnnConv, OneDnnLinear, ScaledDotProduct, TorchLinear
+from accel.compiler import gpu
 from accel.compiler.cache import CompileCache, cache_key
 from accel.compiler.lower import KernelSymbol, lower_function
 from accel.compiler.options import Options
 from accel.compiler.targets import Target
-from accel.errors import OptionError
+from accel.ir.capability import Library
 from accel.ir.fingerprint import region_fingerprint
 from accel.ir.module import Module, Op
 from accel.ir.printer import print_module
@@ -44,6 +46,13 @@ KERNEL_PIPELINE = (
     "dce",
     "fuse",
     "dce",
+)
+
+CPU_LIBRARIES: tuple[Library, ...] = (
+    OneDnnLinear(),
+    OneDnnConv(),
+    ScaledDotProduct(),
+    TorchLinear(),
 )
 
 
@@ -93,18 +102,16 @@ def compile_module(
     Raises AccelError subclasses: ContractError where a pass breaks its promise, BackendError where
     no backend takes an op, OptionError for a pipeline that does not parse.
     """
-    if target.kind != "cpu":
-        raise OptionError(
-            f"target '{target.name}' has no code generator in this version",
-            advice="use target='cpu'",
-        )
     load_passes()
     seconds: dict[str, float] = {}
-    backend = TvmBackend() if options.kernels else None
+    on_gpu = target.kind == "cuda"
+    backend: TvmBackend | TritonBackend | None = None
+    if options.kernels:
+        backend = gpu.generator(target) if on_gpu else TvmBackend()
     context = Context(
         target=target,
         generator=backend,
-        libraries=(OneDnnLinear(), OneDnnConv(), ScaledDotProduct(), TorchLinear()),
+        libraries=gpu.libraries() if on_gpu else CPU_LIBRARIES,
         calibration=calibration,
         fuel=None if options.fuel < 0 else options.fuel,
     )
@@ -121,12 +128,16 @@ def compile_module(
     )
     ledger = manager.run(module)
     stages["optimized"] = print_module(module, locations=True)
-    lowering = PassManager(list(KERNEL_PIPELINE), context, validate=options.validate)
+    pipeline = gpu.KERNEL_PIPELINE if on_gpu else KERNEL_PIPELINE
+    lowering = PassManager(list(pipeline), context, validate=options.validate)
     ledger.extend(lowering.run(module))
     stages["kernels"] = print_module(module, locations=True)
     seconds["passes"] = time.perf_counter() - start
     start = time.perf_counter()
-    symbols, library, sources = compile_kernels(module, backend, target, options)
+    if isinstance(backend, TritonBackend):
+        symbols, library, sources = gpu.compile_launches(module, backend, options)
+    else:
+        symbols, library, sources = compile_kernels(module, backend, target, options)
     seconds["kernels"] = time.perf_counter() - start
     start = time.perf_counter()
     plans = {f.name: lower_function(f, module, symbols) for f in module.functions.values()}

@@ -78,6 +78,7 @@ class _Planner:
         self.context = context
         self.group_of: dict[Op, Group] = {}
         self.stage: dict[Op, int] = {}
+        self.recomputed: set[Op] = set()
         self.order: dict[Op, int] = {op: i for i, op in enumerate(function.ops)}
 
     # -- grouping --------------------------------------------------------------------------
@@ -90,15 +91,36 @@ class _Planner:
                 default=0,
             )
             if fusible and not op.has(Trait.VIEW) and not op.has(Trait.CONSTANT):
-                self._place(op)
+                if self._is_recomputed(op):
+                    self.recomputed.add(op)
+                else:
+                    self._place(op)
 
     def _fusible(self, op: Op) -> bool:
         return len(op.results) == 1 and self.generator.supports(op) is None
 
+    def _is_recomputed(self, op: Op) -> bool:
+        """Whether kernels compute the op for themselves: an elementwise op of a small constant (a
+        norm's weight, widened), read by larger ones only. A kernel of its own would cost more."""
+        if not op.has(Trait.ELEMENTWISE) or len(op.operands) != 1:
+            return False
+        source = op.operands[0].op
+        return (
+            source is not None
+            and source.has(Trait.CONSTANT)
+            and all(self._is_larger(user, op.result) for user in op.result.users)
+        )
+
+    def _is_larger(self, user: Op, value: Value) -> bool:
+        count, size = product(user.results[0].shape), product(value.shape)
+        larger = not isinstance(count, int) or (isinstance(size, int) and count >= 8 * size)
+        return larger and self._fusible(user) and not user.has(Trait.VIEW)
+
     def _edge_stage(self, producer: Op, op: Op, fusible: bool) -> int:
         """Stages count the unfusible edges before an op: groups of one stage cannot form a cycle
         through other stages, so cycles need looking for inside a stage only."""
-        through = fusible and (producer in self.group_of or producer.has(Trait.VIEW))
+        inside = producer in self.group_of or producer in self.recomputed
+        through = fusible and (inside or producer.has(Trait.VIEW))
         return self.stage[producer] + (0 if through or producer.has(Trait.CONSTANT) else 1)
 
     def _place(self, op: Op) -> None:
@@ -290,6 +312,7 @@ class _Planner:
             if op is None or op in self.group_of or op in views:
                 continue
             free = not op.operands and op.has(Trait.PURE) and op.name != "constant"
+            free = free or op in self.recomputed
             if (op.has(Trait.VIEW) or free) and self.generator.supports(op) is None:
                 views[op] = None
                 pending.extend(op.operands)

@@ -2,8 +2,9 @@
 
 A plan names an operator of PyTorch ("aten::topk.default") and has templates for its arguments (see
 `accel.runtime.plan.Step`). Names are looked up in torch's dispatcher and nowhere else: nothing is
-imported, and no attribute of a Python object is followed that the dispatcher does not know. Only operators that write none of their operands are taken. A plan from a file
-that nobody vouches for may call ATen operators only, and none that reaches outside of its tensors.
+imported, and no attribute of a Python object is followed that the dispatcher does not know. Only
+operators that write none of their operands are taken. A plan from a file that nobody vouches for
+may call ATen operators only, and none that reaches outside of its tensors.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from accel.errors import ArtifactError
 from accel.runtime.plan import dtype_of
 
+_CPU = torch.device("cpu")
 _NAME = re.compile(r"([A-Za-z_]\w*)::(\w+)(?:\.(\w+))?")
 
 # Read or make files, or build tensors from indices that they do not check.
@@ -95,14 +97,17 @@ class ArgumentReader:
     """Turns templates into constants and getters.
 
     `operand(i)` gives operand i of the step: (True, tensor or None) if it is the same in every
-    call, else (False, its slot). `size` evaluates a size expression.
+    call, else (False, its slot). `size` evaluates a size expression. `device` is where the plan
+    runs: a plan says "cpu" for it.
     """
 
     def __init__(
-        self, operand: Callable[[int], tuple[bool, Any]], size: Callable[[Any], int]
+        self,
+        operand: Callable[[int], tuple[bool, Any]],
+        size: Callable[[Any], int],
+        device: torch.device = _CPU,
     ) -> None:
-        self._operand = operand
-        self._size = size
+        self._operand, self._size, self._device = operand, size, device
 
     def read(self, template: Any, depth: int = 0) -> tuple[bool, Any]:
         """(True, constant) or (False, getter)."""
@@ -138,7 +143,7 @@ class ArgumentReader:
             if isinstance(found, (torch.layout, torch.memory_format)):
                 return found
             if body == "cpu":
-                return torch.device("cpu")
+                return self._device
         raise ArtifactError(f"bad argument template {{'{kind}': {str(body)[:80]}}}")
 
 

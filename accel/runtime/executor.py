@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import length_hint
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from accel.errors import AccelError, ExecutionError, InputError
 from accel.runtime.analysis import analyze
 from accel.runtime.binding import Binding, Sizes
+from accel.runtime.cuda_graph import GraphRunner
 from accel.runtime.interfaces import HostCode, Libraries
 from accel.runtime.plan import FunctionPlan, Step
 from accel.runtime.prepare import PreparedCalls, WeightSource, prepare
@@ -34,6 +35,7 @@ from accel.runtime.runs import Run
 from accel.runtime.signature import Signature
 from accel.runtime.steps import Parts, StepBuilder, describe
 
+_CPU = torch.device("cpu")
 _MAX_LANES = 8  # arenas kept for concurrent calls
 _MAX_BOUND = 32  # sets of sizes that a lane keeps closures for
 
@@ -47,6 +49,8 @@ class CompiledFunction:
         libraries: finds vendor calls by name.
         host: generated kernels; None if the plan has no kernel steps.
         prepared: packed weights, shared between the functions of a model.
+        device: where inputs, buffers and results are; the weights must be there too.
+        graph: on a GPU, record the steps as a CUDA graph.
     """
 
     def __init__(
@@ -57,10 +61,12 @@ class CompiledFunction:
         libraries: Libraries,
         host: HostCode | None = None,
         prepared: PreparedCalls | None = None,
+        device: torch.device = _CPU,
+        graph: bool = True,
     ) -> None:
-        self.plan = plan
+        self.plan, self.device, self.graph = plan, device, graph
         self.analysis = analyze(plan)
-        self.signature = Signature(plan, torch.device("cpu"))
+        self.signature = Signature(plan, device)
         self._sizes = Sizes(plan, self.analysis)
         self._weights, self._libraries, self._host = weights, libraries, host
         self._prepared = prepared if prepared is not None else PreparedCalls()
@@ -77,7 +83,7 @@ class CompiledFunction:
         try:
             lane = lanes.pop()
         except IndexError:
-            lane = _Lane()
+            lane = _Lane(self)
         try:
             bound = lane.current
             if bound is None or not bound.accepts(inputs):
@@ -105,6 +111,12 @@ class CompiledFunction:
         with self._lock:
             placement = self._sizes.bind(symbols).placement
         return placement.total, placement.lower_bound
+
+    def graph_runner(self, steps: Callable[[Sequence[Tensor]], list[Tensor]]) -> GraphRunner:
+        """Runs steps on the GPU, as a recorded graph from the second call on."""
+        check = getattr(self._host, "raise_failure", None) or _nothing
+        record, name = self.graph, self.plan.name
+        return GraphRunner(steps, self.device, check, record=record, name=name)
 
     def _bind(self, lane: _Lane, inputs: Sequence[Tensor]) -> _Bound:
         """The slow path: full checks, then closures for these sizes."""
@@ -140,10 +152,15 @@ class CompiledFunction:
                 )
 
 
+def _nothing() -> None:
+    return None
+
+
 class _Lane:
     """An arena, and closures that point into it. Used by one call at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: CompiledFunction) -> None:
+        self.function = function
         self.arena = torch.empty(0, dtype=torch.uint8)
         self.bound: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()
         self.current: _Bound | None = None
@@ -151,11 +168,14 @@ class _Lane:
     def add(
         self, key: tuple[int, ...], parts: Parts, binding: Binding, inputs: Sequence[Tensor]
     ) -> _Bound:
-        if binding.placement.total > self.arena.numel():
+        device = self.function.device
+        if binding.placement.total > self.arena.numel() or self.arena.device != device:
             self.bound.clear()  # they point into the old arena
             self.current = None
-            self.arena = torch.empty(binding.placement.total, dtype=torch.uint8, device="cpu")
+            self.arena = torch.empty(binding.placement.total, dtype=torch.uint8, device=device)
         bound = self.bound[key] = _Bound(parts, binding, self.arena, inputs)
+        if device.type == "cuda":
+            bound.graph = self.function.graph_runner(bound.run_steps)
         if len(self.bound) > _MAX_BOUND:
             self.bound.popitem(last=False)
         return bound
@@ -173,6 +193,8 @@ class _Bound:
         self._steps: list[Step | None] = [step for _, step in built]
         self._keep = (builder.keep, builder.static)
         self._parts, self._binding = parts, binding
+        self._device, self._on_cpu = arena.device, arena.is_cpu
+        self.graph: GraphRunner | None = None
         plan, slots = parts.plan, parts.slots
         order = sorted(range(len(slots)), key=lambda value: slots[value])
         self._template = [builder.static[v] for v in order[len(plan.inputs) :]]
@@ -193,7 +215,8 @@ class _Bound:
                 if (
                     tensor.dtype is not dtype
                     or tensor.shape != shape
-                    or not tensor.is_cpu
+                    or tensor.is_cpu is not self._on_cpu
+                    or not (self._on_cpu or tensor.device == self._device)
                     or tensor.layout is not torch.strided
                     or (grad and tensor.requires_grad)
                 ):
@@ -203,12 +226,13 @@ class _Bound:
         return True
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        if torch.is_autocast_enabled("cpu"):  # the plan says every dtype
-            with torch.autocast("cpu", enabled=False):
-                return self._run(inputs)
-        return self._run(inputs)
+        run = self.graph or self.run_steps
+        if torch.is_autocast_enabled(self._device.type):  # the plan says every dtype
+            with torch.autocast(self._device.type, enabled=False):
+                return run(inputs)
+        return run(inputs)
 
-    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def run_steps(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         values: list[Any] = [*inputs, *self._template]
         if self._raw or self._donated:
             self._make_plain(values)

@@ -11,20 +11,22 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from accel.config import logger
 from accel.errors import ArtifactError, TrustError
 from accel.runtime import libraries
 from accel.runtime.artifact import Artifact
 from accel.runtime.aten import check_untrusted
 from accel.runtime.convention import Convention, classes_of_data
+from accel.runtime.device import DeviceWeights, device_of, load_code
 from accel.runtime.executor import CompiledFunction
-from accel.runtime.host import HostLibrary
 from accel.runtime.interfaces import HostCode, HostCodeLoader, Libraries
 from accel.runtime.manifest import check_machine
 from accel.runtime.memory import collection_paused
 from accel.runtime.model import CompiledModel, EntryPoint, State
 from accel.runtime.plan import FunctionPlan
-from accel.runtime.prepare import PreparedCalls
+from accel.runtime.prepare import PreparedCalls, WeightSource
 from accel.runtime.trust import trusted_keys
 
 _log = logger("runtime")
@@ -51,7 +53,7 @@ def load(
     *,
     rebuild: Rebuild | None = None,
     find_library: Libraries = libraries.get,
-    load_host: HostCodeLoader = HostLibrary,
+    load_host: HostCodeLoader | None = None,
 ) -> CompiledModel:
     """Loads an artifact. The result is called as the model was.
 
@@ -72,7 +74,7 @@ def _load(
     trust: bool,
     rebuild: Rebuild | None,
     find_library: Libraries,
-    load_host: HostCodeLoader,
+    load_host: HostCodeLoader | None,
 ) -> CompiledModel:
     manifest = artifact.manifest
     trusted = trust or is_signed_by_trusted_key(artifact)
@@ -88,19 +90,29 @@ def _load(
     return assemble(artifact, plans, host, find_library)
 
 
+def _device(artifact: Artifact) -> torch.device:
+    return device_of(str(artifact.manifest.target.description.get("kind", "cpu")))
+
+
 def is_signed_by_trusted_key(artifact: Artifact) -> bool:
     """Whether the artifact has a (valid) signature by a key that this user trusts."""
     return artifact.signature is not None and artifact.signature.key in trusted_keys()
 
 
 def _host_code(
-    artifact: Artifact, trusted: bool, rebuild: Rebuild | None, load_host: HostCodeLoader
+    artifact: Artifact,
+    trusted: bool,
+    rebuild: Rebuild | None,
+    load_host: HostCodeLoader | None,
 ) -> tuple[Mapping[str, FunctionPlan], HostCode | None]:
     path, manifest = artifact.archive.path, artifact.manifest
     if trusted:
         try:
             check_machine(manifest.target)
-            return manifest.functions, load_host(artifact.read(manifest.host_code))
+            data = artifact.read(manifest.host_code)
+            if load_host is None:
+                return manifest.functions, load_code(data, _device(artifact))
+            return manifest.functions, load_host(data)
         except ArtifactError as error:
             if rebuild is None or isinstance(error, TrustError):
                 raise
@@ -128,14 +140,23 @@ def assemble(
     find_library: Libraries,
 ) -> CompiledModel:
     """The model from checked parts; weights stay in the file until they are used."""
-    manifest, weights, prepared = artifact.manifest, artifact.weights(), PreparedCalls()
+    manifest, prepared = artifact.manifest, PreparedCalls()
+    device = _device(artifact)
+    weights: WeightSource = artifact.weights()
+    if device.type != "cpu":
+        weights = DeviceWeights(weights, device)
     state = State(weights.tensor)
     entries: dict[str, EntryPoint] = {}
     for name, plan in plans.items():
         plan.metadata = manifest.functions[name].metadata
         convention = Convention(plan, classes_of_data)
         function = CompiledFunction(
-            plan, weights, libraries=find_library, host=host, prepared=prepared
+            plan,
+            weights,
+            libraries=find_library,
+            host=host,
+            prepared=prepared,
+            device=device,
         )
         entries[name] = EntryPoint(function, convention, state)
     stages = {s: (lambda s=s: artifact.ir(s)) for s in artifact.stages()}

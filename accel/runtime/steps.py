@@ -50,6 +50,7 @@ class StepBuilder:
 
     def __init__(self, parts: Parts, binding: Binding, arena: Tensor) -> None:
         self.parts, self.plan, self.binding = parts, parts.plan, binding
+        self.device = arena.device
         self.static: list[Tensor | None] = [None] * len(self.plan.values)
         for value, tensor in parts.constants.items():
             self.static[value] = tensor
@@ -144,7 +145,8 @@ class StepBuilder:
             if (self.binding.shapes[argument], self.parts.dtypes[argument]) == (shape, dtype):
                 source = argument
         if source is None:
-            return lambda values: torch.empty(shape, dtype=dtype, device="cpu")
+            device = self.device
+            return lambda values: torch.empty(shape, dtype=dtype, device=device)
         slot = self.parts.slots[source]
         if self.parts.dtypes[source] == dtype:
             return lambda values: values[slot].contiguous()
@@ -165,7 +167,9 @@ class StepBuilder:
 
     def _aten(self, step: Step) -> Run:
         reader = ArgumentReader(
-            lambda i: self._aten_operand(step, i), lambda e: evaluate_size(e, self.binding.symbols)
+            lambda i: self._aten_operand(step, i),
+            lambda e: evaluate_size(e, self.binding.symbols),
+            self.device,
         )
         args = step.options.get("args", [])
         kwargs = step.options.get("kwargs", {})

@@ -28,7 +28,7 @@ class CompiledLaunch:
     """One launch of a kernel: its code, and what it is given."""
 
     code: LaunchCode
-    binary: Binary | None
+    binary: Binary
 
     @property
     def name(self) -> str:
@@ -100,11 +100,14 @@ class TritonBackend:
     def supports_product(self, op: Op) -> str | None:
         return f"accel.{op.name} has no generated code on GPUs"
 
-    def supports_attention(self, op: Op) -> str | None:
+    def supports_anchor(self, op: Op, kind: str) -> str | None:
         return f"accel.{op.name} has no generated code on GPUs"
 
     def supports_decoding(self, op: Op) -> str | None:
         return f"accel.{op.name} has no generated code on GPUs"
+
+    def matmul_columns(self, op: Op) -> int:
+        raise BackendError(f"accel.{op.name} has no generated code on GPUs")
 
     def _elementwise_reason(self, op: Op) -> str | None:
         reason = scalar.supports(op)

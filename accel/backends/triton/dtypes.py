@@ -1,9 +1,9 @@
 """How each torch dtype is stored, and what scalars of it are computed in, in Triton.
 
 As for CPUs: small floats compute in float32 and are rounded where they are stored or cast; bool is
-a byte in memory and an int1 in registers. float8 and sub-byte integers are converted by arithmetic on
-their bits, which is exact, means the same on every architecture, and rounds and overflows as torch
-does.
+a byte in memory and an int1 in registers. float8 and sub-byte integers are converted by arithmetic
+on their bits, which is exact, means the same on every architecture, and rounds and overflows as
+torch does.
 """
 
 from __future__ import annotations

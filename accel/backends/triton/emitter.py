@@ -1,9 +1,9 @@
 """Writes the Triton code of elements: a `Tracer` whose scalars are tiles.
 
 A *scope* is what has been computed so far and where: the kernel's own (values that vary with the
-row only), one for each set of columns, and one for each side of a choice. An element is computed in the
-outermost scope that knows all its axes, once, and named. Both sides of a choice are computed, under
-masks: a load happens only in lanes where its address is meant.
+row only), one for each set of columns, and one for each side of a choice. An element is computed in
+the outermost scope that knows all its axes, once, and named. Both sides of a choice are computed,
+under masks: a load happens only in lanes where its address is meant.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ root op and as much of its epilogue as the call can take, and the options it ret
 run-time half needs. Meaning is never encoded here: it is the region of the `accel.call`.
 """
 
-from accel.backends.vendor.attention import ScaledDotProduct
+from accel.backends.vendor.attention import CudaAttention, ScaledDotProduct
 from accel.backends.vendor.onednn import OneDnnConv, OneDnnLinear, TorchLinear
 
-__all__ = ["OneDnnConv", "OneDnnLinear", "ScaledDotProduct", "TorchLinear"]
+__all__ = ["CudaAttention", "OneDnnConv", "OneDnnLinear", "ScaledDotProduct", "TorchLinear"]

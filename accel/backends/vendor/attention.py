@@ -17,11 +17,12 @@ class ScaledDotProduct:
     """
 
     name = "sdpa"
+    dtypes: frozenset[torch.dtype] = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
     def match(self, op: Op) -> LibraryMatch | None:
         if op.name != "attention" or op.attribute("softcap") is not None:
             return None
-        if not op.result.dtype.is_floating_point or op.result.dtype == torch.float16:
+        if op.result.dtype not in self.dtypes:
             return None
         ops = [op]
         user = op.result.single_user
@@ -44,3 +45,9 @@ class ScaledDotProduct:
         )
         merge = ("none", "permute", "merge")[len(ops) - 1]
         return LibraryMatch(self.name, ops, (*options, ("heads", merge)))
+
+
+class CudaAttention(ScaledDotProduct):
+    """The same on GPUs: FlashAttention, cuDNN's or memory-efficient attention, torch chooses."""
+
+    dtypes = ScaledDotProduct.dtypes | {torch.float16}

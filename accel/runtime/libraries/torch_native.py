@@ -66,7 +66,7 @@ class ScaledDotProduct:
             sizes = (q.shape[2], k.shape[2])
             keep = bands.get(sizes)
             if keep is None:
-                keep = _band(*sizes, causal, offset, window)
+                keep = _band(*sizes, causal, offset, window, q.device)
                 bands.clear()
                 bands[sizes] = keep
             if mask is None:
@@ -91,9 +91,12 @@ class ScaledDotProduct:
         return _spliced(run, operands)
 
 
-def _band(rows: int, columns: int, causal: bool, offset: int, window: int | None) -> Tensor:
-    distance = torch.arange(columns)[None, :] - torch.arange(rows)[:, None] - offset
-    keep = torch.ones(rows, columns, dtype=torch.bool)
+def _band(
+    rows: int, columns: int, causal: bool, offset: int, window: int | None, device: torch.device
+) -> Tensor:
+    row, column = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    distance = column[None, :] - row[:, None] - offset
+    keep = torch.ones(rows, columns, dtype=torch.bool, device=device)
     if causal:
         keep &= distance <= 0
     if window is not None:

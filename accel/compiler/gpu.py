@@ -1,0 +1,116 @@
+"""What is particular to NVIDIA GPUs in a compile: libraries, lowering passes, generated kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accel import __version__
+from accel.backends.triton import CompiledLaunch, TritonBackend
+from accel.backends.vendor import CudaAttention, TorchLinear
+from accel.compiler.cache import CompileCache, cache_key
+from accel.compiler.lower import KernelSymbol, Launch
+from accel.compiler.options import Options
+from accel.compiler.sizes import size_expr
+from accel.compiler.targets import Target
+from accel.ir.capability import Library
+from accel.ir.fingerprint import region_fingerprint
+from accel.ir.module import Module, Op
+from accel.runtime.cuda_code import CudaKernel, pack, unpack
+
+KERNEL_PIPELINE = ("select_libraries", "decompose", "cse", "dce", "fuse", "dce")
+
+
+def generator(target: Target) -> TritonBackend:
+    """The kernel generator for a GPU."""
+    return TritonBackend(target.arch, target.cores)
+
+
+def libraries() -> tuple[Library, ...]:
+    """What cuBLAS and PyTorch's attention take, in order of preference."""
+    return (CudaAttention(), TorchLinear())
+
+
+def compile_launches(
+    module: Module, backend: TritonBackend, options: Options
+) -> tuple[dict[Op, KernelSymbol], bytes | None, dict[str, str]]:
+    """Code for every kernel op: symbols, one file of machine code, readable sources.
+
+    Each kernel is cached by itself, so a model that shares blocks with another compiles the rest.
+    Raises BackendError if an op has no code, or Triton fails.
+    """
+    kernels = [op for f in module.functions.values() for op in f.ops if op.name == "kernel"]
+    if not kernels:
+        return {}, None, {}
+    cache = CompileCache()
+    symbols: dict[str, KernelSymbol] = {}
+    code: dict[str, tuple[CudaKernel, bytes]] = {}
+    sources: dict[str, str] = {}
+    prints = {op: region_fingerprint(op.regions[0]) for op in kernels}
+    for op in kernels:
+        if prints[op] in symbols:
+            continue
+        key = cache_key(__version__, backend.name, backend.version(), prints[op])
+        entry = cache.get(key) if options.cache else None
+        if entry is None:
+            header, payload = _compile(op, backend)
+            if options.cache:
+                cache.put(key, header, payload)
+        else:
+            header, payload = entry.header, entry.payload
+        symbols[prints[op]] = _symbol(header)
+        sources |= header["sources"]
+        unpacked = unpack(payload)
+        code |= {n: (k, unpacked.cubin(n)) for n, k in unpacked.kernels.items()}
+    return {op: symbols[prints[op]] for op in kernels}, pack(backend.arch, code), sources
+
+
+def _compile(op: Op, backend: TritonBackend) -> tuple[dict[str, Any], bytes]:
+    """One kernel as JSON (how its launches are called) and machine code."""
+    compiled = backend.compile([op])
+    (name,) = compiled.names
+    launches = compiled.launches[name]
+    header = {
+        "name": name,
+        "launches": [_launch(one) for one in launches],
+        "scratch": [size_expr(size) for size in compiled.scratch[name]],
+        "sources": compiled.sources | {f"{one.name}.ptx": one.binary.ptx for one in launches},
+    }
+    packed = {one.name: (_kernel(one), one.binary.cubin) for one in launches}
+    return header, pack(backend.arch, packed)
+
+
+def _launch(one: CompiledLaunch) -> dict[str, Any]:
+    return {
+        "symbol": one.name,
+        "reads": [[s.kind, s.number] for s in one.reads],
+        "writes": [[s.kind, s.number] for s in one.writes],
+        "sizes": list(one.code.sizes),
+        "inplace": [list(pair) for pair in one.code.inplace],
+    }
+
+
+def _kernel(one: CompiledLaunch) -> CudaKernel:
+    return CudaKernel(
+        symbol=one.binary.symbol,
+        tensors=len(one.reads) + len(one.writes),
+        sizes=one.code.sizes,
+        checks=one.code.checks,
+        spare=one.binary.spare,
+        programs=size_expr(one.code.programs),
+        warps=one.binary.warps,
+        shared=one.binary.shared,
+    )
+
+
+def _symbol(header: dict[str, Any]) -> KernelSymbol:
+    launches = tuple(
+        Launch(
+            one["symbol"],
+            tuple((kind, number) for kind, number in one["reads"]),
+            tuple((kind, number) for kind, number in one["writes"]),
+            tuple(one["sizes"]),
+            tuple((result, operand) for result, operand in one["inplace"]),
+        )
+        for one in header["launches"]
+    )
+    return KernelSymbol(header["name"], launches=launches, scratch=tuple(header["scratch"]))

@@ -1,0 +1,175 @@
+"""Loads generated GPU kernels and launches them through the CUDA driver. No compiler is imported.
+
+Kernels run on torch's current stream, in torch's context, so they keep order with torch's own and
+are captured in its CUDA graphs. A kernel that meets an index out of range sets a word in pinned
+host memory; it is looked at when the device is known to have finished, and before the next call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from functools import cache
+
+import torch
+
+from accel.errors import ArtifactError, ExecutionError, MissingDependencyError
+from accel.runtime.cuda_code import CudaKernel, unpack
+from accel.runtime.interfaces import KernelFunction
+from accel.runtime.plan import evaluate_size
+
+_ALIGNMENT = 16
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_STATIC_SHARED = 48 << 10
+_OUT_OF_MEMORY = 2
+_LARGEST_GRID = (1 << 31) - 1
+
+
+class Driver:
+    """The few functions of libcuda that launching needs."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.launch = library.cuLaunchKernel
+        self.launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7,
+                                *[ctypes.c_void_p] * 3]  # fmt: skip
+        self._library = library
+
+    def call(self, name: str, *args: object) -> None:
+        """Calls a function; ExecutionError if it fails."""
+        self.check(getattr(self._library, name)(*args), name)
+
+    def check(self, code: int, what: str) -> None:
+        if code:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorString(code, ctypes.byref(text))
+            reason = text.value.decode() if text.value else f"error {code}"
+            advice = "free some GPU memory" if code == _OUT_OF_MEMORY else ""
+            raise ExecutionError(f"CUDA: {reason}", where=what, advice=advice)
+
+
+@cache
+def driver() -> Driver:
+    """The CUDA driver. MissingDependencyError if there is none."""
+    for name in ("libcuda.so.1", "libcuda.so", "nvcuda.dll"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        return Driver(library)
+    raise MissingDependencyError(
+        "this machine has no CUDA driver (libcuda)", advice="run on a machine with an NVIDIA GPU"
+    )
+
+
+def check_device(arch: str, device: torch.device) -> None:
+    """Raises ArtifactError if machine code for `arch` does not run on the device."""
+    major, minor = torch.cuda.get_device_capability(device)
+    wanted = int(arch.removeprefix("sm_").rstrip("a"))
+    if major != wanted // 10 or minor < wanted % 10:
+        raise ArtifactError(
+            f"the kernels are for {arch}; {torch.cuda.get_device_name(device)} is "
+            f"sm_{major}{minor}",
+            advice="compile for this GPU's target",
+        )
+
+
+class CudaLibrary:
+    """Kernels from `cuda_code.pack`'s bytes, loaded when they are first asked for.
+
+    Args:
+        device: a CUDA device; its context is torch's.
+
+    Raises ArtifactError for bytes that are no kernels. A missing or another kind of device is an
+    error when the first kernel is asked for.
+    """
+
+    def __init__(self, data: bytes, device: torch.device) -> None:
+        self.code = unpack(data)
+        self.device = device
+        self._functions: dict[str, KernelFunction] = {}
+        self._modules: list[ctypes.c_void_p] = []
+        self._lock = threading.Lock()
+        self._status = torch.zeros(1, dtype=torch.int32)
+        self._word: ctypes.c_int32 | None = None
+
+    def function(self, symbol: str) -> KernelFunction:
+        """The kernel of that name; ArtifactError if there is none."""
+        with self._lock:
+            if self._word is None:
+                self._open()
+            if symbol not in self._functions:
+                self._functions[symbol] = self._load(symbol)
+            return self._functions[symbol]
+
+    def raise_failure(self) -> None:
+        """Raises ExecutionError if a kernel that has finished met an index out of range."""
+        if self._word is not None and self._word.value:
+            self._word.value = 0
+            raise ExecutionError("an index is out of range", where="a generated GPU kernel")
+
+    def _open(self) -> None:
+        """Looks for the device; a program may be made and stored where there is none."""
+        if not torch.cuda.is_available():
+            raise MissingDependencyError(
+                "the program is for a GPU, and torch finds none here",
+                advice="run it on a machine with an NVIDIA GPU and a CUDA build of torch",
+            )
+        check_device(self.code.arch, self.device)
+        self._driver = driver()
+        self._status = self._status.pin_memory()
+        self._word = ctypes.c_int32.from_address(self._status.data_ptr())
+
+    def _load(self, name: str) -> KernelFunction:
+        if name not in self.code.kernels:
+            raise ArtifactError(f"the GPU code has no kernel '{name}'")
+        kernel = self.code.kernels[name]
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(self.device):
+            torch.cuda.current_stream().synchronize()  # makes sure of torch's context
+            self._driver.call("cuModuleLoadData", ctypes.byref(module), self.code.cubin(name))
+            self._driver.call(
+                "cuModuleGetFunction", ctypes.byref(function), module, kernel.symbol.encode()
+            )
+            if kernel.shared > _STATIC_SHARED:
+                self._driver.call(
+                    "cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, kernel.shared
+                )
+        self._modules.append(module)
+        return self._launcher(name, kernel, function)
+
+    def _launcher(self, name: str, kernel: CudaKernel, function: ctypes.c_void_p) -> KernelFunction:
+        launch, check, device = self._driver.launch, self._driver.check, self.device
+        count = kernel.tensors + len(kernel.sizes)
+        status = ctypes.c_int64(self._status.data_ptr())
+        null = ctypes.c_int64(0)
+        extra = [ctypes.addressof(status)] if kernel.checks else []
+        extra += [ctypes.addressof(null)] * kernel.spare
+        threads, shared = 32 * kernel.warps, kernel.shared
+        fixed = kernel.programs if isinstance(kernel.programs, int) else None
+        pointers: dict[int, ctypes.Array[ctypes.c_void_p]] = {}
+
+        def run(address: int, keep: object = (status, null)) -> None:
+            parameters = pointers.get(address)
+            if parameters is None:
+                places = [address + 8 * i for i in range(count)] + extra
+                parameters = (ctypes.c_void_p * len(places))(*places)
+                if len(pointers) > 4096:
+                    pointers.clear()
+                pointers[address] = parameters
+            words = (ctypes.c_int64 * count).from_address(address)
+            for word in words[: kernel.tensors]:
+                if word % _ALIGNMENT:
+                    raise ExecutionError(f"a tensor's address is no multiple of {_ALIGNMENT}",
+                                         where=name)  # fmt: skip
+            programs = fixed
+            if programs is None:
+                sizes = dict(zip(kernel.sizes, words[kernel.tensors :]))
+                programs = evaluate_size(kernel.programs, sizes)
+            if not 0 < programs <= _LARGEST_GRID:
+                raise ExecutionError(f"a grid of {programs} programs", where=name)
+            stream = torch.cuda.current_stream(device).cuda_stream
+            code = launch(function, programs, 1, 1, threads, 1, 1, shared, stream, parameters, None)
+            if code:
+                check(code, name)
+
+        return run
