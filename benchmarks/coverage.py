@@ -9,7 +9,8 @@ For each model of `tests/zoo.py`, through `torch.compile`:
 
     accel, inductor   graphs, graph breaks, error against eager, seconds of the first call
     fallbacks         every ATen op that has no definition in the IR and that torch runs itself
-    dynamic           (models over tokens) three batch and sequence sizes, and programs compiled
+    dynamic           (models over tokens) three batch and sequence sizes, and programs compiled; if
+                      more than one, also the graphs that Dynamo makes with a backend of no work
     gradients         error of the gradients against eager's, where eager has them
 
 Errors are the largest difference over the largest element, the worst of all outputs; for gradients,
@@ -72,25 +73,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
     warnings.filterwarnings("ignore")
-    data = load_results("coverage") or {}
-    models: dict[str, Outcome] = data.get("models", {})
     for row in zoo.ZOO:
         if options.only and row.name not in options.only:
             continue
-        known = models.get(row.name, {})
+        known = stored_models().get(row.name, {})
         skipped = [key for key in known if options.missing]
         skipped += ["inductor"] * options.no_inductor + ["gradients"] * options.no_gradients
         measured = measure(row, skipped)
         if not measured:
             continue
-        models[row.name] = {**known, "family": row.family, **measured}
-        order = [r.name for r in zoo.ZOO if r.name in models]
-        models = {name: models[name] for name in order}
-        store_results(
-            "coverage", {"machine": machine(), "summary": summary(models), "models": models}
-        )
+        store(row, measured)
         print(row.name, measured, flush=True)
-    show(models)
+    show(stored_models())
+
+
+def stored_models() -> dict[str, Outcome]:
+    """What is stored by now, by this process or another that measures other questions."""
+    models: dict[str, Outcome] = load_results("coverage").get("models", {})
+    return models
+
+
+def store(row: zoo.Row, measured: Outcome) -> None:
+    models = stored_models()
+    models[row.name] = {**models.get(row.name, {}), "family": row.family, **measured}
+    models = {r.name: models[r.name] for r in zoo.ZOO if r.name in models}
+    store_results("coverage", {"machine": machine(), "summary": summary(models), "models": models})
 
 
 def measure(row: zoo.Row, skipped: Sequence[str]) -> Outcome:
@@ -155,7 +162,27 @@ def dynamic(row: zoo.Row) -> Outcome:
         outcome["error"] = max(errors)
         outcome["programs"] = compiler.programs
         outcome["ok"] = outcome["error"] <= TOLERANCE and compiler.programs == 1
+    if outcome.get("programs", 1) > 1:
+        outcome["dynamo_graphs"] = dynamo_graphs(row)
     return outcome
+
+
+def dynamo_graphs(row: zoo.Row) -> int:
+    """How many graphs Dynamo itself makes: one a length, where Python loops over the tokens."""
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = row.build()
+    with torch.no_grad():
+        fast = torch.compile(model, backend=count, dynamic=True)
+        for batch, length in SIZES:
+            fast(**row.make_inputs(batch, length))
+    return graphs
 
 
 def backward(row: zoo.Row) -> Outcome:
