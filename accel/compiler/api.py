@@ -19,9 +19,9 @@ from accel.compiler.targets import Target, get_target
 from accel.errors import CaptureError, InputError, OptionError
 from accel.frontends.export import capture
 from accel.ir.module import Module
-from accel.runtime.artifact import write_artifact
+from accel.runtime.artifact import GoldenCase, write_artifact
 from accel.runtime.convention import describe_parameters
-from accel.runtime.golden import record
+from accel.runtime.golden import golden_case, record
 from accel.runtime.memory import collection_paused
 from accel.runtime.model import CompiledModel
 
@@ -118,6 +118,7 @@ class Compiled:
         self._dynamic_shapes, self._calibration = dynamic_shapes, calibration
         self._fixed: CompiledModel | None = None
         self._programs: dict[Any, tuple[Program, CompiledModel, list[Tensor]]] = {}
+        self._calls: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,17 +147,33 @@ class Compiled:
                 with collection_paused():
                     program = self._compile(args, kwargs)
                     self._programs[key] = (program, to_model(program), tensors)
+                    self._calls[key] = (tuple(args), dict(kwargs))
         return self._programs[key][1]
 
     def _compile(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
         start = time.perf_counter()
+        args, kwargs = self._on_models_device(args, kwargs)
         module = capture(self.model, args, kwargs, dynamic_shapes=self._dynamic_shapes)
         forward = self.model.forward if isinstance(self.model, nn.Module) else self.model
         module.main.metadata["parameters"] = describe_parameters(forward)
         seconds = time.perf_counter() - start
         program = compile_module(module, self.target, self.options, calibration=self._calibration)
+        module.dissolve()
         program.seconds = {"capture": seconds, **program.seconds}
         return program
+
+    def _on_models_device(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """Example inputs where the model is: a program for a GPU may be made of one on the CPU."""
+        if self.target.kind == "cpu" or not isinstance(self.model, nn.Module):
+            return args, kwargs
+        first = next(self.model.parameters(), None)
+        device = first.device if first is not None else torch.device("cpu")
+        leaves, description = tree.flatten((tuple(args), dict(kwargs)))
+        moved = [t.to(device) if isinstance(t, Tensor) else t for t in leaves]
+        made: tuple[Sequence[Any], Mapping[str, Any]] = tree.unflatten(description, moved)
+        return made
 
     def _latest(self) -> tuple[Program, CompiledModel, list[Tensor]]:
         if not self._programs:
@@ -190,11 +207,22 @@ class Compiled:
         program, model, tensors = self._latest()
         golden = []
         if self.options.golden:
-            entry = next(iter(model.entry_points.values()))
             with torch.random.fork_rng():
-                golden.append(record(entry.name, entry.run, tensors))
+                golden.append(self._golden(model, tensors))
             model.reset_state()
         write_artifact(path, to_contents(program, golden))
+
+    def _golden(self, model: CompiledModel, tensors: Sequence[Tensor]) -> GoldenCase:
+        """The recorded call; of the model itself, where the program's device is not here."""
+        entry = next(iter(model.entry_points.values()))
+        device = entry.function.device
+        if device.type == "cpu" or torch.cuda.is_available():
+            return record(entry.name, entry.run, tensors, device)
+        args, kwargs = next(reversed(self._calls.values()))
+        with torch.no_grad():
+            leaves, _ = tree.flatten(self.model(*args, **kwargs))
+        kept = [t.detach().clone() for t in tensors]
+        return golden_case(entry.name, kept, [t for t in leaves if isinstance(t, Tensor)])
 
 
 def compile_function(

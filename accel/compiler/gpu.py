@@ -75,7 +75,7 @@ def _compile(op: Op, backend: TritonBackend) -> tuple[dict[str, Any], bytes]:
         "scratch": [size_expr(size) for size in compiled.scratch[name]],
         "sources": compiled.sources | {f"{one.name}.ptx": one.binary.ptx for one in launches},
     }
-    packed = {one.name: (_kernel(one), one.binary.cubin) for one in launches}
+    packed = {one.name: kernel_binary(one) for one in launches}
     return header, pack(backend.arch, packed)
 
 
@@ -89,8 +89,9 @@ def _launch(one: CompiledLaunch) -> dict[str, Any]:
     }
 
 
-def _kernel(one: CompiledLaunch) -> CudaKernel:
-    return CudaKernel(
+def kernel_binary(one: CompiledLaunch) -> tuple[CudaKernel, bytes]:
+    """How the runtime launches one kernel, and its machine code."""
+    kernel = CudaKernel(
         symbol=one.binary.symbol,
         tensors=len(one.reads) + len(one.writes),
         sizes=one.code.sizes,
@@ -100,6 +101,7 @@ def _kernel(one: CompiledLaunch) -> CudaKernel:
         warps=one.binary.warps,
         shared=one.binary.shared,
     )
+    return kernel, one.binary.cubin
 
 
 def _symbol(header: dict[str, Any]) -> KernelSymbol:

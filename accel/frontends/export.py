@@ -113,6 +113,7 @@ class _Capture:
             "guards": self.dynamic.guards(symbols),
         }
         module.metadata["fallbacks"] = dict(sorted(importer.fallbacks.items()))
+        importer.aliases.close()
         return module
 
     def _trace(
@@ -172,7 +173,7 @@ class _Capture:
                 continue  # tied to one that came before
             real = self.weights[name]
             if storage_key(fake) in written or name in after:
-                initial = importer.module.weights.add(name, real.detach(), origin=name)
+                initial = importer.module.weights.add(name, real.detach().cpu(), origin=name)
                 states[name] = len(importer.function.args)
                 value = importer.function.body.add_arg(importer.type(fake), name)
                 importer.aliases.add_root(fake, value)
@@ -217,7 +218,10 @@ def _constant_maker(importer: Importer, name: str, real: Tensor) -> Callable[[],
     def make() -> Value:
         weights = importer.module.weights
         stored = weights.add_lazy(
-            name, TensorType(tuple(real.shape), real.dtype), real.detach, origin=name
+            name,
+            TensorType(tuple(real.shape), real.dtype),
+            lambda: real.detach().cpu(),
+            origin=name,
         )
         return importer.b.constant(stored, weights.type(stored))
 

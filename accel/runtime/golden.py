@@ -40,14 +40,21 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def record(
-    function: str, run: Callable[[Sequence[Tensor]], list[Tensor]], inputs: Sequence[Tensor]
+    function: str,
+    run: Callable[[Sequence[Tensor]], list[Tensor]],
+    inputs: Sequence[Tensor],
+    device: torch.device | str = "cpu",
 ) -> GoldenCase:
-    """Calls a compiled function and keeps inputs and outputs."""
-    kept = [t.detach().clone() for t in inputs]
-    outputs = run([t.clone() for t in kept])
-    return GoldenCase(
-        function, kept, [o.clone() for o in outputs], [tolerance(o.dtype) for o in outputs]
-    )
+    """Calls a compiled function on its device and keeps inputs and outputs."""
+    kept = [t.detach().cpu().clone() for t in inputs]
+    outputs = run([t.to(device, copy=True) for t in kept])
+    return golden_case(function, kept, outputs)
+
+
+def golden_case(function: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> GoldenCase:
+    """Inputs and outputs as they are stored: on the CPU, sharing memory with nobody."""
+    kept = [o.detach().cpu().clone() for o in outputs]
+    return GoldenCase(function, inputs, kept, [tolerance(o.dtype) for o in kept])
 
 
 def compare(function: str, results: Sequence[Tensor], case: GoldenCase) -> list[Deviation]:

@@ -121,7 +121,8 @@ class _Verifier:
             inputs, outputs = artifact.golden(golden)
             case = GoldenCase(golden.function, inputs, outputs, golden.tolerances)
             function = model.entry_points[golden.function].function
-            return compare(golden.function, function([t.clone() for t in inputs]), case)
+            results = function([t.to(function.device, copy=True) for t in inputs])
+            return compare(golden.function, [r.cpu() for r in results], case)
 
         name = f"golden {golden.function}"
         deviations = self.ask(name, run, lambda _: "") or []

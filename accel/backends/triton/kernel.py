@@ -18,7 +18,7 @@ from accel.backends.triton import dtypes
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.program import Program, ProgramWriter
 from accel.backends.tvm.kernel import region_symbols
-from accel.backends.tvm.phases import Phase, Planner
+from accel.backends.tvm.phases import Phase, Planner, Store
 from accel.ir.module import Region, Value
 from accel.ir.types import SUB_BYTE_BITS, Dim, product
 
@@ -72,11 +72,66 @@ def generate(name: str, region: Region, comment: str, sms: int) -> KernelCode:
     """Sources of a region of primitive ops. Raises BackendError for what has none."""
     planner = Planner(region)
     planner.run()
+    join_stores(planner.phases)
     launches = [
         _launch(f"{name}_{number}", phase, planner, region, comment, sms)
         for number, phase in enumerate(planner.phases)
     ]
     return KernelCode(name, launches, [_scratch_bytes(v) for v in planner.scratch_values])
+
+
+def join_stores(phases: list[Phase]) -> None:
+    """Moves results without reductions into the phase that reads the same rows: a norm's input,
+    say, which is the sum of two tensors that is stored as well."""
+    for phase in [p for p in phases if not p.reduces and not p.makes]:
+        for store in list(phase.stores):
+            for row in phases:
+                if _may_join(store, phase, row, phases):
+                    inner = tuple(a for a in phase.outer if a not in row.outer)
+                    row.stores.append(Store(store.value, store.place, store.index, inner))
+                    row.needs |= phase.needs
+                    phase.stores.remove(store)
+                    break
+        if not phase.stores:
+            phases.remove(phase)
+
+
+def _may_join(store: Store, phase: Phase, row: Phase, phases: list[Phase]) -> bool:
+    """Whether a store of `phase` can be one more store of `row`: over its rows, and over columns
+    that it has anyway."""
+    if not row.reduces or not set(row.outer) <= set(phase.outer):
+        return False
+    inner = set(phase.outer) - set(row.outer)
+    columns = [set(r.axes) for r in row.reduces] + [set(s.inner) for s in row.stores]
+    if inner not in columns:
+        return False
+    later = phases[phases.index(row) :]
+    return not any(phase.needs & p.makes for p in later)
+
+
+def _inplace(
+    writer: ProgramWriter, phase: Phase, region: Region, reads: list[Slot]
+) -> list[tuple[int, int]]:
+    """Reads that the launch's only result may overwrite: at the very place of the write."""
+    if len(phase.stores) != 1 or phase.stores[0].place.kind != "result":
+        return []
+    (store,) = phase.stores
+    written = writer.indexer.flatten(store.index, store.value.shape)
+    found = []
+    for position, slot in enumerate(reads):
+        if slot.kind != "input":
+            continue
+        arg = region.args[slot.number]
+        places = {
+            writer.indexer.flatten(index, arg.shape)
+            for value, index in writer.survey.costly
+            if value is arg
+        }
+        fits = arg.type.numel() == store.value.type.numel() and arg.dtype not in SUB_BYTE_BITS
+        width = arg.dtype.itemsize == store.value.dtype.itemsize
+        if fits and width and places == {written}:
+            found.append((0, position))
+    return found
 
 
 def _scratch_kind(value: Value) -> str:
@@ -112,7 +167,8 @@ def _launch(
     pointers = arguments | {v: scratch[v] for v in phase.needs}
     emitter = Emitter(planner.indexer, pointers, set(phase.needs), kind)
     targets = [f"{'y' if s.place.kind == 'result' else 't'}{s.place.number}" for s in phase.stores]
-    program = ProgramWriter(phase, emitter, targets, sms).write()
+    writer = ProgramWriter(phase, emitter, targets, sms)
+    program = writer.write()
     reads = [Slot("input", region.args.index(v)) for v in program.reads if v in arguments]
     reads += [
         Slot("scratch", planner.scratch_values.index(v)) for v in program.reads if v in phase.needs
@@ -140,6 +196,7 @@ def _launch(
         program.constants,
         program.programs,
         program.warps,
+        _inplace(writer, phase, region, reads),
     )
 
 
@@ -163,7 +220,3 @@ def _source(name: str, program: Program, signature: dict[str, str], comment: str
         f"@triton.jit\ndef {name}({parameters}):\n{program.lines}\n",
     ]
     return "\n\n".join(parts)
-
-
-def is_packed(value: Value) -> bool:
-    return value.dtype in SUB_BYTE_BITS

@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,8 +56,25 @@ def _triton() -> Any:
 
 
 def version() -> str:
-    """Part of a cache key for machine code."""
-    return f"triton-{_triton().__version__}"
+    """What machine code depends on besides the program: Triton, this generator, ops' meaning."""
+    try:
+        number = metadata.version("triton")
+    except metadata.PackageNotFoundError as error:
+        raise MissingDependencyError(
+            "generated GPU kernels need triton", advice="pip install 'accel-compiler[triton]'"
+        ) from error
+    return f"triton {number}, generator {_sources()}"
+
+
+@cache
+def _sources() -> str:
+    """A hash over the generators and the IR, so that no cache entry outlives a change."""
+    folder = Path(__file__).parent.parent
+    hasher = hashlib.sha256()
+    for part in (folder / "triton", folder / "tvm", folder.parent / "ir"):
+        for file in sorted(part.rglob("*.py")):
+            hasher.update(file.read_bytes())
+    return hasher.hexdigest()[:16]
 
 
 @contextmanager

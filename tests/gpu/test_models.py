@@ -1,0 +1,111 @@
+"""Whole models on the device against eager, and artifacts that were made without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import accel
+from accel.errors import InputError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def target() -> str:
+    return "h200" if "H200" in torch.cuda.get_device_name() else "h100"
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def agree(got: Tensor, wanted: Tensor, bound: float) -> None:
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype and got.is_cuda
+    error = (got.double() - wanted.double()).abs().max()
+    assert float(error) <= bound * float(wanted.double().abs().max().clamp(min=1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_block_in_all_its_calls(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Block().to(dtype).eval()
+    fast = accel.compile(model, inputs=(torch.randn(2, 7, 64, dtype=dtype),), target=target())
+    model = model.cuda()
+    results = []
+    with torch.no_grad():
+        for _ in range(4):  # step by step, recorded, replayed
+            x = torch.randn(2, 7, 64, dtype=dtype, device="cuda")
+            results.append((fast(x), model(x)))
+    for got, wanted in results:  # later calls have overwritten nothing
+        agree(got, wanted, {torch.float32: 1e-5, torch.float16: 4e-3}.get(dtype, 3e-2))
+
+
+def test_strided_and_misaligned_inputs() -> None:
+    model = Block().eval()
+    fast = accel.compile(model, inputs=(torch.randn(2, 7, 64),), target=target())
+    model = model.cuda()
+    with torch.no_grad():
+        for _ in range(3):
+            wide = torch.randn(2 * 7 * 64 + 1, device="cuda")
+            odd = wide[1:].view(2, 7, 64)
+            agree(fast(odd), model(odd), 1e-5)
+            strided = torch.randn(2, 64, 7, device="cuda").transpose(1, 2)
+            agree(fast(strided), model(strided), 1e-5)
+
+
+def test_dynamic_sizes() -> None:
+    model = Block().eval()
+    fast = accel.compile(
+        model,
+        inputs=(torch.randn(2, 7, 64),),
+        dynamic_shapes={"x": {1: torch.export.Dim("length", min=1, max=4096)}},
+        target=target(),
+    )
+    model = model.cuda()
+    with torch.no_grad():
+        for length in (1, 5, 7, 128, 1000, 5, 7, 1):
+            x = torch.randn(2, length, 64, device="cuda")
+            agree(fast(x), model(x), 1e-5)
+
+
+def test_an_input_on_the_cpu_is_an_error() -> None:
+    fast = accel.compile(Block().eval(), inputs=(torch.randn(2, 7, 64),), target=target())
+    with pytest.raises(InputError, match="cuda"):
+        fast(torch.randn(2, 7, 64))
+
+
+def bert(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(num_hidden_layers=layers)
+    model = transformers.BertModel(config).half().eval()
+    return model, {"input_ids": torch.randint(0, 30000, (1, 128))}
+
+
+def test_bert(tmp_path: Path) -> None:
+    model, inputs = bert()
+    fast = accel.compile(model, kwargs=inputs, target=target())
+    path = tmp_path / "bert.accel"
+    fast.save(path)
+    loaded = accel.load(path, trust=True)
+    model = model.cuda()
+    inputs = {k: v.cuda() for k, v in inputs.items()}
+    with torch.no_grad():
+        for _ in range(3):
+            wanted = model(**inputs)
+            for made in (fast(**inputs), loaded(**inputs)):
+                agree(made.last_hidden_state, wanted.last_hidden_state, 1e-2)
+                agree(made.pooler_output, wanted.pooler_output, 1e-2)
