@@ -57,6 +57,12 @@ class Aliases:
         self._handles: dict[int, Handle] = {}
         self._keep: list[Tensor] = []  # ids stay unique as long as the tensors live
 
+    def close(self) -> None:
+        """Forgets all, at the end of an import: handles and importer refer to each other."""
+        self._handles.clear()
+        self._keep.clear()
+        del self._importer
+
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self._handles
 

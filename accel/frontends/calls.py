@@ -69,16 +69,19 @@ def results_of(call: Call) -> list[Any]:
 
 def flat_tensors(call: Call) -> Iterable[Tensor]:
     """The tensors among a call's arguments, in order."""
+    found: list[Tensor] = []
+    _add_tensors(call.args, found)
+    if call.kwargs:
+        _add_tensors(call.kwargs.values(), found)
+    return found
 
-    def walk(arg: Any) -> Iterable[Tensor]:
+
+def _add_tensors(args: Iterable[Any], found: list[Tensor]) -> None:
+    for arg in args:
         if isinstance(arg, Tensor):
-            yield arg
+            found.append(arg)
         elif isinstance(arg, (list, tuple)):
-            for a in arg:
-                yield from walk(a)
-
-    for arg in (*call.args, *call.kwargs.values()):
-        yield from walk(arg)
+            _add_tensors(arg, found)
 
 
 def fake_mode_of(call: Call) -> FakeTensorMode | None:

@@ -61,7 +61,7 @@ class Builder:
                 else:
                     sizes.append(int(i < len(operands) and operands[i] is not None))
             segments = tuple(sizes)
-        attributes = {k: _plain(v) for k, v in (attributes or {}).items()}
+        attributes = {k: _plain(v) for k, v in attributes.items()} if attributes else {}
         if d.infer is not None:
             try:
                 types = d.infer_types([v.type for v in given], attributes, segments)
@@ -157,7 +157,9 @@ class Builder:
 def _plain(value: Any) -> Attribute:
     """Lists become tuples, so that attributes compare and hash; sympy integers become ints."""
     if isinstance(value, (list, tuple)):
-        return tuple(_plain(v) for v in value)
+        return tuple([_plain(v) for v in value])
+    if type(value) in (int, str, float, bool):
+        return value
     if getattr(value, "is_Integer", False):
         return int(value)
     result: Attribute = value

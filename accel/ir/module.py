@@ -179,6 +179,7 @@ class Op:
         for r in self.results:
             if r.uses:
                 raise VerifyError(f"cannot erase accel.{self.name}: {r!r} still has users")
+            r.owner = _NOWHERE  # else the two would wait for Python's garbage collector
         self.set_operands(())
         for region in self.regions:
             region.clear()
@@ -312,6 +313,9 @@ class Region:
         self.size -= 1
 
 
+_NOWHERE = Region()  # holds what erased ops made
+
+
 @dataclass
 class SymbolInfo:
     """The allowed values of one symbolic size: min <= value <= max (None: no bound)."""
@@ -377,6 +381,24 @@ class Module:
     def walk(self) -> Iterator[Op]:
         for function in self.functions.values():
             yield from function.walk()
+
+    def dissolve(self) -> None:
+        """Takes the program apart, which must not be used any more; metadata and weights stay.
+
+        Ops, values and regions refer to each other: without this, only Python's search for
+        garbage cycles would free them.
+        """
+        for function in self.functions.values():
+            for op in list(function.walk()):
+                op._operands.clear()
+                op.parent = op.prev = op.next = None
+                for value in op.results:
+                    value.uses.clear()
+                    value.owner = _NOWHERE
+                for region in op.regions:
+                    region.args.clear()
+                    region.first = region.last = region.parent = None
+        self.functions.clear()
 
     def clone(self) -> Module:
         """A deep copy of the program; weight tensors are shared (they are never written)."""

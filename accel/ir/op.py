@@ -139,7 +139,7 @@ class OpDefinition:
                 return AtenCall(form.overload, *form.bind(values))
         return None
 
-    @property
+    @functools.cached_property
     def needs_segments(self) -> bool:
         """Whether operand groups cannot be told apart by their number alone."""
         return sum(o.optional or o.variadic for o in self.operands) > 1
