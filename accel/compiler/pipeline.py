@@ -37,6 +37,7 @@ from accel.passes.registry import load_passes
 from accel.runtime.plan import FunctionPlan
 
 KERNEL_PIPELINE = (
+    "select_depthwise",
     "select_matmul",
     "select_products",
     "select_attention",

@@ -19,11 +19,11 @@ class KernelGenerator(Protocol):
     def supports_product(self, op: Op) -> str | None:
         """None if a kernel of kind "gemv" may hold this contraction, else the reason why not."""
 
-    def supports_attention(self, op: Op) -> str | None:
-        """None if a kernel of kind "attention" may hold this op, else the reason why not."""
+    def supports_anchor(self, op: Op, kind: str) -> str | None:
+        """None if a kernel of this kind may be built around the op, else the reason why not.
 
-    def supports_matmul(self, op: Op) -> str | None:
-        """None if a kernel of kind "matmul" may hold this linear, else the reason why not."""
+        Kinds: "attention", "matmul" (linear), "depthwise" (convolution).
+        """
 
     def matmul_columns(self, op: Op) -> int:
         """Columns of one block of such a linear's weight [blocks, K, columns]."""

@@ -38,15 +38,18 @@ def deferred_stack(weights: WeightStore, names: Sequence[str]) -> Deferred:
 
 
 def deferred_blocks(weights: WeightStore, name: str, lanes: int) -> Deferred:
-    """A matrix [N, K] as blocks of rows, each transposed: [ceil(N / lanes), K, lanes], 0 beyond."""
+    """A weight in blocks of `lanes` outputs, the last filled up with zeros.
+
+    [N, K] becomes [N / lanes, K, lanes]; [N, C, KH, KW] becomes [N / lanes, KH, KW, C, lanes].
+    """
 
     def compute() -> Tensor:
-        matrix = weights.tensor(name).detach()
-        rows, depth = matrix.shape
-        blocks = -(-rows // lanes)
-        if rows % lanes:
-            matrix = F.pad(matrix, (0, 0, 0, blocks * lanes - rows))
-        return matrix.reshape(blocks, lanes, depth).transpose(1, 2).contiguous()
+        weight = weights.tensor(name).detach()
+        blocks = -(-len(weight) // lanes)
+        missing = blocks * lanes - len(weight)
+        wide = F.pad(weight, (*(0,) * (2 * weight.dim() - 1), missing)) if missing else weight
+        split = wide.reshape(blocks, lanes, *weight.shape[1:])
+        return split.permute(0, *range(3, split.dim()), 2, 1).contiguous()
 
     return Deferred(compute)
 
@@ -54,3 +57,12 @@ def deferred_blocks(weights: WeightStore, name: str, lanes: int) -> Deferred:
 def deferred_reshape(weights: WeightStore, name: str, shape: Sequence[int]) -> Deferred:
     """The named tensor in another shape."""
     return Deferred(lambda: weights.tensor(name).detach().reshape(tuple(shape)))
+
+
+def deferred_permute(
+    weights: WeightStore, name: str, axes: Sequence[int], shape: Sequence[int]
+) -> Deferred:
+    """The named tensor with its axes in another order, then in another shape."""
+    return Deferred(
+        lambda: weights.tensor(name).detach().permute(tuple(axes)).reshape(tuple(shape))
+    )

@@ -47,7 +47,7 @@ class SelectAttention(Pass):
         generator: KernelGenerator,
         order: dict[Op, int],
     ) -> None:
-        reason = generator.supports_attention(op)
+        reason = generator.supports_anchor(op, "attention")
         if reason is not None:
             context.miss(self.name, op, reason)
             return

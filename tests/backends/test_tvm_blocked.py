@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -157,11 +158,65 @@ def test_what_has_no_code_says_why(name: str) -> None:
     build, wanted = REFUSED[name]
     function = function_of([f32(20, 8), f32(16, 8)], build)
     op = next(o for o in function.ops if o.name in ("linear", "matmul"))
-    assert wanted in str(BACKEND.supports_matmul(op))
+    assert wanted in str(BACKEND.supports_anchor(op, "matmul"))
 
 
 def test_a_weight_that_is_not_in_blocks_is_an_error() -> None:
     function = function_of([f32(20, 8), f32(16, 8)], lambda b, x, w: b.linear(x, w))
     with pytest.raises(BackendError, match="not stored in blocks"):
         BACKEND.compile([kernel_of(function, "matmul")])
-    assert blocked.find(function.body) is not None
+
+
+@dataclass
+class Image:
+    """A channels-last convolution of an image [N, H, W, C]."""
+
+    image: tuple[Any, ...]
+    outputs: int
+    window: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    size: int = 0
+
+    def function(self) -> tuple[Function, int]:
+        channels = self.image[3]
+        geometry: dict[str, Any] = {"stride": self.stride, "dilation": self.dilation}
+        geometry |= {"groups": 1, "layout": "nhwc", "padding": (0, 0)}
+        border = (0, *self.padding, 0)
+        plain_conv = function_of(
+            [f32(*self.image), f32(self.outputs, channels, *self.window)],
+            lambda b, x, w: b.conv(b.pad(x, low=border, high=border), w, **geometry),
+        )
+        lanes = block_columns(next(op for op in plain_conv.ops if op.name == "conv"))
+        blocks = -(-self.outputs // lanes)
+
+        def build(b: Any, x: Any, weight: Any, bias: Any) -> Any:
+            turned = b.permute(weight, axes=(0, 4, 3, 1, 2))
+            wide = b.reshape(turned, shape=(blocks * lanes, channels, *self.window))
+            if any(border):
+                x = b.pad(x, low=border, high=border)
+            y = b.conv(x, wide, **geometry)
+            if blocks * lanes != self.outputs:
+                y = b.slice(y, axis=3, start=0, stop=self.outputs)
+            return b.relu(b.add(y, bias))
+
+        stored = f32(blocks, *self.window, channels, lanes)
+        return function_of([f32(*self.image), stored, f32(self.outputs)], build), lanes
+
+
+IMAGES = [
+    Image((1, 23, 21, 3), 32, (3, 3), (2, 2), (1, 1)),
+    Image((2, 9, 9, 24), 40, (1, 1), (2, 2)),
+    Image((1, 12, 10, 4), 100, (5, 3), (1, 2), (2, 0), (1, 2)),
+    Image((3, 1, 30, 8), 16, (1, 7), padding=(0, 3)),
+    Image((S, 6, 7, 5), 24, (3, 3), padding=(1, 1), size=4),
+]
+
+
+def test_convolutions() -> None:
+    made = [i.function() for i in IMAGES]
+    runner = Runner([f for f, _ in made], ["matmul"] * len(made))
+    for number, (image, (function, _)) in enumerate(zip(IMAGES, made)):
+        shapes = [[image.size if d is S else int(d) for d in a.type.shape] for a in function.args]
+        check(function, runner, number, [torch.randn(s) for s in shapes])

@@ -67,7 +67,31 @@ def as_input(b: Any, x: Any, y: Any) -> Any:
     return b.linear(weight(b), y)
 
 
+def strided(b: Any, x: Any) -> Any:
+    """A 1x1 convolution with a stride and a bias, padded."""
+    geometry = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "layout": "nhwc"}
+    kernel = b.weight(torch.randn(24, 16, 1, 1), "k")
+    return b.relu(b.conv(x, kernel, b.weight(torch.randn(24)), **geometry))
+
+
+def test_a_convolution_takes_its_padding() -> None:
+    module = program(strided, t(1, 7, 7, 16))
+    inputs = [torch.randn(1, 7, 7, 16)]
+    (before,) = interpret(module.main, inputs, module.weights, oracle=True)
+    (ops,) = selected(module)
+    assert [o for o in ops if o != "slice"] == ["permute", "reshape", "pad", "conv", "add", "relu"]
+    (after,) = interpret(module.main, inputs, module.weights, oracle=True)
+    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
+
+
+def wide(b: Any, x: Any) -> Any:
+    """A window over many channels is left to a vendor's convolution."""
+    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "layout": "nhwc"}
+    return b.conv(x, b.weight(torch.randn(24, 16, 3, 3), "k"), **geometry)
+
+
 MISSES = {
+    "wide window": (wide, (t(1, 7, 7, 16),)),
     "tied": (tied, (t(20, 8), t(3, dtype=torch.int64))),
     "computed": (computed, (t(20, 8), t(16, 8))),
     "as input": (as_input, (t(1), t(16, 8))),

@@ -28,7 +28,7 @@ from accel.backends.tvm.tir import Block, Buffer, Expr, select
 from accel.backends.tvm.trace import Index
 from accel.errors import BackendError
 from accel.ir.builder import Builder
-from accel.ir.module import Op, Region, Value
+from accel.ir.module import Op, Value
 from accel.ir.types import Dim, product
 
 KEYS = 64  # of one block
@@ -40,8 +40,6 @@ _MAX_ROUNDS = 8
 
 def reason(op: Op) -> str | None:
     """None if a kernel of kind "attention" may hold this op, else the reason why not."""
-    if op.name != "attention":
-        return f"accel.{op.name} is not attention"
     q, k, v, mask = op.arguments()
     if any(x.dtype not in (torch.float32, torch.bfloat16, torch.float16) for x in (q, k, v)):
         return f"attention of {q.dtype}"
@@ -67,11 +65,6 @@ class AttentionPhase(Phase):
     keys: Value | None = None
     values: Value | None = None
     place: Index = ()
-
-
-def find(region: Region) -> Op | None:
-    """The attention op of a region."""
-    return next((op for op in region.ops if op.name == "attention"), None)
 
 
 def plan(planner: Planner, op: Op) -> None:

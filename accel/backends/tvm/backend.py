@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from accel.backends.tvm import accumulate, attention, blocked, contract, dtypes, scalar, trace
+from accel.backends.tvm import accumulate, anchors, blocked, contract, dtypes, scalar, trace
 from accel.backends.tvm.kernel import KernelCode, generate, region_symbols
 from accel.backends.tvm.shim import c_source
 from accel.backends.tvm.toolchain import build, version
@@ -68,13 +68,9 @@ class TvmBackend:
             return self.supports(op)
         return _type_reason(op)  # composites are decomposed inside the kernel
 
-    def supports_attention(self, op: Op) -> str | None:
-        """None if a kernel of kind "attention" may hold this op, else the reason why not."""
-        return _type_reason(op) or attention.reason(op)
-
-    def supports_matmul(self, op: Op) -> str | None:
-        """None if a kernel of kind "matmul" may hold this contraction, else the reason why not."""
-        return _type_reason(op) or blocked.reason(op)
+    def supports_anchor(self, op: Op, kind: str) -> str | None:
+        """None if a kernel of this kind may be built around the op, else the reason why not."""
+        return _type_reason(op) or anchors.reason(op, kind)
 
     def matmul_columns(self, op: Op) -> int:
         """Columns of one block of such a linear's weight [blocks, K, columns]."""
@@ -107,9 +103,10 @@ class TvmBackend:
         symbols: list[str] = []
         for kernel in kernels:
             _check_packed(kernel)
-            print_ = region_fingerprint(kernel.regions[0])
+            kind = str(kernel.attribute("kind"))
+            print_ = f"{kind}_{region_fingerprint(kernel.regions[0])}"
             if print_ not in made:
-                made[print_] = self._generate(f"accel_{print_[:16]}", kernel)
+                made[print_] = self._generate(f"accel_{print_[: len(kind) + 17]}", kernel)
             symbols.append(made[print_].name)
         unique = list(made.values())
         library = build(unique, cpu) if unique else b""
@@ -129,7 +126,7 @@ class TvmBackend:
                 raise BackendError(
                     f"no generated kernel: {reason}", where=str(op.location or kernel.location)
                 )
-        return generate(name, region)
+        return generate(name, region, kind)
 
     def primitive_region(self, region: Region, kind: str = "") -> Region:
         """A copy in which every op has code of its own; composites without are decomposed."""
@@ -156,11 +153,7 @@ class TvmBackend:
 
 def _is_whole(op: Op, kind: str) -> bool:
     """Whether the kernel is built around this op, which so stays whole."""
-    if _type_reason(op) is not None:
-        return False
-    if kind == "attention":
-        return attention.reason(op) is None
-    return kind == "matmul" and blocked.reason(op) is None
+    return kind in anchors.ANCHORS and _type_reason(op) is None and anchors.reason(op, kind) is None
 
 
 def _has_own_code(op: Op) -> bool:

@@ -1,16 +1,18 @@
-"""Matrix products of many rows: register tiles over a weight that is stored in blocks of columns.
+"""Matrix products and convolutions: register tiles over a weight stored in blocks of columns.
 
 A task computes `rows` x `lanes` results, all of which stay in vector registers while the sum runs:
 each step reads one row of the weight's block and one element of each row of x, and adds their outer
-product (Goto and van de Geijn, 2008). The weight's block is contiguous where it was stored as
-[N / lanes, K, lanes] and is read through the views that give it its shape back; other layouts are
-right too, but slow. What follows the product (bias, activation, residual) is computed on the tile.
+product (Goto and van de Geijn, 2008). A channels-last convolution is the same with pixels as rows
+and a sum over the window too (implicit GEMM; Chetlur et al., 2014); an image with a border is
+copied first. The weight's block is contiguous where it was stored as [N / lanes, K, lanes] and is
+read through the views that give it its shape back. What follows (bias, activation, residual) is
+computed on the tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,21 +20,24 @@ import torch
 
 from accel.backends.tvm import dtypes, tir
 from accel.backends.tvm.code import Emitter
-from accel.backends.tvm.index import Affine, Axis
+from accel.backends.tvm.index import Affine, Axis, Indexer
 from accel.backends.tvm.merge import merged
 from accel.backends.tvm.nests import group_extent, parts_of
 from accel.backends.tvm.phases import Phase, Place, Planner, Store
 from accel.backends.tvm.survey import Survey
-from accel.backends.tvm.tir import Block, Buffer, Expr
+from accel.backends.tvm.tir import Block, Buffer, Expr, select
 from accel.backends.tvm.trace import Index
 from accel.errors import BackendError
-from accel.ir.module import Op, Region, Value
+from accel.ir.module import Op, Value
+from accel.ir.op import Trait
 from accel.ir.types import Dim, product
 from accel.runtime.manifest import cpu_features
 
-_MOST_DEPTH = 4096  # above, a block of the weight does not stay in the second-level cache
+_BLOCK_BYTES = 640 << 10  # of the weight, to stay in the second-level cache
 _INNER_BLOCKS_BYTES = 1 << 18  # a weight that stays in cache while rows of x go by
 _LINE = 16  # float32 elements of a cache line
+_UNROLLED = 4  # steps of a loop that LLVM may unroll
+_FEW_CHANNELS = 16
 _MAX_ROUNDS = 8
 
 
@@ -65,8 +70,8 @@ def registers() -> Registers:
 
 
 def block_columns(op: Op) -> int:
-    """Columns of one block of the linear's weight. The last block may be part empty."""
-    rows, columns = product(op.operands[0].shape[:-1]), int(op.operands[1].shape[0])
+    """Columns of one block of the op's weight. The last block may be part empty."""
+    rows, columns = product(op.result.shape[:-1]), int(op.operands[1].shape[0])
     unit = registers()
 
     def cost(lanes: int) -> float:
@@ -75,7 +80,9 @@ def block_columns(op: Op) -> int:
         tall = -(-rows // tile) * tile if isinstance(rows, int) else 1
         return wide * tall / unit.tiles[lanes // unit.lanes - 1][1]
 
-    return min((unit.lanes * (i + 1) for i in range(len(unit.tiles))), key=cost)
+    sizes = [unit.lanes * (i + 1) for i in range(len(unit.tiles))]
+    depth = int(product(op.operands[1].shape[1:]))
+    return min((n for n in sizes if n == sizes[0] or depth * n * 4 <= _BLOCK_BYTES), key=cost)
 
 
 def tile_rows(lanes: int, rows: Dim) -> int:
@@ -94,42 +101,92 @@ def tile_rows(lanes: int, rows: Dim) -> int:
 
 def reason(op: Op) -> str | None:
     """None if a kernel of kind "matmul" may hold this op, else the reason why not."""
-    if op.name != "linear":
-        return f"accel.{op.name} has no generated code"
     x, weight, _ = op.arguments()
     if x.dtype != torch.float32:
-        return f"a linear of {x.dtype}"
-    rows, depth = product(x.shape[:-1]), x.shape[-1]
-    if not isinstance(weight.shape[0], int) or not isinstance(depth, int):
-        return "a linear of symbolic width"
-    if depth > _MOST_DEPTH:
-        return f"a linear over {depth} elements"
-    if rows == 0 or depth == 0:
-        return "an empty linear"
+        return f"a product of {x.dtype}"
+    if op.name == "conv":
+        if x.type.rank != 4 or op.attribute("layout") != "nhwc":
+            return "not a channels-last 2-d convolution"
+        if op.attribute("groups") != 1:
+            return "a convolution in groups"
+        if weight.shape[2:] != (1, 1) and weight.shape[1] >= _FEW_CHANNELS:
+            return "a vendor's convolution is as fast for a window over many channels"
+    sizes = (*weight.shape, x.shape[-1])
+    if not all(isinstance(d, int) for d in sizes):
+        return "a product of symbolic width"
+    if 0 in sizes or 0 in op.result.shape:
+        return "an empty product"
+    if int(product(weight.shape[1:])) * registers().lanes * 4 > _BLOCK_BYTES:
+        return f"a sum over {product(weight.shape[1:])} elements"
     return None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A linear or convolution as a product: result[row, column] = sum of x * weight over `summed`.
+
+    `summed` are in the order in which the weight is stored.
+    """
+
+    op: Op
+    x: Value
+    weight: Value
+    bias: Value | None
+    summed: tuple[Axis, ...]
+
+    @staticmethod
+    def of(op: Op, indexer: Indexer) -> Factors:
+        x, weight, bias = op.arguments()
+        if op.name == "conv":
+            _, channels, height, width = weight.shape
+            sizes = {"down": height, "right": width, "channel": channels}
+            summed = tuple(indexer.axis(n, d) for n, d in sizes.items())
+        else:
+            summed = (indexer.axis("depth", x.shape[-1]),)
+        return Factors(op, x, weight, bias, summed)
+
+    @property
+    def depth(self) -> Dim:
+        return product(a.extent for a in self.summed)
+
+    def x_index(self, rows: Index, indexer: Indexer) -> Index:
+        """Where x is read for a row (the result's index without its last axis)."""
+        steps = [_place(a, indexer) for a in self.summed]
+        if self.op.name == "linear":
+            return (*rows, *steps)
+        down, right, channel = steps
+        (s, t), (d, e) = self.op.attribute("stride"), self.op.attribute("dilation")
+        batch, i, j = rows
+        return batch, i.times(s).plus(down.times(d)), j.times(t).plus(right.times(e)), channel
+
+    def weight_index(self, column: Affine, indexer: Indexer) -> Index:
+        steps = [_place(a, indexer) for a in self.summed]
+        return (column, *steps) if len(steps) == 1 else (column, steps[2], steps[0], steps[1])
+
+
+def _place(axis: Axis, indexer: Indexer) -> Affine:
+    return Affine() if axis.extent == 1 else indexer.of(axis)
 
 
 @dataclass
 class BlockedPhase(Phase):
     """The one phase of a matmul kernel: rows are tasks, `lane` the columns of a block."""
 
-    op: Op | None = None
+    factors: Factors | None = None
     store: Store | None = None
     lane: Axis | None = None
     block: Axis | None = None
 
 
-def find(region: Region) -> Op | None:
-    """The linear of a region."""
-    return next((op for op in region.ops if op.name == "linear"), None)
-
-
 def plan(planner: Planner, op: Op) -> None:
-    """Plans a region whose one result has the shape of the linear's."""
+    """Plans a region whose one result has the shape of the product."""
     (result,) = planner.region.results
-    lanes = int(_stored(op.operands[1]).shape[2])
+    lanes = int(_stored(op.operands[1]).shape[-1])
     blocks = -(-int(op.operands[1].shape[0]) // lanes)
     indexer = planner.indexer
+    factors = Factors.of(op, indexer)
+    if op.name == "conv" and _is_padded(factors.x):
+        planner.materialize(factors.x)
     lane = indexer.axis("lane", lanes)
     block = indexer.axis("block", blocks) if blocks > 1 else None
     column = indexer.of(lane)
@@ -139,21 +196,29 @@ def plan(planner: Planner, op: Op) -> None:
         index, axes = planner.index_of(result.shape[:-1])
         store = Store(result, Place("result", 0), (*index, column), (lane,))
         Survey(indexer, {op.result: None}).element(result, store.index)
-        Survey(indexer, {}).element(op.operands[0], (*index, Affine()))
+        Survey(indexer, planner.scratch).element(factors.x, factors.x_index(index, indexer))
         if planner.apply_splits():
             continue
-        planner.phases.append(
-            BlockedPhase(axes, [], [], op=op, store=store, lane=lane, block=block)
-        )
+        phase = BlockedPhase(axes, [], [], factors=factors, store=store, lane=lane, block=block)
+        phase.needs = set(planner.scratch)
+        planner.phases.append(phase)
         return
     raise BackendError("no loop nest found for a product", where=str(op.location or ""))
 
 
+def _is_padded(x: Value) -> bool:
+    """Whether reading x takes a choice at each element."""
+    op = x.op
+    while op is not None and op.has(Trait.VIEW):
+        op = op.operands[0].op
+    return op is not None
+
+
 def _stored(weight: Value) -> Value:
-    """The argument [blocks, K, columns] that the weight is a view of."""
+    """The argument [blocks, ..., columns] that the weight is a view of."""
     shaped = weight.op
     turned = shaped.operands[0].op if shaped is not None and shaped.name == "reshape" else None
-    if turned is not None and turned.attributes.get("axes") == (0, 2, 1):
+    if turned is not None and turned.attributes.get("axes") in ((0, 2, 1), (0, 4, 3, 1, 2)):
         return turned.operands[0]
     raise BackendError("a matmul kernel's weight is not stored in blocks")
 
@@ -162,14 +227,13 @@ class BlockedNest:
     """Emits a `BlockedPhase`. A row is one task: a tile of rows of x, and a block of columns."""
 
     def __init__(self, phase: BlockedPhase, emitter: Emitter, result: Buffer) -> None:
-        assert phase.op is not None and phase.store is not None and phase.lane is not None
-        self.phase, self.emitter, self.out, self.op = phase, emitter, result, phase.op
+        assert phase.factors is not None and phase.store is not None and phase.lane is not None
+        self.phase, self.emitter, self.out, self.factors = phase, emitter, result, phase.factors
         self.lane, self.block = phase.lane, phase.block
         self.sizes = emitter.sizes
-        self.x, self.weight, self.bias = phase.op.arguments()
-        self.store = phase.store
+        self.weight, self.store = phase.factors.weight, phase.store
         self.index = self.store.index
-        self.depth = emitter.indexer.axis("depth", self.x.shape[-1])
+        self.x_index = phase.factors.x_index(self.index[:-1], emitter.indexer)
         self.groups = self._row_groups()
         self.count: Dim = product(group_extent(g) for g in self.groups)
         self.lanes = int(self.lane.extent)
@@ -177,26 +241,21 @@ class BlockedNest:
         self.tiles = parts_of(self.count, self.tile)
         self.blocks = int(self.block.extent) if self.block is not None else 1
         self.rows: Dim = product((self.blocks, self.tiles))
-        self.cost: Dim = product((self.tile * self.lanes // 8 + 1, self.x.shape[-1]))
+        self.cost: Dim = product((self.tile * self.lanes // 8 + 1, self.factors.depth))
 
     def _row_groups(self) -> list[tuple[Axis, ...]]:
         indexer = self.emitter.indexer
-        survey = Survey(indexer, {self.op.result: None})
+        made = self.factors.op.result
+        survey = Survey(indexer, dict.fromkeys((made, *self.phase.needs)))
         survey.element(self.store.value, self.index)
-        survey.element(self.x, self._x_index())
+        survey.element(self.factors.x, self.x_index)
         survey.reads.append(indexer.flatten(self.index, self.store.value.shape))
-        self.key = next(key for key in survey.costly if key[0] is self.op.result)
+        self.key = next(key for key in survey.costly if key[0] is made)
         return merged(self.phase.outer, survey.reads, survey.fixed)
-
-    def _x_index(self) -> Index:
-        return (*self.index[:-1], self.emitter.indexer.of(self.depth))
 
     def emit(self, begin: Expr, end: Expr) -> Block:
         emitter = self.emitter
         row = tir.var("row")
-        axes = [a for g in self.groups for a in g]
-        if self.block is not None:
-            axes.append(self.block)
         with emitter.scope(guarded=True) as body:
             tile, part = self._order(row)
             self.first = body.let(tile * tir.i64(self.tile), "first")
@@ -230,26 +289,35 @@ class BlockedNest:
             lane, zero = tir.var("lane"), Block()
             zero.store(sums, tir.f32(0.0), lane)
             emitter.block.loop(lane, tir.i64(self.lanes), zero)
-        self.numbers = [self._number(m) for m in range(self.tile)]
-        # The sum with `zero` keeps LLVM from unrolling the loop, see `rows`.
-        extent = self.sizes.code(self.x.shape[-1]) + self.sizes.zero
-        with emitter.loop((self.depth,), extent):
-            factors = []
-            for m in range(self.tile):
-                with self._row(m) as body:
-                    factors.append(emitter.element(self.x, self._x_index()))
-                emitter.block.statements.extend(body.statements)
-            self._prefetch()
-            column = self.index[-1]
-            with emitter.loop((self.lane,), tir.i64(self.lanes)):
-                lane = emitter.addresses.code(emitter.indexer.of(self.lane))
-                place = (column, emitter.indexer.of(self.depth))
-                weight = emitter.element(self.weight, place)
-                for sums, factor in zip(self.sums, factors):
-                    emitter.block.store(sums, tir.load(sums, lane) + factor * weight, lane)
+        self.places = self._find_rows()
+        with ExitStack() as stack:
+            for axis in self.factors.summed:
+                if axis.extent != 1:
+                    extent = self.sizes.code(axis.extent)
+                    if axis.extent > _UNROLLED:
+                        # The sum with `zero` keeps LLVM from unrolling the loop, see `rows`.
+                        extent = extent + self.sizes.zero
+                    stack.enter_context(emitter.loop((axis,), extent))
+            self._step()
         self.steps = self._stored_lanes()
         for m in range(self.tile):
             self._finish(m)
+
+    def _step(self) -> None:
+        """One outer product: an element of each row of x, and a row of the weight's block."""
+        emitter = self.emitter
+        factors = []
+        for m in range(self.tile):
+            with self._row(m) as body:
+                factors.append(emitter.element(self.factors.x, self.x_index))
+            emitter.block.statements.extend(body.statements)
+        self._prefetch()
+        with emitter.loop((self.lane,), tir.i64(self.lanes)):
+            lane = emitter.addresses.code(emitter.indexer.of(self.lane))
+            place = self.factors.weight_index(self.index[-1], emitter.indexer)
+            weight = emitter.element(self.weight, place)
+            for sums, factor in zip(self.sums, factors):
+                emitter.block.store(sums, tir.load(sums, lane) + factor * weight, lane)
 
     def _stored_lanes(self) -> Expr:
         """How many columns of the block the result has."""
@@ -274,34 +342,55 @@ class BlockedNest:
         lines = max(1, vectors // tiles)
         last = tir.i64(-(-vectors // lines) - 1)
         tile = tir.tirx.min(tir.tirx.truncdiv(self.first, tir.i64(self.tile)), last)
-        depth = emitter.addresses.code(emitter.indexer.of(self.depth))
-        step = tile * self.sizes.code(self.depth.extent) + depth
-        following = emitter.addresses.code(emitter.indexer.of(self.block)) + tir.i64(1)
-        start = following * tir.i64(self.lanes) * self.sizes.code(self.depth.extent)
+        indexer, summed = emitter.indexer, self.factors.summed
+        done = indexer.flatten([_place(a, indexer) for a in summed], [a.extent for a in summed])
+        depth = self.sizes.code(self.factors.depth)
+        step = tile * depth + emitter.addresses.code(done)
+        following = emitter.addresses.code(indexer.of(self.block)) + tir.i64(1)
+        start = following * tir.i64(self.lanes) * depth
         (argument,) = (a for a in self.emitter.buffers if a is _stored(self.weight))
         for line in range(lines):
             place = start + (step * tir.i64(lines) + tir.i64(line)) * tir.i64(_LINE)
             tir.prefetch(emitter.block, emitter.buffers[argument], place)
 
-    def _number(self, m: int) -> Expr:
-        """The number of row m of the tile; those past the end repeat the last one."""
-        number = self.first + tir.i64(m)
-        if not isinstance(self.count, int) or self.count % self.tile:
-            number = tir.tirx.min(number, self.sizes.code(self.count) - tir.i64(1))
-        return self.emitter.block.let(number, "number")
+    def _find_rows(self) -> list[list[tuple[tuple[Axis, ...], Expr]]]:
+        """Where the rows of the tile are, by loop; rows past the end repeat the last one.
+
+        The first is found by division, the others by counting on.
+        """
+        block, number = self.emitter.block, self.first
+        here: list[Expr] = []
+        for group in reversed(self.groups[1:]):
+            extent = self.sizes.code(group_extent(group))
+            here.append(block.cell(tir.tirx.truncmod(number, extent), "i"))
+            number = block.cell(tir.tirx.truncdiv(number, extent), "rest")
+        if self.groups:
+            here.append(number)
+        found = [list(zip(reversed(self.groups), here))]
+        whole = isinstance(self.count, int) and self.count % self.tile == 0
+        zero, one = tir.i64(0), tir.i64(1)
+        for m in range(1, self.tile):
+            carry = one
+            if not whole:
+                inside = self.first + tir.i64(m) < self.sizes.code(self.count)
+                carry = block.cell(select(inside, one, zero), "carry")
+            following = []
+            for group, code in found[-1][:-1]:
+                step = block.cell(code + carry, "i")
+                over = block.let(step >= self.sizes.code(group_extent(group)), "over")
+                following.append((group, block.cell(select(over, zero, step), "i")))
+                carry = block.cell(select(over, one, zero), "carry")
+            following += [(g, block.cell(code + carry, "i")) for g, code in found[-1][-1:]]
+            found.append(following)
+        return found
 
     @contextmanager
     def _row(self, m: int) -> Iterator[Block]:
         """Code for one row; what does not depend on it moves out."""
         emitter = self.emitter
         with emitter.scope([a for g in self.groups for a in g]) as body:
-            number = self.numbers[m]
-            for group in reversed(self.groups[1:]):
-                extent = self.sizes.code(group_extent(group))
-                emitter.addresses.bind(group, body.let(tir.tirx.truncmod(number, extent), "i"))
-                number = body.let(tir.tirx.truncdiv(number, extent), "rest")
-            if self.groups:
-                emitter.addresses.bind(self.groups[0], number)
+            for group, code in self.places[m]:
+                emitter.addresses.bind(group, code)
             yield body
             for group in self.groups:
                 emitter.addresses.unbind(group)
@@ -312,8 +401,8 @@ class BlockedNest:
         with self._row(m) as body, emitter.loop((self.lane,), self.steps, guarded=True):
             lane = emitter.indexer.of(self.lane)
             total = tir.load(self.sums[m], emitter.addresses.code(lane))
-            if self.bias is not None:
-                total = total + emitter.element(self.bias, (self.index[-1],))
+            if self.factors.bias is not None:
+                total = total + emitter.element(self.factors.bias, (self.index[-1],))
             emitter.scopes[-1].known[self.key] = emitter.block.let(total, "total")
             made = dtypes.to_storage(emitter.element(value, self.index), value.dtype, emitter.block)
             address = emitter.addresses.code(emitter.indexer.flatten(self.index, value.shape))

@@ -17,9 +17,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from accel.backends.tvm import attention, blocked, dtypes, tir
-from accel.backends.tvm.attention import AttentionNest, AttentionPhase
-from accel.backends.tvm.blocked import BlockedNest, BlockedPhase
+from accel.backends.tvm import anchors, dtypes, tir
 from accel.backends.tvm.code import Emitter
 from accel.backends.tvm.flat import FlatNest
 from accel.backends.tvm.index import Affine
@@ -91,14 +89,13 @@ def region_symbols(region: Region) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def generate(name: str, region: Region) -> KernelCode:
+def generate(name: str, region: Region, kind: str = "") -> KernelCode:
     """Code of a region of primitive ops. Raises BackendError for what has none."""
     planner = Planner(region)
-    attended, multiplied = attention.find(region), blocked.find(region)
-    if attended is not None:
-        attention.plan(planner, attended)
-    elif multiplied is not None:
-        blocked.plan(planner, multiplied)
+    anchored = anchors.find(region, kind)
+    if anchored is not None:
+        anchor, op = anchored
+        anchor.plan(planner, op)
     else:
         planner.run()
     symbols = region_symbols(region)
@@ -172,11 +169,9 @@ def _phase(
         for position, store in enumerate(phase.stores)
     }
     begin, end = tir.var("begin"), tir.var("end")
-    nest: AttentionNest | BlockedNest | RowNest | FlatNest
-    if isinstance(phase, AttentionPhase):
-        nest = AttentionNest(phase, emitter, results[0])
-    elif isinstance(phase, BlockedPhase):
-        nest = BlockedNest(phase, emitter, results[0])
+    anchored = anchors.nest_of(phase)
+    if anchored is not None:
+        nest = anchored(phase, emitter, results[0])
     elif phase.reduces:
         nest = RowNest(phase, emitter, targets)
     else:
@@ -219,9 +214,9 @@ def _inplace(planner: Planner, region: Region) -> list[tuple[int, int]]:
             width = dtypes.storage(arg.dtype) == dtypes.storage(store.value.dtype)
             fits = fits and arg.dtype not in SUB_BYTE_BITS
             last = bool(by_store[i][arg]) and not any(later[arg] for later in by_store[i + 1 :])
+            last = last and store.place.kind == "result"
             if fits and width and last and reads[arg] == {written}:
-                if store.place.kind == "result":
-                    pairs.append((store.place.number, number))
+                pairs.append((store.place.number, number))
     return pairs
 
 

@@ -130,11 +130,15 @@ class Block:
         """
         if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)):
             return value
-        dtype = dtype_of(value)
-        if dtype in ("int64", "bool"):
+        if dtype_of(value) in ("int64", "bool"):
             variable = tirx.Var(name, value.ty)
             self.statements.append(tirx.Bind(variable, value))
             return variable
+        return self.cell(value, name)
+
+    def cell(self, value: Expr, name: str = "v") -> Expr:
+        """Names a value by a local cell, whatever its type: for long chains of integers."""
+        dtype = dtype_of(value)
         cell = local_array(name, 1, dtype)
         self.statements.append(tirx.AllocBuffer(cell))
         self.store(cell, value, i64(0))

@@ -1,0 +1,76 @@
+"""Kinds of kernels that are built around one op, the anchor: which ops, and with which loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from accel.backends.tvm import attention, blocked, depthwise
+from accel.backends.tvm.phases import Phase, Planner
+from accel.ir.module import Op, Region
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One kind of kernel.
+
+    Attributes:
+        ops: the names of the ops it may be built around.
+        reason: why an op of this name has no such kernel; None if it has.
+        plan: adds the phases of a region with this op.
+        phase, nest: the phase that computes the op, and what emits it.
+    """
+
+    ops: tuple[str, ...]
+    reason: Callable[[Op], str | None]
+    plan: Callable[[Planner, Op], None]
+    phase: type[Phase]
+    nest: Callable[..., Any]
+
+
+ANCHORS: dict[str, Anchor] = {
+    "attention": Anchor(
+        ("attention",),
+        attention.reason,
+        attention.plan,
+        attention.AttentionPhase,
+        attention.AttentionNest,
+    ),
+    "matmul": Anchor(
+        ("linear", "conv"),
+        blocked.reason,
+        blocked.plan,
+        blocked.BlockedPhase,
+        blocked.BlockedNest,
+    ),
+    "depthwise": Anchor(
+        ("conv",),
+        depthwise.reason,
+        depthwise.plan,
+        depthwise.DepthwisePhase,
+        depthwise.DepthwiseNest,
+    ),
+}
+
+
+def find(region: Region, kind: str) -> tuple[Anchor, Op] | None:
+    """The anchor of a region of primitive ops for a kernel of this kind, if it has one."""
+    anchor = ANCHORS.get(kind)
+    if anchor is None:
+        return None
+    op = next((op for op in region.ops if op.name in anchor.ops), None)
+    return None if op is None else (anchor, op)
+
+
+def nest_of(phase: Phase) -> Callable[..., Any] | None:
+    """What emits an anchor's phase; None for other phases."""
+    return next((a.nest for a in ANCHORS.values() if isinstance(phase, a.phase)), None)
+
+
+def reason(op: Op, kind: str) -> str | None:
+    """None if a kernel of this kind may be built around the op, else the reason why not."""
+    anchor = ANCHORS[kind]
+    if op.name not in anchor.ops:
+        return f"accel.{op.name} is not accel.{' or accel.'.join(anchor.ops)}"
+    return anchor.reason(op)
