@@ -71,12 +71,12 @@ def test_dynamic_sizes() -> None:
     fast = accel.compile(
         model,
         inputs=(torch.randn(2, 7, 64),),
-        dynamic_shapes={"x": {1: torch.export.Dim("length", min=1, max=4096)}},
+        dynamic_shapes={"x": {1: torch.export.Dim("length", max=4096)}},
         target=target(),
     )
     model = model.cuda()
     with torch.no_grad():
-        for length in (1, 5, 7, 128, 1000, 5, 7, 1):
+        for length in (2, 5, 7, 128, 1000, 5, 7, 2):
             x = torch.randn(2, length, 64, device="cuda")
             agree(fast(x), model(x), 1e-5)
 

@@ -99,6 +99,13 @@ def _same(template: str) -> Emitter:
     return lambda block, kind, args: Expr(template.format(*args), kind, dims_of(*args))
 
 
+def _solid(template: str) -> Emitter:
+    """As `_same`, for Triton functions that take no literals."""
+    return lambda block, kind, args: Expr(
+        template.format(*(solid(a) for a in args)), kind, dims_of(*args)
+    )
+
+
 def _test(template: str) -> Emitter:
     """Code whose result is a bool."""
     return lambda block, kind, args: Expr(template.format(*args), "bool", dims_of(*args))
@@ -132,7 +139,9 @@ def _reciprocal(block: Block, kind: str, args: list[Expr]) -> Expr:
 
 
 def _rsqrt(block: Block, kind: str, args: list[Expr]) -> Expr:
-    return _libdevice("rsqrt")(block, kind, args)
+    if kind == "float64":  # the instruction's float64 has few digits
+        return _libdevice("rsqrt")(block, kind, args)
+    return Expr(f"tl.rsqrt({solid(args[0])})", kind, args[0].dims)
 
 
 def _sigmoid(block: Block, kind: str, args: list[Expr]) -> Expr:
@@ -274,7 +283,7 @@ def _floor_div(op: Op, args: list[Expr], block: Block) -> Expr:
     less = Expr(f"({x} - {rest})", kind, dims)
     exact = block.let(str(divide(less, y)), kind, dims, "exact")
     exact = block.let(f"tl.where({differs}, {exact} - 1.0, {exact})", kind, dims, "exact")
-    whole = block.let(f"libdevice.floor({exact})", kind, dims, "whole")
+    whole = block.let(f"tl.floor({exact})", kind, dims, "whole")
     text = f"tl.where({exact} - {whole} > 0.5, {whole} + 1.0, {whole})"
     whole = block.let(text, kind, dims, "whole")
     nothing = f"libdevice.copysign({ratio} * 0.0, {ratio})"
@@ -380,9 +389,11 @@ _FLOAT: dict[str, Emitter] = {
     "isnan": _test("({0} != {0})"),
     "isinf": _is_infinite,
     "sigmoid": _sigmoid,
+    "ceil": _solid("tl.ceil({0})"),
+    "floor": _solid("tl.floor({0})"),
     **{
         name: _libdevice(name)
-        for name in ("ceil", "floor", "trunc", "exp", "exp2", "expm1", "log", "log2", "log10",
+        for name in ("trunc", "exp", "exp2", "expm1", "log", "log2", "log10",
                      "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh",
                      "acosh", "atanh", "tanh", "erf", "erfc", "erfinv", "lgamma", "atan2")
     },

@@ -6,6 +6,7 @@ imported from there: it is text that this compiler made.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import re
@@ -117,14 +118,13 @@ def compile_source(
         for position, type_ in enumerate(signature.values())
         if type_.startswith("*") and list(signature)[position] != "status"
     }
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    if "enable_reflect_ftz" in _option_names():
+        options["enable_reflect_ftz"] = False  # subnormal numbers are numbers, as in eager
     with loaded(source, name) as module:
         unit = ASTSource(getattr(module, name), dict(signature), dict(constants), aligned)
         try:
-            made = triton.compile(
-                unit,
-                target=GPUTarget("cuda", capability, 32),
-                options={"num_warps": warps, "enable_fp_fusion": True},
-            )
+            made = triton.compile(unit, target=GPUTarget("cuda", capability, 32), options=options)
         except Exception as error:
             raise BackendError(f"Triton does not compile {name}: {error}\n{source}") from error
     ptx = str(made.asm["ptx"])
@@ -138,6 +138,14 @@ def compile_source(
         shared=int(metadata.shared),
         spare=_parameters(ptx, str(metadata.name)) - own,
     )
+
+
+@cache
+def _option_names() -> frozenset[str]:
+    """Compile options of the installed Triton."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return frozenset(f.name for f in dataclasses.fields(CUDAOptions))
 
 
 def _parameters(ptx: str, symbol: str) -> int:
