@@ -37,7 +37,6 @@ _BLOCK_BYTES = 640 << 10  # of the weight, to stay in the second-level cache
 _INNER_BLOCKS_BYTES = 1 << 18  # a weight that stays in cache while rows of x go by
 _LINE = 16  # float32 elements of a cache line
 _UNROLLED = 4  # steps of a loop that LLVM may unroll
-_FEW_CHANNELS = 16
 _MAX_ROUNDS = 8
 
 
@@ -109,8 +108,6 @@ def reason(op: Op) -> str | None:
             return "not a channels-last 2-d convolution"
         if op.attribute("groups") != 1:
             return "a convolution in groups"
-        if weight.shape[2:] != (1, 1) and weight.shape[1] >= _FEW_CHANNELS:
-            return "a vendor's convolution is as fast for a window over many channels"
     sizes = (*weight.shape, x.shape[-1])
     if not all(isinstance(d, int) for d in sizes):
         return "a product of symbolic width"

@@ -15,7 +15,7 @@ from accel.backends.tvm import tir
 from accel.backends.tvm.index import Affine, Axis, Datum, Quotient, Remainder
 from accel.backends.tvm.tir import Expr, Var
 from accel.errors import BackendError
-from accel.ir.types import Dim, product, same_dim
+from accel.ir.types import Dim, numerator, product, same_dim
 
 
 def merged(
@@ -71,6 +71,9 @@ class Sizes:
         if dim.is_Symbol:
             return self.symbols[dim.name]
         if dim.is_Add:
+            over, under = numerator(dim)
+            if under != 1:  # whole as a sum: its terms are not
+                return tir.tirx.floordiv(self.code(over), self.code(under))
             return self._fold(dim.args, lambda a, b: a + b)
         if dim.is_Mul:
             over, under = dim.as_numer_denom()

@@ -13,7 +13,7 @@ import sympy
 
 from accel.backends.tvm.kernel import KernelCode, PhaseCode
 from accel.errors import BackendError
-from accel.ir.types import Dim
+from accel.ir.types import Dim, numerator
 
 # Element operations below which a phase is not worth waking another thread for.
 _GRAIN = 1 << 15
@@ -124,6 +124,9 @@ def _c(dim: Dim) -> str:
     if dim.is_Symbol:
         return str(dim.name)
     if dim.is_Add:
+        over, under = numerator(dim)
+        if under != 1:  # whole as a sum: its terms are not
+            return f"floor_div({_c(over)}, {_c(under)})"
         return "(" + " + ".join(map(_c, dim.args)) + ")"
     if dim.is_Mul:
         over, under = dim.as_numer_denom()
