@@ -131,7 +131,7 @@ def compile_module(
     stages["optimized"] = print_module(module, locations=True)
     pipeline = gpu.KERNEL_PIPELINE if on_gpu else KERNEL_PIPELINE
     lowering = PassManager(list(pipeline), context, validate=options.validate)
-    ledger.extend(lowering.run(module))
+    ledger.extend(lowering.run(module, after=manager))
     stages["kernels"] = print_module(module, locations=True)
     seconds["passes"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -193,12 +193,12 @@ def compile_kernels(
     else:
         header, library = entry.header, entry.payload
     names, inplace = header["names"], header["inplace"]
-    symbols: dict[Op, KernelSymbol] = {}
-    for op in kernels:
-        name = names[prints[op]]
+    found: dict[str, KernelSymbol] = {}
+    for print_, op in unique.items():
+        name = names[print_]
         pairs = tuple((int(r), int(i)) for r, i in inplace.get(name, ()))
-        symbols[op] = KernelSymbol(name, backend.dims(op), pairs)
-    return symbols, library, header["sources"]
+        found[print_] = KernelSymbol(name, backend.dims(op), pairs)
+    return {op: found[prints[op]] for op in kernels}, library, header["sources"]
 
 
 def _drop_unused_weights(module: Module, plans: dict[str, FunctionPlan]) -> None:

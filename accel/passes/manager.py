@@ -71,13 +71,18 @@ class PassManager:
         self.stop_after = stop_after
         self.stream = stream
         self.checker = Checker(seed, self.context.calibration)
+        self.state: _State | None = None  # after the last pass
         names = [p.name for p in self.passes]
         for name in [n for n in (*self.print_after, stop_after) if isinstance(n, str)]:
             if name not in (*names, "all"):
                 raise OptionError(f"no pass '{name}' in this pipeline", advice=near(name, names))
 
-    def run(self, module: Module) -> Ledger:
+    def run(self, module: Module, after: PassManager | None = None) -> Ledger:
         """Runs the passes in place. Returns the ledger.
+
+        Args:
+            after: has run on this module. If nothing has changed since, what it verified and
+                measured last holds.
 
         Raises VerifyError where a pass left a broken program, and ContractError where one broke its
         promise; both name the pass.
@@ -85,8 +90,14 @@ class PassManager:
         ledger = Ledger()
         if self.dumps is not None:
             self.dumps.write(0, "input", module)
-        verify(module)
-        state = _State(module, self.context.target)
+        last = after.state if after is not None else None
+        if last is not None and Snapshot(module).same_program(last.snapshot):
+            state = last
+            state.forget(keep_exact=False)
+        else:
+            verify(module)
+            state = _State(module, self.context.target)
+        self.state = state
         for index, each in enumerate(self.passes, start=1):
             row = self._run_one(index, each, module, state, ledger)
             ledger.rows.append(row)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-import tests.passes.sample_passes  # noqa: F401 (registers the passes)
 from accel.errors import ContractError, OptionError, RewriteError, VerifyError
 from accel.ir import parse_module, print_module
 from accel.passes.base import Context
@@ -17,6 +16,7 @@ from accel.passes.ledger import Ledger
 from accel.passes.manager import PassManager, run_pipeline
 from accel.passes.pipeline import format_pipeline, parse_pipeline
 from tests.passes.helpers import I64, ops, program, t
+from tests.passes.sample_passes import DoubleNegation
 
 
 def negations(n=4):
@@ -235,3 +235,32 @@ def test_every_rewrite_is_seen_by_the_ledger_and_no_pass_reports_itself():
     module = program(lambda b, a: [b.exp(a), b.exp(a)], t(3))
     ledger = run_pipeline(module, "cse")
     assert ledger.rows[0].rewrites == {"equal_op": 1} and ledger.rows[0].changed
+
+
+def test_a_pass_does_not_run_again_on_a_program_that_it_left_alone():
+    calls = []
+
+    class Watched(DoubleNegation):
+        def run(self, module, context):
+            calls.append(sum(1 for _ in module.walk()))
+            super().run(module, context)
+
+    ledger = PassManager([Watched(), Watched(), Watched()]).run(negations())
+    assert calls == [6, 2]  # it changed the program, had nothing to do, and was not asked again
+    assert [bool(row.notes.get("skipped")) for row in ledger.rows] == [False, False, True]
+    assert [row.ops_after for row in ledger.rows] == [2, 2, 2]
+    calls.clear()
+    PassManager([Watched(), Watched(), Watched()], validate=True).run(negations())
+    assert len(calls) == 3
+
+
+def test_a_manager_goes_on_where_another_one_stopped():
+    module = negations()
+    first = PassManager("test_double_negation,dce")
+    first.run(module)
+    ledger = PassManager("dce").run(module, after=first)
+    assert ledger.rows[0].notes and ledger.rows[0].ops_before == 2
+    broken = next(op for op in module.walk() if op.name == "exp")
+    broken.result.type = t(2, 4)
+    with pytest.raises(VerifyError):
+        PassManager("dce").run(module, after=first)
