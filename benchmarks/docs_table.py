@@ -70,6 +70,7 @@ def render() -> str:
         ("compile_time", compile_time_section),
         ("memory", memory_section),
         ("compression", compression_section),
+        ("compression_decode", decode_section),
     )
     parts = [HEAD]
     for name, section in sections:
@@ -266,6 +267,31 @@ def compression_section(data: dict[str, Any]) -> str:
             "",
             "One pass each; bytes of the linears' weights with every part of their encoding, and",
             "perplexity on CPython's own documentation (`benchmarks/compression.py`).",
+            "",
+            *markdown(head, lines),
+            "",
+        ]
+    )
+
+
+def decode_section(data: dict[str, Any]) -> str:
+    parts = data["seconds"]
+    head = ["", *(x for part in parts for x in (f"{part}, ms", "times fp32"))]
+    lines = []
+    for name in next(iter(parts.values())):
+        cells = [name]
+        for seconds in parts.values():
+            ratio = seconds["fp32"] / seconds[name]
+            cells += [f"{seconds[name] * 1e3:.2f}", f"{ratio:.2f}"]
+        lines.append(cells)
+    return "\n".join(
+        [
+            "## Compressed weights, one row",
+            "",
+            machine_line(data["machine"]),
+            "",
+            "`linears`: the 210 linears of SmolLM2-135M on one row each; `token`: the whole model on one",
+            "token. How many times as fast as float32 weights (`benchmarks/compression_decode.py`).",
             "",
             *markdown(head, lines),
             "",
