@@ -61,6 +61,15 @@ def driver() -> Driver:
     )
 
 
+def require_device(device: torch.device) -> None:
+    """Raises MissingDependencyError if the program's device is a GPU and torch finds none here."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MissingDependencyError(
+            "the program is for a GPU, and torch finds none here",
+            advice="run it on a machine with an NVIDIA GPU and a CUDA build of torch",
+        )
+
+
 def check_device(arch: str, device: torch.device) -> None:
     """Raises ArtifactError if machine code for `arch` does not run on the device."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -109,11 +118,7 @@ class CudaLibrary:
 
     def _open(self) -> None:
         """Looks for the device; a program may be made and stored where there is none."""
-        if not torch.cuda.is_available():
-            raise MissingDependencyError(
-                "the program is for a GPU, and torch finds none here",
-                advice="run it on a machine with an NVIDIA GPU and a CUDA build of torch",
-            )
+        require_device(self.device)
         check_device(self.code.arch, self.device)
         self._driver = driver()
         self._status = self._status.pin_memory()

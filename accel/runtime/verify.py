@@ -19,8 +19,10 @@ from accel.errors import AccelError, VerificationFailedError
 from accel.runtime import libraries
 from accel.runtime.artifact import Artifact, GoldenCase
 from accel.runtime.aten import resolve
+from accel.runtime.cuda import check_device, require_device
+from accel.runtime.cuda_code import unpack
+from accel.runtime.device import device_of
 from accel.runtime.golden import Deviation, compare
-from accel.runtime.host import HostLibrary
 from accel.runtime.interfaces import HostCodeLoader, Libraries
 from accel.runtime.loader import Rebuild, is_signed_by_trusted_key, load
 from accel.runtime.manifest import Golden, check_machine
@@ -67,7 +69,7 @@ def verify_artifact(
     *,
     rebuild: Rebuild | None = None,
     find_library: Libraries = libraries.get,
-    load_host: HostCodeLoader = HostLibrary,
+    load_host: HostCodeLoader | None = None,
 ) -> Verification:
     """Checks an artifact on this machine. It never raises for what it finds: see the result."""
     found = _Verifier(path)
@@ -121,6 +123,7 @@ class _Verifier:
             inputs, outputs = artifact.golden(golden)
             case = GoldenCase(golden.function, inputs, outputs, golden.tolerances)
             function = model.entry_points[golden.function].function
+            require_device(function.device)
             results = function([t.to(function.device, copy=True) for t in inputs])
             return compare(golden.function, [r.cpu() for r in results], case)
 
@@ -169,6 +172,11 @@ def _check_contents(artifact: Artifact) -> str:
 
 
 def _check_machine(artifact: Artifact) -> str:
+    device = device_of(str(artifact.manifest.target.description.get("kind", "cpu")))
+    if artifact.manifest.host_code and device.type == "cuda":
+        require_device(device)
+        check_device(unpack(artifact.read(artifact.manifest.host_code)).arch, device)
+        return f"the kernels run on this {torch.cuda.get_device_name(device)}"
     if artifact.manifest.host_code:
         check_machine(artifact.manifest.target)
         return "this CPU has all features that the code uses"

@@ -75,6 +75,11 @@ def scratch(kind: str) -> str:
     return "int1" if kind == "bool" else kind
 
 
+def width(kind: str) -> int:
+    """Bytes of an element of scratch memory."""
+    return 1 if kind in ("int1", "bool") else int(getattr(torch, kind).itemsize)
+
+
 def from_storage(loaded: Expr, dtype: torch.dtype, block: Block) -> Expr:
     """A loaded element (not of a sub-byte dtype) as a scalar to compute with."""
     if dtype in (torch.float16, torch.bfloat16):

@@ -12,11 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from accel.backends.triton import dtypes
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.program import Program, ProgramWriter
+from accel.backends.triton.split import (
+    PartialWriter,
+    TotalWriter,
+    partial_kinds,
+    plan_split,
+    scratch_bytes,
+)
 from accel.backends.tvm.kernel import region_symbols
 from accel.backends.tvm.phases import Phase, Planner, Store
 from accel.ir.module import Region, Value
@@ -31,6 +36,11 @@ class Slot:
 
     kind: str
     number: int
+
+    @property
+    def name(self) -> str:
+        """The parameter's name in the source."""
+        return {"input": "x", "result": "y", "scratch": "t"}[self.kind] + str(self.number)
 
 
 @dataclass
@@ -70,14 +80,115 @@ class KernelCode:
 
 def generate(name: str, region: Region, comment: str, sms: int) -> KernelCode:
     """Sources of a region of primitive ops. Raises BackendError for what has none."""
-    planner = Planner(region)
-    planner.run()
-    join_stores(planner.phases)
-    launches = [
-        _launch(f"{name}_{number}", phase, planner, region, comment, sms)
-        for number, phase in enumerate(planner.phases)
-    ]
-    return KernelCode(name, launches, [_scratch_bytes(v) for v in planner.scratch_values])
+    return _Generator(name, region, comment, sms).run()
+
+
+class _Generator:
+    """Plans a region and writes its launches. `scratch` holds the type and bytes of each buffer:
+    values that the plan materializes, then partial results of split reductions."""
+
+    def __init__(self, name: str, region: Region, comment: str, sms: int) -> None:
+        self.name, self.region, self.comment, self.sms = name, region, comment, sms
+        self.planner = Planner(region)
+        self.scratch: list[tuple[str, Dim]] = []
+        self.launches: list[LaunchCode] = []
+
+    def run(self) -> KernelCode:
+        self.planner.run()
+        join_stores(self.planner.phases)
+        for value in self.planner.scratch_values:
+            kind = dtypes.scratch(dtypes.compute(value.dtype))
+            self.scratch.append((kind, product((dtypes.width(kind), *value.shape))))
+        self.kind = index_kind(self.region, self.planner.scratch_values)
+        for phase in self.planner.phases:
+            self._phase(phase)
+        return KernelCode(self.name, self.launches, [size for _, size in self.scratch])
+
+    def _phase(self, phase: Phase) -> None:
+        writes = [Slot(s.place.kind, s.place.number) for s in phase.stores]
+        targets = [slot.name for slot in writes]
+        writer = ProgramWriter(phase, self._emitter(phase), targets, self.sms)
+        split = plan_split(phase, writer, self.sms)
+        if split is None:
+            reads, program = self._finish(phase, writer.write())
+            pairs = _inplace(writer, phase, self.region, reads)
+            self._launch(program, reads, writes, pairs)
+            return
+        first = len(self.scratch)
+        for kind in partial_kinds(phase):
+            self.scratch.append((dtypes.scratch(kind), scratch_bytes(kind, split)))
+        between = [Slot("scratch", n) for n in range(first, len(self.scratch))]
+        names = [s.name for s in between]
+        partial = PartialWriter(phase, self._emitter(phase), names, self.sms, split)
+        reads, program = self._finish(phase, partial.write())
+        self._launch(program, reads, between, [])
+        total = TotalWriter(phase, self._emitter(phase), targets, self.sms, split, names)
+        reads, program = self._finish(phase, total.write())
+        self._launch(program, [*reads, *between], writes, [])
+
+    def _emitter(self, phase: Phase) -> Emitter:
+        pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
+        numbers = {v: i for i, v in enumerate(self.planner.scratch_values)}
+        pointers |= {v: f"t{numbers[v]}" for v in phase.needs}
+        return Emitter(self.planner.indexer, pointers, set(phase.needs), self.kind)
+
+    def _finish(self, phase: Phase, program: Program) -> tuple[list[Slot], Program]:
+        """What the program reads, arguments first."""
+        numbers = {v: i for i, v in enumerate(self.planner.scratch_values)}
+        reads = [
+            Slot("scratch", numbers[v])
+            if v in phase.needs
+            else Slot("input", self.region.args.index(v))
+            for v in program.reads
+        ]
+        return sorted(reads, key=lambda s: (s.kind, s.number)), program
+
+    def _launch(
+        self,
+        program: Program,
+        reads: list[Slot],
+        writes: list[Slot],
+        inplace: list[tuple[int, int]],
+    ) -> None:
+        name = f"{self.name}_{len(self.launches)}"
+        signature = {slot.name: dtypes.pointer(self._stored(slot)) for slot in (*reads, *writes)}
+        symbols = region_symbols(self.region)
+        signature.update(dict.fromkeys(symbols, "i64"))
+        if program.checks:
+            signature["status"] = "*i32"
+        signature.update(dict.fromkeys(program.constants, "constexpr"))
+        source = _source(name, program, signature, self.comment)
+        self.launches.append(
+            LaunchCode(
+                name,
+                source,
+                reads,
+                writes,
+                symbols,
+                program.checks,
+                signature,
+                program.constants,
+                program.programs,
+                program.warps,
+                inplace,
+            )
+        )
+
+    def _stored(self, slot: Slot) -> str:
+        if slot.kind == "scratch":
+            return self.scratch[slot.number][0]
+        values = self.region.args if slot.kind == "input" else self.region.results
+        return dtypes.storage(values[slot.number].dtype)
+
+
+def index_kind(region: Region, scratch: list[Value]) -> str:
+    """int32 if every position in every tensor fits, whatever the symbolic sizes are."""
+    inner = [r for op in region.ops for r in op.results]
+    for value in (*region.args, *region.results, *scratch, *inner):
+        count = value.type.numel()
+        if not isinstance(count, int) or count >= _LARGEST_INT32:
+            return "int64"
+    return "int32"
 
 
 def join_stores(phases: list[Phase]) -> None:
@@ -132,79 +243,6 @@ def _inplace(
         if fits and width and places == {written}:
             found.append((0, position))
     return found
-
-
-def _scratch_kind(value: Value) -> str:
-    return dtypes.scratch(dtypes.compute(value.dtype))
-
-
-def _scratch_bytes(value: Value) -> Dim:
-    kind = _scratch_kind(value)
-    width = 1 if kind == "int1" else torch.empty(0, dtype=getattr(torch, kind)).element_size()
-    return product((width, *value.shape))
-
-
-def index_kind(region: Region, scratch: list[Value]) -> str:
-    """int32 if every position in every tensor fits, whatever the symbolic sizes are."""
-    for value in (
-        *region.args,
-        *region.results,
-        *scratch,
-        *(r for o in region.ops for r in o.results),
-    ):
-        count = value.type.numel()
-        if not isinstance(count, int) or count >= _LARGEST_INT32:
-            return "int64"
-    return "int32"
-
-
-def _launch(
-    name: str, phase: Phase, planner: Planner, region: Region, comment: str, sms: int
-) -> LaunchCode:
-    arguments = {v: f"x{i}" for i, v in enumerate(region.args)}
-    scratch = {v: f"t{i}" for i, v in enumerate(planner.scratch_values)}
-    kind = index_kind(region, planner.scratch_values)
-    pointers = arguments | {v: scratch[v] for v in phase.needs}
-    emitter = Emitter(planner.indexer, pointers, set(phase.needs), kind)
-    targets = [f"{'y' if s.place.kind == 'result' else 't'}{s.place.number}" for s in phase.stores]
-    writer = ProgramWriter(phase, emitter, targets, sms)
-    program = writer.write()
-    reads = [Slot("input", region.args.index(v)) for v in program.reads if v in arguments]
-    reads += [
-        Slot("scratch", planner.scratch_values.index(v)) for v in program.reads if v in phase.needs
-    ]
-    reads.sort(key=lambda s: (s.kind, s.number))
-    writes = [Slot(s.place.kind, s.place.number) for s in phase.stores]
-    signature: dict[str, str] = {}
-    for slot in (*reads, *writes):
-        letter = {"input": "x", "result": "y", "scratch": "t"}[slot.kind]
-        stored = _stored(slot, region, planner.scratch_values)
-        signature[f"{letter}{slot.number}"] = dtypes.pointer(stored)
-    symbols = region_symbols(region)
-    signature.update(dict.fromkeys(symbols, "i64"))
-    if program.checks:
-        signature["status"] = "*i32"
-    signature.update(dict.fromkeys(program.constants, "constexpr"))
-    return LaunchCode(
-        name,
-        _source(name, program, signature, comment),
-        reads,
-        writes,
-        symbols,
-        program.checks,
-        signature,
-        program.constants,
-        program.programs,
-        program.warps,
-        _inplace(writer, phase, region, reads),
-    )
-
-
-def _stored(slot: Slot, region: Region, scratch: list[Value]) -> str:
-    if slot.kind == "scratch":
-        return _scratch_kind(scratch[slot.number])
-    values = region.args if slot.kind == "input" else region.results
-    return dtypes.storage(values[slot.number].dtype)
 
 
 def _source(name: str, program: Program, signature: dict[str, str], comment: str) -> str:

@@ -70,6 +70,7 @@ class ProgramWriter:
         self.top = emitter.scopes[0]
         self.constants: dict[str, int] = {}
         self.helpers: set[str] = set()
+        self.program = "tl.program_id(0)"  # which block of rows
         self.held: dict[frozenset[Axis], _Held] = {}  # columns that stay in registers
         self.survey = Survey(self.indexer, dict.fromkeys(phase.needs))
         for store in phase.stores:
@@ -179,27 +180,13 @@ class ProgramWriter:
     # -- with reductions -------------------------------------------------------------------
 
     def _rows(self) -> tuple[Dim, int]:
-        phase, emitter = self.phase, self.emitter
-        groups = self._merged(phase.outer)
+        groups = self._merged(self.phase.outer)
         passes = self._passes()
         sets = {frozenset(p.axes): p.axes for p in reversed(passes) if p.axes or p.reduces}
         columns = {key: Columns(axes, self._merged(axes)) for key, axes in sets.items()}
         count = product(group_extent(g) for g in groups)
         shape = choose_rows(groups, columns, self.survey.reads, self.sms)
-        self.tile_rows = shape.rows
-        row: Expr | None = None
-        if shape.rows > 1:
-            self.constants["ROWS"] = shape.rows
-            start = self._wide("tl.program_id(0)")
-            self._let("row", f"{start} * ROWS + tl.arange(0, ROWS)[:, None]")
-            self._limit(phase.outer, "row", count, shape.rows)
-            row = Expr("row", emitter.kind, frozenset((ROW,)))
-        elif groups:
-            self._let("row", self._wide("tl.program_id(0)"))
-            row = Expr("row", emitter.kind)
-        if row is not None:
-            decompose(row, groups, emitter.block, emitter.addresses)
-        self.top.axes = frozenset(phase.outer)
+        self._bind_rows(groups, shape.rows)
         for number, key in enumerate(columns):
             span = columns[key]
             span.name = f"COLS_{number}" if number else "COLS"
@@ -207,6 +194,23 @@ class ProgramWriter:
         for one in passes:
             self._pass(one, columns.get(frozenset(one.axes)))
         return parts_of(count, shape.rows), shape.warps
+
+    def _bind_rows(self, groups: list[Group], rows: int) -> None:
+        """The rows of this program: `row`, and each outer axis from it."""
+        phase, emitter = self.phase, self.emitter
+        self.tile_rows = rows
+        row: Expr | None = None
+        if rows > 1:
+            self.constants["ROWS"] = rows
+            self._let("row", f"{self._wide(self.program)} * ROWS + tl.arange(0, ROWS)[:, None]")
+            self._limit(phase.outer, "row", product(a.extent for a in phase.outer), rows)
+            row = Expr("row", emitter.kind, frozenset((ROW,)))
+        elif groups:
+            self._let("row", self._wide(self.program))
+            row = Expr("row", emitter.kind)
+        if row is not None:
+            decompose(row, groups, emitter.block, emitter.addresses)
+        self.top.axes = frozenset(phase.outer)
 
     def _passes(self) -> list[Pass]:
         """Reductions by what they need and over which axes, then stores."""
@@ -298,10 +302,14 @@ class ProgramWriter:
             for store in one.stores:
                 self._store(self.phase.stores.index(store), store)
         emitter.addresses.groups, emitter.masks = bound, masks
-        head = f"for {start} in range(0, {size_text(columns.extent)}, {columns.name}):"
+        head = f"for {start} in range({self._bounds(columns)}, {columns.name}):"
         emitter.block.nest(head, body)
         for reduce, reduction in zip(one.reduces, reductions):
             self._finish(reduce, reduction)
+
+    def _bounds(self, columns: Columns) -> str:
+        """Where this program's loop over columns starts and ends."""
+        return f"0, {size_text(columns.extent)}"
 
     def _operand(self, reduce: Reduce) -> tuple[Expr, Expr | None]:
         value = self.emitter.element(reduce.op.operands[0], reduce.source)

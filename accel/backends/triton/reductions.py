@@ -178,6 +178,17 @@ class Reduction:
             case _:
                 return f"tl.minimum({total}, {new}{nan})"
 
+    def partial(self, block: Block) -> list[Expr]:
+        """One partial result for each row: as many values as `kinds`."""
+        text = self._total()
+        if not self.has_places:
+            if self.kind in ("int8", "int16", "uint8"):
+                text = f"{text}.to({element_type(self.kind)})"
+            return [block.let(text, self.kind, self.tile.kept, self.name)]
+        names = [block.names.fresh(self.name), block.names.fresh("at")]
+        block.line(f"{names[0]}, {names[1]} = {text}")
+        return [Expr(n, k, self.tile.kept) for n, k in zip(names, self.kinds)]
+
     # -- results ---------------------------------------------------------------------------
 
     def finish(self, block: Block) -> Expr:
