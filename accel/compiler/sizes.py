@@ -7,7 +7,7 @@ from typing import Any
 import sympy
 
 from accel.errors import BackendError
-from accel.ir.types import Dim
+from accel.ir.types import Dim, numerator
 from accel.runtime.plan import SizeExpr
 
 
@@ -20,6 +20,9 @@ def size_expr(dim: Dim) -> SizeExpr:
     if dim.is_Symbol:
         return str(dim.name)
     if dim.is_Add:
+        over, under = numerator(dim)
+        if under != 1:  # whole as a sum: its terms are not
+            return ["//", size_expr(over), size_expr(under)]
         return ["+", *map(size_expr, dim.args)]
     if dim.is_Mul:
         return _product(dim)

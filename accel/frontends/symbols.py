@@ -22,7 +22,7 @@ from accel.ir.types import Dim, symbol
 _NO_BOUND = 2**31
 
 _PLAIN: dict[str, Callable[..., Any]] = {
-    "FloorDiv": lambda a, b: sympy.floor(a / b),
+    "FloorDiv": lambda a, b: sympy.floor(sympy.expand_mul(a / b)),
     "CleanDiv": lambda a, b: a / b,
     "IntTrueDiv": lambda a, b: a / b,
     "FloatTrueDiv": lambda a, b: a / b,

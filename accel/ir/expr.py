@@ -14,12 +14,12 @@ from typing import Any
 import sympy
 
 from accel.errors import IRParseError
-from accel.ir.types import Dim, simplify_dim, symbol
+from accel.ir.types import Dim, symbol
 
 _TOKEN = re.compile(r"\s*(?:(\d+)|([A-Za-z_]\w*)|(\*\*|//|[-+*/(),]))", re.ASCII)
 _FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int]] = {  # with fewest and most arguments
     "Mod": (sympy.Mod, 2, 2),
-    "floor": (sympy.floor, 1, 1),
+    "floor": (lambda e: _floor(e), 1, 1),
     "ceiling": (sympy.ceiling, 1, 1),
     "Max": (sympy.Max, 1, 8),
     "Min": (sympy.Min, 1, 8),
@@ -30,6 +30,12 @@ _DEPTH = 60
 _TOKENS = 400
 _EXPONENT = 16
 _TERMS = 2000  # of the expanded expression
+
+
+def _floor(value: Any) -> Any:
+    """sympy drops the floor of products that it takes to be integers (see `simplify_dim`)."""
+    made = sympy.floor(value)
+    return made if isinstance(made, sympy.floor) else sympy.floor(sympy.expand_mul(value))
 
 
 def parse_expr(text: str) -> Dim:
@@ -56,7 +62,7 @@ def _parse(text: str) -> Dim:
     bad_parts = (sympy.zoo, sympy.nan, sympy.oo, -sympy.oo, sympy.I)
     if result.has(*bad_parts) or result.is_integer is False:
         raise IRParseError(f"size expression '{_short(text)}' is no integer")
-    return simplify_dim(result)
+    return int(result) if result.is_Integer else result
 
 
 def _short(text: str) -> str:
@@ -121,7 +127,9 @@ class _Reader:
             if operator != "*" and other == 0:
                 raise IRParseError(f"size expression '{self.text}' divides by 0")
             if operator == "//":
-                factors = [sympy.floor(sympy.Mul(*factors, 1 / other))]
+                factors = [
+                    sympy.floor(sympy.expand_mul(self.small(sympy.Mul(*factors, 1 / other))))
+                ]
             else:
                 factors.append(other if operator == "*" else 1 / other)
         return self.small(sympy.Mul(*factors))

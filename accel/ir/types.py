@@ -142,12 +142,25 @@ def symbol(name: str) -> sympy.Symbol:
 
 
 def simplify_dim(dim: Dim) -> Dim:
-    """An int if the expression is constant, else the expression itself."""
+    """An int if the expression is constant, else the expression, multiplied out.
+
+    sympy takes (2*k + 2)*s/10 to be an integer, and so drops the floor around it; 2*k*s + 2*s is
+    not misread.
+    """
     if isinstance(dim, int):
         return dim
     if dim.is_Integer:
         return int(dim)
+    if dim.is_Mul and any(factor.is_Add for factor in dim.args):
+        return simplify_dim(sympy.expand_mul(dim))
     return dim
+
+
+def numerator(dim: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """(over, under) with dim = over / under, for code that divides integers once, at the end."""
+    rational = any(a.as_coeff_Mul()[0].q != 1 for a in sympy.Add.make_args(dim))
+    over, under = (sympy.together(dim) if rational else dim).as_numer_denom()
+    return over, under
 
 
 def product(dims: Iterable[Dim]) -> Dim:

@@ -432,3 +432,17 @@ def test_sources_are_readable_programs() -> None:
     source = runner.compiled.sources[runner.compiled.symbols[0]]
     assert "@T.prim_func" in source and "T.Select" in source
     assert "accel_use_pool" in runner.compiled.sources["shim.c"]
+
+
+@pytest.mark.parametrize(("s", "t"), [(2, 12), (3, 17), (5, 9), (3, 12)])
+def test_sizes_with_floors_inside_products(s: int, t: int) -> None:
+    """Rows by tens: the number of pieces is a floor over a product with a floor in it."""
+    even = 2 * ((T - 1) // 2) + 2
+
+    def build(b: B, x: Any, y: Any, z: Any) -> Any:
+        del y, z
+        return b.permute(b.exp(x), axes=(0, 2, 1))
+
+    types = [f32(S, even, 70), f32(S), f32(T)]
+    given = [torch.randn(s, 2 * ((t - 1) // 2) + 2, 70), torch.randn(s), torch.randn(t)]
+    check(types, build, given)
