@@ -139,6 +139,9 @@ class _StoredTensors(Mapping[str, torch.Tensor]):
             raise KeyError(name)
         return self._store.stored(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._store
+
     def __iter__(self) -> Any:
         return iter(self._store.names())
 

@@ -128,7 +128,10 @@ def compile_module(
         stop_after=options.stop_after or None,
     )
     ledger = manager.run(module)
-    stages["optimized"] = print_module(module, locations=True)
+    if any(row.changed for row in ledger.rows):
+        stages["optimized"] = print_module(module, locations=True)
+    else:
+        stages["optimized"] = stages["captured"]
     pipeline = gpu.KERNEL_PIPELINE if on_gpu else KERNEL_PIPELINE
     lowering = PassManager(list(pipeline), context, validate=options.validate)
     ledger.extend(lowering.run(module, after=manager))

@@ -27,26 +27,11 @@ def outline(
     inserts the op and calls `finish_outline`.
     """
     members = set(ops)
-    mapping: dict[Value, Value] = {}
-    region = Region()
-    inputs: list[Value] = []
-    copies = {r: op for op in duplicate for r in op.results}
-
-    def bring(value: Value) -> None:
-        if value in mapping:
-            return
-        source = value.op
-        if source is not None and (value in copies or inline(value)):
-            for operand in source.operands:
-                bring(operand)
-            region.append(clone_op(source, mapping))
-            return
-        inputs.append(value)
-        mapping[value] = region.add_arg(value.type, value.name)
-
+    inside = _Inside(inline, {r: op for op in duplicate for r in op.results})
+    region, mapping, inputs = inside.region, inside.mapping, inside.inputs
     for op in ops:
         for operand in op.operands:
-            bring(operand)
+            inside.bring(operand)
         region.append(clone_op(op, mapping))
     outputs = escaping(ops, members)
     terminator = Op(definition("yield"), [mapping[v] for v in outputs], {}, ())
@@ -61,6 +46,29 @@ def outline(
         location=last.location,
         made_by=made_by,
     )
+
+
+class _Inside:
+    """A region in the making, and what it reads from outside."""
+
+    def __init__(self, inline: Callable[[Value], bool], copies: Mapping[Value, Op]) -> None:
+        self.region = Region()
+        self.mapping: dict[Value, Value] = {}
+        self.inputs: list[Value] = []
+        self._inline, self._copies = inline, copies
+
+    def bring(self, value: Value) -> None:
+        """Makes an outer value known inside: as a copy of what makes it, or as an argument."""
+        if value in self.mapping:
+            return
+        source = value.op
+        if source is not None and (value in self._copies or self._inline(value)):
+            for operand in source.operands:
+                self.bring(operand)
+            self.region.append(clone_op(source, self.mapping))
+            return
+        self.inputs.append(value)
+        self.mapping[value] = self.region.add_arg(value.type, value.name)
 
 
 def escaping(ops: Sequence[Op], members: set[Op]) -> list[Value]:
