@@ -9,7 +9,7 @@ reads memory across the direction in which it writes, two directions make a two-
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -185,7 +185,7 @@ class ProgramWriter:
         sets = {frozenset(p.axes): p.axes for p in reversed(passes) if p.axes or p.reduces}
         columns = {key: Columns(axes, self._merged(axes)) for key, axes in sets.items()}
         count = product(group_extent(g) for g in groups)
-        shape = choose_rows(groups, columns, self.survey.reads, self.sms)
+        shape = self._shape(groups, columns)
         self._bind_rows(groups, shape.rows)
         for number, key in enumerate(columns):
             span = columns[key]
@@ -194,6 +194,10 @@ class ProgramWriter:
         for one in passes:
             self._pass(one, columns.get(frozenset(one.axes)))
         return parts_of(count, shape.rows), shape.warps
+
+    def _shape(self, groups: list[Group], columns: Mapping[frozenset[Axis], Columns]) -> Shape:
+        """The tile; sets the columns' sizes."""
+        return choose_rows(groups, columns, self.survey.reads, self.sms)
 
     def _bind_rows(self, groups: list[Group], rows: int) -> None:
         """The rows of this program: `row`, and each outer axis from it."""
@@ -227,7 +231,7 @@ class ProgramWriter:
             found.setdefault(key, Pass(store.inner)).stores.append(store)
         return [found[key] for key in sorted(found, key=lambda k: k[0])]
 
-    def _tile(self, columns: Columns) -> Tile:
+    def _tile(self, columns: Columns, reduce: Reduce) -> Tile:
         if self.tile_rows > 1:
             return Tile(f"[ROWS, {columns.name}]", 1, True)
         return Tile(f"[{columns.name}]", 0, False)
@@ -256,7 +260,7 @@ class ProgramWriter:
         with self._held(one.axes, columns) as (scope, mask):
             for reduce in one.reduces:
                 with self.emitter.inside(scope):
-                    reduction = Reduction(reduce, self._tile(columns))
+                    reduction = Reduction(reduce, self._tile(columns, reduce))
                     value, place = self._operand(reduce)
                     reduction.whole(value, place, mask, self.emitter.block)
                 self._finish(reduce, reduction)
@@ -287,7 +291,7 @@ class ProgramWriter:
     def _looped_pass(self, one: Pass, columns: Columns) -> None:
         emitter = self.emitter
         bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
-        reductions = [Reduction(r, self._tile(columns)) for r in one.reduces]
+        reductions = [Reduction(r, self._tile(columns, r)) for r in one.reduces]
         for reduction in reductions:
             reduction.start(emitter.block)
         names = emitter.block.names
@@ -302,10 +306,14 @@ class ProgramWriter:
             for store in one.stores:
                 self._store(self.phase.stores.index(store), store)
         emitter.addresses.groups, emitter.masks = bound, masks
-        head = f"for {start} in range({self._bounds(columns)}, {columns.name}):"
+        head = f"for {start} in {self._steps(columns)}:"
         emitter.block.nest(head, body)
         for reduce, reduction in zip(one.reduces, reductions):
             self._finish(reduce, reduction)
+
+    def _steps(self, columns: Columns) -> str:
+        """The loop over blocks of columns."""
+        return f"range({self._bounds(columns)}, {columns.name})"
 
     def _bounds(self, columns: Columns) -> str:
         """Where this program's loop over columns starts and ends."""
