@@ -54,11 +54,21 @@ def vit(batch: int) -> Workload:
     return Workload(model, {"pixel_values": torch.randn(batch, 3, 224, 224).half()})
 
 
+def resnet(batch: int) -> Workload:
+    from transformers import ResNetConfig, ResNetModel
+
+    torch.manual_seed(0)
+    model = ResNetModel(ResNetConfig()).half().eval()
+    return Workload(model, {"pixel_values": torch.randn(batch, 3, 224, 224).half()})
+
+
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "bert_b1": lambda: bert(1),
     "bert_b32": lambda: bert(32),
     "vit_b1": lambda: vit(1),
     "vit_b64": lambda: vit(64),
+    "resnet50_b1": lambda: resnet(1),
+    "resnet50_b64": lambda: resnet(64),
 }
 
 Call = Callable[..., Any]

@@ -6,7 +6,7 @@ from typing import Any
 
 from accel import __version__
 from accel.backends.triton import CompiledLaunch, TritonBackend
-from accel.backends.vendor import CudaAttention, TorchLinear
+from accel.backends.vendor import CudaAttention, CudnnConv, TorchLinear
 from accel.compiler.cache import CompileCache, cache_key
 from accel.compiler.lower import KernelSymbol, Launch
 from accel.compiler.options import Options
@@ -26,8 +26,8 @@ def generator(target: Target) -> TritonBackend:
 
 
 def libraries() -> tuple[Library, ...]:
-    """What cuBLAS and PyTorch's attention take, in order of preference."""
-    return (CudaAttention(), TorchLinear())
+    """What cuDNN, cuBLAS and PyTorch's attention take, in order of preference."""
+    return (CudaAttention(), CudnnConv(), TorchLinear())
 
 
 def compile_launches(

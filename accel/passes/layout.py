@@ -45,22 +45,25 @@ class Layout(Pass):
     contract: ClassVar[Contract] = EXACT
 
     def run(self, module: Module, context: Context) -> None:
+        on_gpu = getattr(context.target, "kind", "cpu") == "cuda"
         for function in module.functions.values():
-            if any(_is_first(op) for op in function.ops):
+            if any(_is_first(op, on_gpu) for op in function.ops):
                 mover = _Mover(function, module.weights, context, self.name)
                 mover.run()
                 drop_unused(module, list(mover.matrices))
 
 
-def _is_first(op: Op) -> bool:
-    """A convolution that a channels-last library call can take: float32, with a stored weight.
+def _is_first(op: Op, on_gpu: bool) -> bool:
+    """A convolution that a channels-last library call can take: with a stored weight, of float32,
+    or on a GPU of 16-bit floats too.
 
     The others (computed or decoded weights, other dtypes) are one ATen call, channels-first.
     """
+    dtypes = (torch.float32, torch.float16, torch.bfloat16) if on_gpu else (torch.float32,)
     return (
         op.name == "conv"
         and op.result.type.rank == 4
-        and op.result.dtype == torch.float32
+        and op.result.dtype in dtypes
         and op.attribute("layout") == "nchw"
         and constant_name(op.operands[1]) is not None
     )
@@ -85,6 +88,7 @@ class _Mover:
     ) -> None:
         self.function, self.context, self.made_by = function, context, made_by
         self.weights = weights
+        self.on_gpu = getattr(context.target, "kind", "cpu") == "cuda"
         self.matrices: dict[str, str] = {}  # 1x1 weights as matrices, by the weight's name
         self.twins: dict[Value, Value] = {}
 
@@ -104,7 +108,7 @@ class _Mover:
 
     def _follows(self, op: Op) -> bool:
         """Whether the op can be computed channels-last from operands that are (or may be)."""
-        if _is_first(op):
+        if _is_first(op, self.on_gpu):
             return True
         if len(op.results) != 1 or not any(v in self.twins for v in op.operands):
             return False
@@ -146,7 +150,7 @@ class _Mover:
             x, *rest = op.arguments()
             operands = [self._last(x, b), *rest]
             attributes["layout"] = "nhwc"
-            if _is_pointwise(op):
+            if _is_pointwise(op) and not self.on_gpu:  # cuDNN adds residual and ReLU in one call
                 self._finish(op, self._linear(b, operands))
                 return
         else:

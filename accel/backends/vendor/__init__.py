@@ -6,6 +6,14 @@ run-time half needs. Meaning is never encoded here: it is the region of the `acc
 """
 
 from accel.backends.vendor.attention import CudaAttention, ScaledDotProduct
+from accel.backends.vendor.cudnn import CudnnConv
 from accel.backends.vendor.onednn import OneDnnConv, OneDnnLinear, TorchLinear
 
-__all__ = ["CudaAttention", "OneDnnConv", "OneDnnLinear", "ScaledDotProduct", "TorchLinear"]
+__all__ = [
+    "CudaAttention",
+    "CudnnConv",
+    "OneDnnConv",
+    "OneDnnLinear",
+    "ScaledDotProduct",
+    "TorchLinear",
+]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from accel.errors import MissingDependencyError
 from accel.runtime.interfaces import Library
+from accel.runtime.libraries.cudnn import CudnnConv
 from accel.runtime.libraries.onednn import OneDnnConv, OneDnnLinear
 from accel.runtime.libraries.torch_native import ScaledDotProduct, TorchLinear
 
 _ENTRIES: dict[str, Library] = {
-    entry.name: entry for entry in (OneDnnLinear(), OneDnnConv(), TorchLinear(), ScaledDotProduct())
+    entry.name: entry
+    for entry in (OneDnnLinear(), OneDnnConv(), TorchLinear(), ScaledDotProduct(), CudnnConv())
 }
 
 
