@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from accel.backends.triton import dtypes, scalar
+from accel.backends.triton import anchors, dtypes, scalar
 from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot, generate
 from accel.backends.triton.toolchain import Binary, compile_source, version
 from accel.backends.tvm import trace
@@ -98,13 +98,15 @@ class TritonBackend:
         return f"accel.{op.name} has no generated code"
 
     def supports_product(self, op: Op) -> str | None:
-        return f"accel.{op.name} has no generated code on GPUs"
+        return self.supports_anchor(op, "gemv")
 
     def supports_anchor(self, op: Op, kind: str) -> str | None:
-        return f"accel.{op.name} has no generated code on GPUs"
+        return _type_reason(op) or anchors.reason(op, kind)
 
     def supports_decoding(self, op: Op) -> str | None:
-        return f"accel.{op.name} has no generated code on GPUs"
+        if op.definition.decompose is None:
+            return self.supports(op)
+        return _type_reason(op)  # composites are decomposed inside the kernel
 
     def matmul_columns(self, op: Op) -> int:
         raise BackendError(f"accel.{op.name} has no generated code on GPUs")
@@ -146,18 +148,20 @@ class TritonBackend:
         return result
 
     def _generate(self, name: str, kernel: Op) -> KernelCode:
-        region = self.primitive_region(kernel.regions[0])
+        kind = str(kernel.attribute("kind"))
+        region = self.primitive_region(kernel.regions[0], kind)
         for op in region.ops:
             if op.has(Trait.TERMINATOR):
                 continue
-            reason = self.supports(op)
+            reason = None if anchors.is_whole(op, kind) else self.supports(op)
             if reason is not None:
                 raise BackendError(
                     f"no generated kernel: {reason}", where=str(op.location or kernel.location)
                 )
-        return generate(name, region, print_op(kernel), self.sms)
+        make = anchors.generator(kind) or generate
+        return make(name, region, print_op(kernel), self.sms)
 
-    def primitive_region(self, region: Region) -> Region:
+    def primitive_region(self, region: Region, kind: str = "") -> Region:
         """A copy in which every op has code of its own; composites without are decomposed."""
         copy = Region([a.type for a in region.args])
         clone_region_into(region, copy, {})
@@ -165,6 +169,8 @@ class TritonBackend:
         while pending:
             op = pending.pop()
             if op.definition.decompose is None or _has_own_code(op):
+                continue
+            if anchors.is_whole(op, kind):
                 continue
             before = op.prev
             op.replace_with(Builder(before=op).decompose(op))

@@ -80,10 +80,10 @@ class KernelCode:
 
 def generate(name: str, region: Region, comment: str, sms: int) -> KernelCode:
     """Sources of a region of primitive ops. Raises BackendError for what has none."""
-    return _Generator(name, region, comment, sms).run()
+    return Generator(name, region, comment, sms).run()
 
 
-class _Generator:
+class Generator:
     """Plans a region and writes its launches. `scratch` holds the type and bytes of each buffer:
     values that the plan materializes, then partial results of split reductions."""
 

@@ -1,0 +1,51 @@
+"""Kinds of kernels that are built around one op, the anchor: which ops, and how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from accel.backends.triton import gemv
+from accel.backends.triton.kernel import KernelCode
+from accel.ir.module import Op, Region
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One kind of kernel.
+
+    Attributes:
+        ops: the names of the ops it may be built around.
+        reason: why an op of this name has no such kernel; None if it has.
+        generate: (name, region, comment, multiprocessors) -> code; the region is its own.
+    """
+
+    ops: tuple[str, ...]
+    reason: Callable[[Op], str | None]
+    generate: Callable[[str, Region, str, int], KernelCode]
+
+
+ANCHORS: dict[str, Anchor] = {
+    "gemv": Anchor(("linear",), gemv.reason, gemv.generate),
+}
+
+
+def reason(op: Op, kind: str) -> str | None:
+    """None if a kernel of this kind may be built around the op, else the reason why not."""
+    anchor = ANCHORS.get(kind)
+    if anchor is None:
+        return f"no kernel of kind '{kind}' is generated for GPUs"
+    if op.name not in anchor.ops:
+        return f"accel.{op.name} is not accel.{' or accel.'.join(anchor.ops)}"
+    return anchor.reason(op)
+
+
+def is_whole(op: Op, kind: str) -> bool:
+    """Whether the kernel is built around this op, which so stays whole."""
+    return kind in ANCHORS and op.name in ANCHORS[kind].ops
+
+
+def generator(kind: str) -> Callable[[str, Region, str, int], KernelCode] | None:
+    """What writes kernels of this kind; None for those without an anchor."""
+    anchor = ANCHORS.get(kind)
+    return None if anchor is None else anchor.generate

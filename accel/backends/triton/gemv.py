@@ -1,0 +1,253 @@
+"""Kernels of kind "gemv": linears over a few rows, which read their weight once.
+
+Memory is the limit, so everything else is arranged around one stream of the weight [N, K], in the
+order in which it is stored: a program takes some of its rows and all of K, keeps one sum a lane, and
+adds the lanes up at the end. The rows of x share each element of the weight, decoding included (the
+decoding ops are traced as any others). What follows (bias, activation, residual, gate times up: the
+two halves of one merged weight, read side by side) is computed on the sums.
+
+A norm before the linear costs no pass of its own: (r x g) W' = r ((x g) W'), so the sum of squares
+that r needs runs along with the products, and r multiplies the sums. A linear is written out as
+cast, mul and sum, so that loops, masks and addresses are those of the other kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product as combinations
+
+from accel.backends.triton.addresses import Group
+from accel.backends.triton.emitter import Emitter
+from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
+from accel.backends.triton.program import ProgramWriter
+from accel.backends.triton.reductions import Tile
+from accel.backends.triton.text import Expr
+from accel.backends.triton.tiles import Columns, Shape, next_power
+from accel.backends.tvm.index import Affine, Axis
+from accel.backends.tvm.merge import group_extent
+from accel.backends.tvm.phases import Phase, Place, Planner, Reduce, Store
+from accel.backends.tvm.survey import Survey
+from accel.errors import BackendError
+from accel.ir.builder import Builder
+from accel.ir.module import Op, Region, Value
+from accel.ir.types import Dim, is_float, product
+
+MOST_ROWS = 4  # of x: each costs a multiplication for every element of the weight
+_MOST_SUMS = 16  # of one program: they live in registers
+_MAX_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class GemvTile:
+    """How a program streams: `rows` of the weight by `columns` of K at a time.
+
+    `stages` blocks are in flight (1: as many as the multiprocessor's other programs bring).
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+
+
+def reason(op: Op) -> str | None:
+    """None if a kernel of kind "gemv" may be built around this op, else the reason why not."""
+    if op.name != "linear":
+        return f"accel.{op.name} has no generated code"
+    x, weight, _ = op.arguments()
+    rows = product(x.shape[:-1])
+    if not isinstance(rows, int) or not 0 < rows <= MOST_ROWS:
+        return f"a linear of {rows} rows"
+    if not all(isinstance(d, int) and d > 0 for d in weight.shape):
+        return "a weight of symbolic size, or none"
+    return None
+
+
+def choose(columns: int, depth: int, sums: int, width: float, sms: int) -> GemvTile:
+    """The tile for `columns` results of `depth` products, `sums` of them a result.
+
+    `width` is the bytes of a stored element.
+    """
+    warps = 4 if depth >= 1024 else max(1, next_power(depth) // 256)
+    span = min(next_power(depth), 256 * warps)
+    rows = 4
+    while rows > 1 and columns // rows < 2 * sms:
+        rows //= 2
+    rows = max(1, rows // sums)
+    return GemvTile(rows, span, warps)
+
+
+# -- the region ------------------------------------------------------------------------------
+
+
+def expand(region: Region) -> None:
+    """Writes the region's linears out as products and sums, in float32 for small floats."""
+    for op in list(region.ops):
+        if op.name == "linear":
+            op.replace_with([_expanded(op)])
+
+
+def _expanded(op: Op) -> Value:
+    b = Builder(before=op)
+    x, weight, bias = op.arguments()
+    rows, depth, columns = product(x.shape[:-1]), x.shape[-1], weight.shape[0]
+    x, scales = _without_scales(b, x)
+    left = b.reshape(b.widen(x), shape=(rows, 1, depth))
+    right = b.reshape(b.widen(weight), shape=(1, columns, depth))
+    total = b.sum(b.mul(left, right), axes=(2,))
+    for scale in scales:
+        total = b.mul(total, b.cast_to(b.reshape(scale, shape=(rows, 1)), total.dtype))
+    if bias is not None:
+        total = b.add(total, b.widen(bias))
+    return b.cast_to(b.reshape_to(total, op.result.shape), op.result.dtype)
+
+
+def _without_scales(b: Builder, value: Value) -> tuple[Value, list[Value]]:
+    """A value [..., K] without the factors that each of its rows has in common, and those."""
+    op = value.op
+    if op is None or not is_float(value.dtype):
+        return value, []
+    if op.name == "cast" and is_float(op.operands[0].dtype):
+        inner, scales = _without_scales(b, op.operands[0])
+        return (inner, scales) if scales else (value, [])
+    if op.name != "mul":
+        return value, []
+    parts: list[Value] = []
+    found: list[Value] = []
+    for operand in op.operands:
+        if _is_scale(operand, value):
+            found.append(operand)
+        elif operand.shape == value.shape:
+            inner, scales = _without_scales(b, operand)
+            parts.append(inner)
+            found += scales
+        else:
+            parts.append(operand)
+    if not found or not any(p.shape == value.shape for p in parts):
+        return value, []
+    wide = [b.widen(p) for p in parts]
+    return (wide[0] if len(wide) == 1 else b.mul(*wide)), found
+
+
+def _is_scale(operand: Value, value: Value) -> bool:
+    """Whether it has one element for each row."""
+    return operand.shape == (*value.shape[:-1], 1) and value.shape[-1] != 1
+
+
+# -- the plan --------------------------------------------------------------------------------
+
+
+def plan(planner: Planner) -> Phase:
+    """One phase whose rows are the results' columns; each row of x is a store of its own."""
+    region, indexer = planner.region, planner.indexer
+    sizes = {v.shape[-1] for v in region.results}
+    if len(sizes) != 1:
+        raise BackendError(f"a gemv kernel with results of {sorted(map(str, sizes))} columns")
+    column = indexer.axis("n", sizes.pop())
+    for _ in range(_MAX_ROUNDS):
+        survey = Survey(indexer, {})
+        stores: list[Store] = []
+        last, axes = planner._as_index(column) if column.extent != 1 else (Affine(), ())
+        for number, value in enumerate(region.results):
+            lead = [range(int(d)) for d in value.shape[:-1]]
+            for row in combinations(*lead):
+                index = (*(Affine(i) for i in row), last)
+                survey.element(value, index)
+                stores.append(Store(value, Place("result", number), index, ()))
+        reduces, _, blocked = planner._reduces(survey)
+        if planner.apply_splits():
+            continue
+        if blocked or len(reduces) > _MOST_SUMS:
+            raise BackendError(f"a gemv kernel with {len(reduces)} sums")
+        return Phase(axes, stores, reduces)
+    raise BackendError("a gemv kernel whose index does not come to rest")
+
+
+class _Streaming(Emitter):
+    """Marks loads of what is read once, so that it does not push x out of the caches."""
+
+    def load_text(self, pointer: str, address: Expr, axes: frozenset[Axis]) -> Expr:
+        made = super().load_text(pointer, address, axes)
+        known = self.scopes[0].axes
+        if axes & known and axes - known:
+            text = made.text.removesuffix(")") + ', eviction_policy="evict_first")'
+            return Expr(text, made.kind, made.dims)
+        return made
+
+
+class GemvWriter(ProgramWriter):
+    """Writes the phase of a gemv kernel."""
+
+    tile: GemvTile | None = None
+
+    def _shape(self, groups: list[Group], columns: Mapping[frozenset[Axis], Columns]) -> Shape:
+        count, depth = product(group_extent(g) for g in groups), max_extent(columns.values())
+        if not isinstance(count, int):
+            raise BackendError("a gemv kernel of symbolic size")
+        if self.tile is None:
+            self.tile = choose(count, depth, self._streams(), self._width(), self.sms)
+        for one in columns.values():
+            extent = one.extent
+            assert isinstance(extent, int)
+            one.size = min(self.tile.columns, next_power(extent))
+            one.held = extent <= one.size
+        return Shape(min(self.tile.rows, next_power(count)), self.tile.columns, self.tile.warps)
+
+    def _streams(self) -> int:
+        """How many rows of the weight one result takes."""
+        outer = set(self.phase.outer)
+        found = {r.index[-1] for r in self.phase.reduces if r.index and r.index[-1].axes & outer}
+        return max(1, len(found))
+
+    def _width(self) -> float:
+        """Bytes of an element of what is read along rows and columns."""
+        sizes = [v.dtype.itemsize for v in self.emitter.pointers if v.type.rank == 2]
+        return float(min(sizes, default=2))
+
+    def _tile(self, columns: Columns, reduce: Reduce) -> Tile:
+        own = frozenset(axis for i in reduce.index for axis in i.axes)
+        if self.tile_rows > 1 and not own & set(self.phase.outer):
+            return Tile(f"[1, {columns.name}]", 1, True)  # the same for all rows of the weight
+        return super()._tile(columns, reduce)
+
+    def _steps(self, columns: Columns) -> str:
+        assert self.tile is not None
+        stages = f", num_stages={self.tile.stages}" if self.tile.stages > 1 else ""
+        return f"tl.range({self._bounds(columns)}, {columns.name}{stages})"
+
+
+def max_extent(columns: Iterable[Columns]) -> int:
+    extents: list[Dim] = [one.extent for one in columns]
+    return max(int(e) for e in extents)
+
+
+class GemvGenerator(Generator):
+    """A gemv kernel: one launch."""
+
+    tile: GemvTile | None = None
+
+    def run(self) -> KernelCode:
+        expand(self.region)
+        phase = plan(self.planner)
+        self.kind = index_kind(self.region, [])
+        pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
+        emitter = _Streaming(self.planner.indexer, pointers, set(), self.kind)
+        targets = [Slot(s.place.kind, s.place.number) for s in phase.stores]
+        writer = GemvWriter(phase, emitter, [t.name for t in targets], self.sms)
+        writer.tile = self.tile
+        reads, program = self._finish(phase, writer.write())
+        self._launch(program, reads, list(dict.fromkeys(targets)), [])
+        return KernelCode(self.name, self.launches, [])
+
+
+def generate(
+    name: str, region: Region, comment: str, sms: int, tile: GemvTile | None = None
+) -> KernelCode:
+    """The source of a region with linears of few rows, which `expand` rewrites.
+
+    Raises BackendError for what has none.
+    """
+    generator = GemvGenerator(name, region, comment, sms)
+    generator.tile = tile
+    return generator.run()
