@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from accel import tree
 from accel.compiler.assemble import to_contents, to_function, to_model
 from accel.compiler.options import Options
-from accel.compiler.pipeline import Program, compile_module
+from accel.compiler.pipeline import Program, compile_module, tensor_pipeline
 from accel.compiler.targets import Target, get_target
 from accel.errors import CaptureError, InputError, OptionError
 from accel.frontends.export import capture
 from accel.ir.module import Module
+from accel.passes.pipeline import parse_pipeline
 from accel.runtime.artifact import GoldenCase, write_artifact
 from accel.runtime.convention import describe_parameters
 from accel.runtime.golden import golden_case, record
@@ -57,7 +58,15 @@ def compile(
 
     Raises CaptureError, OptionError, ContractError, BackendError.
     """
-    made = Compiled(model, get_target(target), Options.of(options), dynamic_shapes, calibration)
+    for name, given, wanted in (("inputs", inputs, Sequence), ("kwargs", kwargs, Mapping)):
+        if given is not None and (not isinstance(given, wanted) or isinstance(given, str)):
+            raise InputError(
+                f"{name} are a {type(given).__name__}, not a {wanted.__name__.lower()}",
+                advice="pass inputs=(x, y), kwargs={'mask': m}: the call's own arguments",
+            )
+    chosen = Options.of(options)
+    parse_pipeline(tensor_pipeline(chosen))  # a misspelt pass is an error now, not at a later call
+    made = Compiled(model, get_target(target), chosen, dynamic_shapes, calibration)
     if inputs is not None or kwargs is not None:
         made.fix(inputs or (), kwargs or {})
     elif dynamic_shapes is not None:
@@ -81,11 +90,15 @@ def package(
     The file appears at once and complete, or not at all. Raises CaptureError for a model in
     training mode, and what `compile` raises.
     """
-    if isinstance(model, nn.Module) and model.training:
-        raise CaptureError(
-            "the model is in training mode: dropout would be random and batch norm would learn",
-            advice="call model.eval() first",
-        )
+    if isinstance(model, nn.Module):
+        training = [name for name, part in model.named_modules() if part.training]
+        if training:
+            named = f"its part '{training[0]}'" if training[0] else "it"
+            raise CaptureError(
+                f"the model cannot be packaged while {named} is in training mode: dropout would be "
+                "random and batch norm would learn",
+                advice="call model.eval() first",
+            )
     made = compile(
         model,
         inputs=inputs,

@@ -52,6 +52,11 @@ class Options:
             return Options()
         if isinstance(value, Options):
             return value
+        if not isinstance(value, Mapping):
+            raise OptionError(
+                f"options are a {type(value).__name__}, not a mapping",
+                advice='give a dict, for example {"passes": "quantize{bits=8}"}, or accel.Options(...)',
+            )
         fields = {f.name: f for f in dataclasses.fields(Options)}
         for name, given in value.items():
             if name not in fields:
@@ -62,7 +67,8 @@ class Options:
             default = getattr(Options(), name)
             if default is not None and not isinstance(given, type(default)):
                 raise OptionError(
-                    f"option '{name}' must be {type(default).__name__}, got {given!r}"
+                    f"option '{name}' must be {type(default).__name__}, got {given!r}",
+                    advice=f"its default is {default!r}",
                 )
         chosen = Options(**value)
         if chosen.on_violation not in ("raise", "undo"):

@@ -53,8 +53,17 @@ def make_backend(compile_function: CompileFunction) -> Callable[..., Any]:
     """
 
     def backend(
-        graph: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+        graph: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
     ) -> Callable[..., Any]:
+        if mode not in (None, "default"):
+            raise OptionError(
+                f"the accel backend has no mode '{mode}'",
+                advice='pass options={"passes": ...} to torch.compile instead',
+            )
         rest = dict(options or {})
         freeze = bool(rest.pop("freeze", True))
         budget = float(rest.pop("activation_memory_budget", 1.0))

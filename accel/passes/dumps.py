@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from accel.errors import OptionError
 from accel.ir.module import Module
 from accel.ir.printer import print_module
 
@@ -14,7 +15,13 @@ class Dumps:
 
     def __init__(self, folder: str | Path, *, locations: bool = False) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(
+                f"cannot make the folder for dumps '{folder}': {error.strerror}",
+                advice="name a folder that can be written",
+            ) from error
         self.locations = locations
 
     def write(self, index: int, name: str, module: Module) -> Path:

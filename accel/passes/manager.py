@@ -72,7 +72,7 @@ class PassManager:
         self.stream = stream
         self.checker = Checker(seed, self.context.calibration)
         self.state: _State | None = None  # after the last pass
-        names = [p.name for p in self.passes]
+        names = sorted({p.name for p in self.passes})
         for name in [n for n in (*self.print_after, stop_after) if isinstance(n, str)]:
             if name not in (*names, "all"):
                 raise OptionError(f"no pass '{name}' in this pipeline", advice=near(name, names))

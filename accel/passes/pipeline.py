@@ -80,7 +80,10 @@ class _Reader:
         while position < len(stripped):
             found = _TOKEN.match(stripped, position)
             if found is None:
-                raise OptionError(f"cannot read the pipeline '{text}' at '{stripped[position:]}'")
+                raise OptionError(
+                    f"cannot read the pipeline '{text}' at '{stripped[position:]}'",
+                    advice="write name{option=value,option=value},name",
+                )
             self.tokens.append(found.group().strip())
             position = found.end()
 
@@ -92,7 +95,8 @@ class _Reader:
         if not token or (wanted and token != wanted):
             raise OptionError(
                 f"the pipeline '{self.text}' has '{token or 'its end'}' where "
-                f"{repr(wanted) if wanted else 'a name or value'} belongs"
+                f"{repr(wanted) if wanted else 'a name or value'} belongs",
+                advice="write name{option=value,option=value},name",
             )
         return token
 

@@ -169,6 +169,9 @@ def test_a_failed_package_leaves_nothing(model, tmp_path) -> None:
     path = tmp_path / "m.accel"
     with pytest.raises(CaptureError, match="training mode"):
         accel.package(model.train(), (torch.randn(4, 16),), path=path)
+    model.eval().norm.train()
+    with pytest.raises(CaptureError, match="'norm' is in training mode"):
+        accel.package(model, (torch.randn(4, 16),), path=path)
 
     def by_data(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if x.sum() > 0 else x
@@ -195,6 +198,66 @@ def test_unknown_options_say_what_is_known(model) -> None:
         accel.compile(model, options={"validate": "yes"})
     with pytest.raises(OptionError, match="target"):
         accel.compile(model, target="tpu")
+    with pytest.raises(OptionError, match="quantise"):  # before the first call
+        accel.compile(model, options={"passes": "quantise"})
+    with pytest.raises(OptionError, match="not a mapping"):
+        accel.compile(model, options=["cse"])  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="name{option=value"):
+        accel.compile(model, options={"passes": "quantize{bits=8"})
+    with pytest.raises(OptionError, match="folder for dumps"):
+        accel.compile(model, inputs=(x,), options={"dump_dir": f"{__file__}/dumps"})
+
+
+def test_inputs_that_are_no_arguments(model) -> None:
+    for inputs, kwargs in ((torch.randn(2, 16), None), ("text", None), (None, [1])):
+        with pytest.raises(InputError, match="not a"):
+            accel.compile(model, inputs=inputs, kwargs=kwargs)
+    fast = accel.compile(model, inputs=(torch.randn(2, 16),))
+    wrong = (
+        torch.randn(16),
+        torch.randn(2, 16, device="meta"),
+        torch.randn(2, 16).to_sparse(),
+        None,
+    )
+    for x in wrong:
+        with pytest.raises(InputError) as caught:
+            fast(x)
+        assert "'x'" in caught.value.what
+
+
+def test_torch_compile_says_what_is_wrong_with_its_options(model) -> None:
+    for options in ({"options": {"pases": "cse"}}, {"mode": "max-autotune"}):
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="accel", **options)
+        with torch.no_grad(), pytest.raises(Exception, match="ACCEL001") as caught:
+            fast(torch.randn(2, 16))
+        assert isinstance(caught.value.inner_exception, OptionError)
+
+
+def by_size_of_data(x: torch.Tensor) -> torch.Tensor:
+    return x[x > 0] * 2
+
+
+def until_large(x: torch.Tensor) -> torch.Tensor:
+    while x.max() < 10:
+        x = x * 2
+    return x
+
+
+@pytest.mark.parametrize("function", [by_size_of_data, until_large])
+def test_a_failed_compile_leaves_no_trace(model, tmp_path, function) -> None:
+    """No file, no cache entry; the next compile and its answer are as if it had not been."""
+    x = torch.rand(2, 16) + 0.1
+    for make in (
+        lambda: accel.compile(function, inputs=(x,)),
+        lambda: accel.package(function, (x,), path=tmp_path / "m.accel"),
+        lambda: accel.compile(model, inputs=(x,), options={"passes": "quantize{bits=99}"}),
+    ):
+        with pytest.raises(AccelError) as caught:
+            make()
+        assert caught.value.advice
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    check(accel.compile(model, inputs=(x,))(x), model(x))
 
 
 def test_the_cache_answers_the_second_compile(model, tmp_path) -> None:
