@@ -112,7 +112,7 @@ def measure(row: zoo.Row, skipped: Sequence[str]) -> Outcome:
     if "gradients" not in skipped:
         result["gradients"] = backward(row)
     if "inductor" not in skipped:
-        result["inductor"] = forward(row, "inductor", {"force_disable_caches": True})
+        result["inductor"] = forward(row, "inductor", {"fx_graph_cache": False})
     return result
 
 

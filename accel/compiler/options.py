@@ -55,7 +55,7 @@ class Options:
         if not isinstance(value, Mapping):
             raise OptionError(
                 f"options are a {type(value).__name__}, not a mapping",
-                advice='give a dict, for example {"passes": "quantize{bits=8}"}, or accel.Options(...)',
+                advice='give a dict such as {"passes": "quantize{bits=8}"}, or accel.Options(...)',
             )
         fields = {f.name: f for f in dataclasses.fields(Options)}
         for name, given in value.items():
