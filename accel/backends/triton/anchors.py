@@ -1,11 +1,11 @@
-"""Kinds of kernels that are built around one op, the anchor: which ops, and how they are written."""
+"""Kinds of kernels that are built around one op, the anchor: which ops, and what writes them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from accel.backends.triton import gemv
+from accel.backends.triton import gemv, matmul
 from accel.backends.triton.kernel import KernelCode
 from accel.ir.module import Op, Region
 
@@ -27,6 +27,7 @@ class Anchor:
 
 ANCHORS: dict[str, Anchor] = {
     "gemv": Anchor(("linear",), gemv.reason, gemv.generate),
+    "matmul": Anchor(("linear",), matmul.reason, matmul.generate),
 }
 
 

@@ -1,10 +1,10 @@
 """Kernels of kind "gemv": linears over a few rows, which read their weight once.
 
 Memory is the limit, so everything else is arranged around one stream of the weight [N, K], in the
-order in which it is stored: a program takes some of its rows and all of K, keeps one sum a lane, and
-adds the lanes up at the end. The rows of x share each element of the weight, decoding included (the
-decoding ops are traced as any others). What follows (bias, activation, residual, gate times up: the
-two halves of one merged weight, read side by side) is computed on the sums.
+order in which it is stored: a program takes some of its rows and all of K, keeps one sum a lane,
+and adds the lanes up at the end. The rows of x share each element of the weight, decoding included
+(the decoding ops are traced as any others). What follows (bias, activation, residual, gate times
+up: the two halves of one merged weight, read side by side) is computed on the sums.
 
 A norm before the linear costs no pass of its own: (r x g) W' = r ((x g) W'), so the sum of squares
 that r needs runs along with the products, and r multiplies the sums. A linear is written out as
