@@ -16,6 +16,7 @@ from typing import Any
 
 from accel.cli.passes import describe
 from accel.passes.registry import load_passes
+from benchmarks.docs_coverage import coverage_lines, op_db_lines
 from benchmarks.measure import ROOT, TITLES, geometric_mean, load_results
 
 README = ROOT / "README.md"
@@ -70,6 +71,8 @@ def render() -> str:
         ("compile_time", compile_time_section),
         ("memory", memory_section),
         ("compression", compression_section),
+        ("coverage", coverage_section),
+        ("op_db", op_db_section),
         ("compression_decode", decode_section),
     )
     parts = [HEAD]
@@ -295,6 +298,41 @@ def decode_section(data: dict[str, Any]) -> str:
             "(`benchmarks/compression_decode.py`).",
             "",
             *markdown(head, lines),
+            "",
+        ]
+    )
+
+
+def coverage_section(data: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            "## Architectures",
+            "",
+            machine_line(data["machine"]),
+            "",
+            "Tiny random models of `transformers` (`tests/zoo.py`) through `torch.compile`. One",
+            "counts where it is a single graph and matches eager (1e-4 of the largest element;",
+            "gradients 1e-3); with dynamic sizes, where one program serves three batches and",
+            "lengths. Where Python loops over the tokens, Dynamo itself makes a graph a length.",
+            "Seconds: the first call, without compile caches, on a machine with other work.",
+            "",
+            *coverage_lines(data["models"]),
+            "",
+        ]
+    )
+
+
+def op_db_section(data: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            "## PyTorch's own operator samples",
+            "",
+            machine_line(data["machine"]),
+            "",
+            "`torch.testing`'s op_db through `accel.compile`, against eager",
+            "(`benchmarks/op_db.py`): all samples of float32, the first of other dtypes.",
+            "",
+            *op_db_lines(data["dtypes"]),
             "",
         ]
     )

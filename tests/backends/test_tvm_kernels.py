@@ -411,8 +411,12 @@ def test_empty_results(shape: tuple[int, ...]) -> None:
     def rows(b: B, x: Any) -> Any:
         return b.softmax(x, axis=2), b.any(x, axes=(1,)), b.sum(b.cat(x, x, axis=0), axes=(0,))
 
+    def stacked(b: B, x: Any) -> Any:
+        parts = [b.reshape(x, shape=(1, *shape))] * 2
+        return b.cat(*parts, axis=0), x, b.reshape(b.exp(x), shape=(shape[2], shape[0], shape[1]))
+
     x = torch.randn(shape)
-    for build in (transposed, rows):
+    for build in (transposed, rows, stacked):
         for i in range(3):
             check([f32(*shape)], lambda b, v, n=i, f=build: f(b, v)[n], [x])
 

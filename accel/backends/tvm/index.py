@@ -180,7 +180,7 @@ class Indexer:
 
     def divide(self, value: Affine, divisor: Dim) -> tuple[Affine, Affine]:
         """floor(value / divisor) and the remainder, as simple as can be proved."""
-        if divisor == 1:
+        if divisor in (0, 1):  # the index of an axis of length 0 is never computed
             return value, Affine()
         whole, rest = self._take_multiples(value, divisor)
         low, high = self.range(rest)
