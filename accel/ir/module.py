@@ -8,12 +8,12 @@ result, and `Function.donates` says which result may take which argument's buffe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from accel.errors import VerifyError
-from accel.ir.op import AtenCall, Attribute, OpDefinition, Trait, definition
+from accel.ir.op import AtenCall, Attribute, OpDefinition, Trait
 from accel.ir.storage import WeightStore
 from accel.ir.types import Dim, TensorType
 
@@ -383,21 +383,15 @@ class Module:
             yield from function.walk()
 
     def dissolve(self) -> None:
-        """Takes the program apart, which must not be used any more; metadata and weights stay.
-
-        Ops, values and regions refer to each other: without this, only Python's search for
-        garbage cycles would free them.
-        """
-        for function in self.functions.values():
-            for op in list(function.walk()):
-                op._operands.clear()
-                op.parent = op.prev = op.next = None
-                for value in op.results:
-                    value.uses.clear()
-                    value.owner = _NOWHERE
-                for region in op.regions:
-                    region.args.clear()
-                    region.first = region.last = region.parent = None
+        """Takes the program apart (metadata and weights stay), so that it leaves no garbage."""
+        for op in list(self.walk()):
+            op._operands.clear()
+            op.parent = op.prev = op.next = None
+            for value in op.results:
+                value.uses.clear()
+                value.owner = _NOWHERE
+            while op.regions:
+                op.regions.pop().args.clear()
         self.functions.clear()
 
     def clone(self) -> Module:
@@ -452,13 +446,4 @@ def clone_op(op: Op, mapping: dict[Value, Value]) -> Op:
 def constant_name(value: Value) -> str | None:
     """The weight's name if the value is an `accel.constant`."""
     op = value.op
-    if op is not None and op.name == "constant":
-        return str(op.attributes["name"])
-    return None
-
-
-def make_op(name: str, operands: Iterable[Value], attributes: Mapping[str, Attribute]) -> Op:
-    """An op whose result types are inferred, not yet in any region."""
-    d = definition(name)
-    values = list(operands)
-    return Op(d, values, attributes, d.infer_types([v.type for v in values], attributes))
+    return str(op.attributes["name"]) if op is not None and op.name == "constant" else None
