@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from accel.backends.triton import gemv, matmul
 from accel.backends.triton.kernel import KernelCode
 from accel.ir.module import Op, Region
+
+Generate = Callable[[str, Region, str, int, Any], KernelCode]
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,13 @@ class Anchor:
     Attributes:
         ops: the names of the ops it may be built around.
         reason: why an op of this name has no such kernel; None if it has.
-        generate: (name, region, comment, multiprocessors) -> code; the region is its own.
+        generate: (name, region, comment, multiprocessors, tile or None) -> code; it may change the
+            region.
     """
 
     ops: tuple[str, ...]
     reason: Callable[[Op], str | None]
-    generate: Callable[[str, Region, str, int], KernelCode]
+    generate: Generate
 
 
 ANCHORS: dict[str, Anchor] = {
@@ -46,7 +50,7 @@ def is_whole(op: Op, kind: str) -> bool:
     return kind in ANCHORS and op.name in ANCHORS[kind].ops
 
 
-def generator(kind: str) -> Callable[[str, Region, str, int], KernelCode] | None:
+def generator(kind: str) -> Generate | None:
     """What writes kernels of this kind; None for those without an anchor."""
     anchor = ANCHORS.get(kind)
     return None if anchor is None else anchor.generate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -73,16 +74,17 @@ class TritonBackend:
     Args:
         arch: "sm_80", "sm_90", "sm_100"...
         sms: multiprocessors, for the cost model.
+        tile: the tile of kernels around an anchor, in place of the cost model's choice.
     """
 
     name = "triton"
 
-    def __init__(self, arch: str = "sm_90", sms: int = 132) -> None:
-        self.arch, self.sms = arch, sms
+    def __init__(self, arch: str = "sm_90", sms: int = 132, tile: Any = None) -> None:
+        self.arch, self.sms, self.tile = arch, sms, tile
 
     def version(self) -> str:
         """A cache key for machine code."""
-        return f"{version()}-{self.arch}-{self.sms}"
+        return f"{version()}-{self.arch}-{self.sms}-{self.tile}"
 
     def supports(self, op: Op) -> str | None:
         """None if a kernel region may hold this op, else the reason why not."""
@@ -158,8 +160,10 @@ class TritonBackend:
                 raise BackendError(
                     f"no generated kernel: {reason}", where=str(op.location or kernel.location)
                 )
-        make = anchors.generator(kind) or generate
-        return make(name, region, print_op(kernel), self.sms)
+        make = anchors.generator(kind)
+        if make is None:
+            return generate(name, region, print_op(kernel), self.sms)
+        return make(name, region, print_op(kernel), self.sms, self.tile)
 
     def primitive_region(self, region: Region, kind: str = "") -> Region:
         """A copy in which every op has code of its own; composites without are decomposed."""
