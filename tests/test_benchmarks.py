@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from accel.cli.timing import interleaved_medians, relative_error
-from benchmarks import docs_table
+from benchmarks import docs_coverage, docs_table, op_db
 from benchmarks.compile_time import build
 from benchmarks.cpu import measure_row, summary
 from benchmarks.models import CASES, EfficientNetLite0
@@ -65,3 +65,34 @@ def test_the_ladder_of_depths_differs_only_in_depth() -> None:
         assert short(x).shape == long(x).shape == x.shape
     layers = [sum(1 for _ in m.parameters()) for m in (short, long)]
     assert (layers[1] - 2) == 2 * (layers[0] - 2)
+
+
+def test_tables_of_coverage() -> None:
+    good = {"ok": True, "error": 1e-7, "seconds": 2.0, "graph_breaks": 0}
+    models = {
+        "one": {"family": "decoder", "accel": good, "fallbacks": {"aten::x": 2}, "inductor": good,
+                "dynamic": {**good, "programs": 3, "ok": False, "dynamo_graphs": 3},
+                "gradients": {**good, "fallbacks": {"aten::y": 1}}},
+        "two": {"family": "vision", "accel": {"ok": False, "error_message": "SomeError: x"},
+                "fallbacks": {}, "gradients": {"eager_fails": "no"}},
+    }  # fmt: skip
+    text = "\n".join(docs_coverage.coverage_lines(models))
+    assert "| **all** | 2 | 1 of 2 | 1 of 1 | 0 of 1 | 1 of 1 |" in text
+    assert "`x` (training: `y`)" in text and "3 (Dynamo: 3)" in text
+    assert "fails: SomeError" in text and "eager has none" in text
+    rows = {"a": {"counts": {"right": 2}}, "b": {"counts": {"refused": 1}, "refused": ["no <way>"]}}
+    stored = {"float32": {"samples": 1, "rows": rows, "total": op_db.total(rows)}}
+    text = "\n".join(docs_coverage.op_db_lines(stored))
+    assert "| float32 | 2 | 3 | 2 | 0 | 1 | 0 | 0 | 0 |" in text and "no &lt;way>" in text
+
+
+def test_the_op_sweep_tells_wrong_from_right() -> None:
+    def impure(x: torch.Tensor) -> torch.Tensor:
+        return x.add_(1)
+
+    x = torch.ones(3)
+    assert op_db.judge(impure, ((x,), {}), unwritten=False) == ("right", "")
+    assert op_db.judge(torch.nonzero, ((x,), {}), unwritten=False)[0] == "refused"
+    assert op_db.judge(torch.linalg.svdvals, ((x[None],), {}), False)[0] == "right, torch"
+    assert op_db.difference(x, x + 1e-3, random=False) and not op_db.difference(x, x + 1, True)
+    assert not op_db.as_precise(x + 0.1, x, 0, lambda t: t, ((x,), {}))
