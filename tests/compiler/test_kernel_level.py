@@ -44,12 +44,12 @@ def weight(b, *shape):
     return b.weight(torch.randn(shape))
 
 
-def test_linear_takes_activation_and_residual() -> None:
-    def make(b, x, r):
-        y = b.gelu(b.linear(x, weight(b, 8, 4), weight(b, 8)))
-        return b.add(r, b.linear(y, weight(b, 4, 8)))
+def two_linears(b, x, r, first, second, bias):
+    return b.add(r, b.linear(b.gelu(b.linear(x, first, bias)), second))
 
-    module = lower(program(make, t(3, 4), t(3, 4)))
+
+def test_a_call_takes_activation_and_residual() -> None:
+    module = lower(program(two_linears, t(3, 4), t(3, 4), t(8, 4), t(4, 8), t(8)))
     assert calls(module) == [
         ("onednn.linear", ["linear", "gelu"]),
         ("onednn.linear", ["linear", "add"]),
@@ -57,23 +57,32 @@ def test_linear_takes_activation_and_residual() -> None:
     assert kernels(module) == []
 
 
-def broadcast_add(b, x):
-    return b.add(b.linear(x, weight(b, 8, 4)), weight(b, 8))
+def test_stored_weights_make_products_that_take_both() -> None:
+    def make(b, x, r):
+        return two_linears(b, x, r, weight(b, 8, 4), weight(b, 4, 8), weight(b, 8))
+
+    module = lower(program(make, t(3, 4), t(3, 4)))
+    assert calls(module) == []
+    assert kernels(module) == ["matmul", "matmul"]
 
 
-def second_user(b, x):
-    y = b.linear(x, weight(b, 8, 4))
+def broadcast_add(b, x, w):
+    return b.add(b.linear(x, w), weight(b, 8))
+
+
+def second_user(b, x, w):
+    y = b.linear(x, w)
     return b.gelu(y), y
 
 
-def add_to_itself(b, x):
-    y = b.linear(x, weight(b, 8, 4))
+def add_to_itself(b, x, w):
+    y = b.linear(x, w)
     return b.add(y, y)
 
 
 @pytest.mark.parametrize("make", [broadcast_add, second_user, add_to_itself])
-def test_linear_leaves_what_only_looks_like_an_epilogue(make) -> None:
-    module = lower(program(make, t(3, 4)))
+def test_a_call_leaves_what_only_looks_like_an_epilogue(make) -> None:
+    module = lower(program(make, t(3, 4), t(8, 4)))
     assert calls(module) == [("onednn.linear", ["linear"])]
     assert kernels(module) == ["pointwise"]
 
@@ -152,11 +161,11 @@ def test_a_shift_of_rows_is_no_part_of_a_row_kernel() -> None:
 
 def test_fusion_makes_no_cycle() -> None:
     # a -> linear -> c and a -> c: a and c have one shape, and a call lies between.
-    def make(b, x):
+    def make(b, x, w):
         a = b.exp(x)
-        return b.mul(b.exp(b.linear(a, weight(b, 4, 4))), b.add(a, b.scalar(1.0, F32)))
+        return b.mul(b.exp(b.linear(a, w)), b.add(a, b.scalar(1.0, F32)))
 
-    module = lower(program(make, t(3, 4)))
+    module = lower(program(make, t(3, 4), t(4, 4)))
     assert kernels(module).count("pointwise") >= 2
 
 
