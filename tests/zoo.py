@@ -412,6 +412,7 @@ def _vision() -> list[Row]:
                 "hidden_sizes": [16, 24, 32],
                 "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 64],
                 "num_attention_heads": 4,
+                "initializer_range": 0.3,  # with 0.02 the outputs are all 0
             },
         ),
         row("mobilenet_v2", "MobileNetV2Config", "MobileNetV2Model", {"depth_multiplier": 0.25}),
@@ -424,6 +425,7 @@ def _vision() -> list[Row]:
                 "width_coefficient": 0.25,
                 "depth_coefficient": 0.2,
                 "hidden_dim": 320,
+                "initializer_range": 0.6,  # with 0.02 the outputs are all 0
             },
         ),
         row("poolformer", "PoolFormerConfig", "PoolFormerModel", {**stages}),
