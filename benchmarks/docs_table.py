@@ -17,6 +17,7 @@ from typing import Any
 from accel.cli.passes import describe
 from accel.passes.registry import load_passes
 from benchmarks.docs_coverage import coverage_lines, op_db_lines
+from benchmarks.docs_gpu import gpu_lines
 from benchmarks.measure import ROOT, TITLES, geometric_mean, load_results
 
 README = ROOT / "README.md"
@@ -68,6 +69,7 @@ def render() -> str:
     """The whole page."""
     sections: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
         ("cpu", cpu_section),
+        ("gpu", gpu_section),
         ("compile_time", compile_time_section),
         ("memory", memory_section),
         ("compression", compression_section),
@@ -81,6 +83,10 @@ def render() -> str:
         if data:
             parts.append(section(data))
     return "\n".join(parts)
+
+
+def gpu_section(data: dict[str, Any]) -> str:
+    return "\n".join(gpu_lines(data))
 
 
 def cpu_section(data: dict[str, Any]) -> str:

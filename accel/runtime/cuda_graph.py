@@ -2,14 +2,15 @@
 
 The first call runs the steps one by one, which loads kernels and lets libraries choose; the second
 records them; later ones copy the inputs to where the recording reads them and replay it. Results
-are copied out, so that the next call does not overwrite what a caller holds. A function with a step
-that cannot be recorded (one that waits for the device, say) goes on step by step, and the log says
-which.
+are copied out, so that the next call does not overwrite what a caller holds. State that a result
+may take over (a donated argument: a KV cache, say) is read and written where it is, as long as the
+caller passes the same memory again. A function with a step that cannot be recorded (one that waits
+for the device, say) goes on step by step, and the log says which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,11 +25,12 @@ Steps = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class GraphRunner:
-    """Runs steps on a device, recorded from the second call on.
+    """Runs steps on a device, recorded from the second call on. One call at a time.
 
     Args:
         steps: runs all steps on the current stream.
         check: raises if a kernel reported a failure.
+        donates: result -> argument whose memory the result may take.
         record: False leaves the steps as they are.
     """
 
@@ -38,15 +40,23 @@ class GraphRunner:
         device: torch.device,
         check: Callable[[], None],
         *,
+        donates: Mapping[int, int],
         record: bool,
         name: str,
     ) -> None:
         self._steps, self._device, self._check, self._name = steps, device, check, name
-        self._record = record
+        self._donates, self._record = dict(donates), record
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._results: list[Tensor] = []
+        self._in_place: dict[int, int] = {}  # results that lie in a donated argument's memory
+        self._stream: torch.cuda.Stream | None = None
+        self._done: torch.cuda.Event | None = None
+
+    @property
+    def recorded(self) -> bool:
+        return self._graph is not None
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """One call. Raises ExecutionError for a failure of this call or an earlier one."""
@@ -57,35 +67,60 @@ class GraphRunner:
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         self._check()
-        if self._graph is None:
-            self._calls += 1
-            if self._calls == 2 and self._record:
-                self._capture(inputs)
+        self._wait_for_last_call()
+        try:
             if self._graph is None:
-                return self._step_by_step(inputs)
+                self._calls += 1
+                if self._calls == 2 and self._record:
+                    self._capture(inputs)
+                if self._graph is None:
+                    return self._step_by_step(inputs)
+            return self._replay(self._graph, inputs)
+        finally:
+            assert self._done is not None
+            self._done.record()
+
+    def _wait_for_last_call(self) -> None:
+        """Buffers are the same in every call: one on another stream must be over."""
+        stream = torch.cuda.current_stream()
+        if self._done is None:
+            self._done = torch.cuda.Event()
+        elif stream != self._stream:
+            stream.wait_event(self._done)
+        self._stream = stream
+
+    def _replay(self, graph: torch.cuda.CUDAGraph, inputs: Sequence[Tensor]) -> list[Tensor]:
+        same = []
         for kept, given in zip(self._inputs, inputs):
-            kept.copy_(given)
-        self._graph.replay()
-        return [r.clone() for r in self._results]
+            same.append(kept.data_ptr() == given.data_ptr() and kept.stride() == given.stride())
+            if not same[-1]:
+                kept.copy_(given)
+        graph.replay()
+        in_place = {r for r, argument in self._in_place.items() if same[argument]}
+        return [r if i in in_place else r.clone() for i, r in enumerate(self._results)]
 
     def _step_by_step(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        aligned = [x if x.data_ptr() % _ALIGNMENT == 0 else _dense_copy(x) for x in inputs]
-        results = self._steps(aligned)
+        results = self._steps([x if _is_aligned(x) else _dense_copy(x) for x in inputs])
         if self._calls == 1:
             torch.cuda.current_stream().synchronize()
             self._check()
         return results
 
     def _capture(self, inputs: Sequence[Tensor]) -> None:
-        self._inputs = [_dense_copy(x) for x in inputs]
+        taken = set(self._donates.values())
+        self._inputs = [
+            x if i in taken and _is_aligned(x) and x.is_contiguous() else _dense_copy(x)
+            for i, x in enumerate(inputs)
+        ]
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(side):
-                self._steps(self._inputs)  # libraries set themselves up on this stream
+                # Libraries set themselves up on this stream; state must not change by that.
+                self._steps([_dense_copy(x) for x in self._inputs])
             side.synchronize()
-            with torch.cuda.graph(graph, stream=side):
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self._results = self._steps(self._inputs)
         except (RuntimeError, ExecutionError) as error:
             torch.cuda.synchronize(self._device)
@@ -93,11 +128,20 @@ class GraphRunner:
             _log.warning("'%s' runs without a CUDA graph: %s", self._name, error)
             return
         torch.cuda.current_stream().wait_stream(side)
+        self._in_place = {
+            result: argument
+            for result, argument in self._donates.items()
+            if _share(self._results[result], self._inputs[argument])
+        }
         self._graph = graph
 
-    @property
-    def recorded(self) -> bool:
-        return self._graph is not None
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.data_ptr() % _ALIGNMENT == 0
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _dense_copy(x: Tensor) -> Tensor:

@@ -116,7 +116,9 @@ class CompiledFunction:
         """Runs steps on the GPU, as a recorded graph from the second call on."""
         check = getattr(self._host, "raise_failure", None) or _nothing
         record, name = self.graph, self.plan.name
-        return GraphRunner(steps, self.device, check, record=record, name=name)
+        return GraphRunner(
+            steps, self.device, check, donates=self.plan.donates, record=record, name=name
+        )
 
     def _bind(self, lane: _Lane, inputs: Sequence[Tensor]) -> _Bound:
         """The slow path: full checks, then closures for these sizes."""

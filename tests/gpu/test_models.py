@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,105 @@ def test_bert(tmp_path: Path) -> None:
             for made in (fast(**inputs), loaded(**inputs)):
                 agree(made.last_hidden_state, wanted.last_hidden_state, 1e-2)
                 agree(made.pooler_output, wanted.pooler_output, 1e-2)
+
+
+class Counter(nn.Module):
+    """A model with state: a running total of its inputs, and how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(4096))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total += x
+        self.calls += 1
+        return self.total / self.calls
+
+
+def test_state_is_kept_from_call_to_call() -> None:
+    fast = accel.compile(Counter(), inputs=(torch.randn(4096),), target=target())
+    model = Counter().cuda()
+    results = []
+    for _ in range(6):
+        x = torch.randn(4096, device="cuda")
+        results.append((fast(x), model(x)))
+    for got, wanted in results:
+        agree(got, wanted, 1e-6)
+
+
+def test_calls_on_other_streams_and_threads() -> None:
+    model = Block().eval()
+    fast = accel.compile(model, inputs=(torch.randn(2, 7, 64),), target=target())
+    model = model.cuda()
+
+    def work(seed: int) -> list[tuple[Tensor, Tensor]]:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        made = []
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                x = torch.randn(2, 7, 64, device="cuda", generator=generator)
+                made.append((fast(x), model(x)))
+            torch.cuda.current_stream().synchronize()
+        return made
+
+    work(0)  # one thread has recorded; the others find a lane of their own
+    with ThreadPoolExecutor(4) as pool:
+        for made in pool.map(work, range(1, 5)):
+            for got, wanted in made:
+                agree(got, wanted, 1e-5)
+
+
+class Resident(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 16, 3, padding=1)
+        self.narrow = nn.Conv2d(16, 8, 1)
+        self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.second(x) + torch.sigmoid(x))
+        return torch.relu(self.depth(self.narrow(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_convolutions_with_what_follows(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Resident().to(dtype).eval(), torch.randn(2, 3, 20, 24, dtype=dtype)
+    fast = accel.compile(model, inputs=(x,), target=target())
+    (plan,) = fast.program.plans.values()
+    assert [s.name for s in plan.steps if s.kind == "library"] == ["cudnn.conv"] * 4
+    model, x = model.cuda(), x.cuda()
+    with torch.no_grad():
+        for _ in range(3):
+            agree(fast(x), model(x), 3e-3)
+
+
+def test_a_model_on_the_gpu_compiles() -> None:
+    model = Block().eval().cuda()
+    fast = accel.compile(model, target=target())
+    with torch.no_grad():
+        for length in (3, 5):
+            x = torch.randn(2, length, 64, device="cuda")
+            for _ in range(3):
+                agree(fast(x), model(x), 1e-5)
+
+
+def test_torch_compile_trains() -> None:
+    torch.manual_seed(0)
+    plain = Block().cuda()
+    fast = Block().cuda()
+    fast.load_state_dict(plain.state_dict())
+    compiled = torch.compile(fast, backend="accel", options={"target": target()})
+    for module, call in ((plain, plain), (fast, compiled)):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        torch.manual_seed(1)
+        for _ in range(4):
+            x = torch.randn(4, 16, 64, device="cuda")
+            optimizer.zero_grad()
+            call(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(plain.parameters(), fast.parameters(), strict=True):
+        agree(b.detach(), a.detach(), 1e-4)

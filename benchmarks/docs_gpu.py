@@ -1,0 +1,53 @@
+"""The GPU's section of docs/benchmarks.md, from benchmarks/results/gpu.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.measure import geometric_mean
+
+_TITLES = {
+    "eager": "eager",
+    "inductor": "Inductor",
+    "inductor-reduce-overhead": "Inductor, reduce-overhead",
+    "accel": "accel",
+}
+
+
+def gpu_lines(data: dict[str, Any]) -> list[str]:
+    """Milliseconds, ratio to the best peer, compile seconds, errors."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        rows.setdefault(row["workload"], {})[row["system"]] = row
+    systems = [s for s in _TITLES if any(s in r for r in rows.values())]
+    head = [_TITLES[s] for s in systems]
+    ratios = []
+    lines = [
+        "## GPU, float16, exact passes only",
+        "",
+        f"{data['machine']['gpu']}; torch {data['machine']['packages']['torch']}.",
+        "",
+        "Milliseconds of a call (medians; CUDA graphs allowed to all), and how many times faster",
+        "accel is than the best peer.",
+        "",
+        _row(["workload", *head, "ratio"]),
+        _row(["---"] * (len(head) + 2)),
+    ]
+    for name, own in rows.items():
+        peer = min(own[s]["milliseconds"] for s in systems if s != "accel")
+        ratios.append(peer / own["accel"]["milliseconds"])
+        times = [f"{own[s]['milliseconds']:.3f}" for s in systems]
+        lines.append(_row([name, *times, f"{ratios[-1]:.2f}"]))
+    mean = f"{geometric_mean(ratios):.2f}"
+    lines.append(_row(["geometric mean", *[""] * len(systems), mean]))
+    lines += ["", "Seconds from the model to the third call, and the largest error against eager",
+              "float32, relative to the largest output.", "",
+              _row(["workload", *head]), _row(["---"] * (len(head) + 1))]  # fmt: skip
+    for name, own in rows.items():
+        cells = [f"{own[s]['compile_seconds']:.1f} s, {own[s]['error']:.0e}" for s in systems]
+        lines.append(_row([name, *cells]))
+    return [*lines, ""]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
