@@ -117,7 +117,12 @@ def library_run(
 
 
 def _store(values: list[Any], results: Any, outputs: list[int]) -> None:
-    """Results that ATen returns as None, because an output mask said so, are no outputs."""
+    """Results that ATen returns as None, because an output mask said so, are no outputs.
+
+    An operator that only checks (`_linalg_check_errors`) returns nothing at all.
+    """
+    if results is None:
+        results = ()
     made = [results] if isinstance(results, Tensor) else [r for r in results if r is not None]
     if len(outputs) == 1:
         values[outputs[0]] = made[0]

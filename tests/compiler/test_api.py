@@ -19,6 +19,7 @@ from accel.errors import (
     AccelError,
     ArtifactError,
     CaptureError,
+    ExecutionError,
     InputError,
     OptionError,
     TrustError,
@@ -300,3 +301,16 @@ def test_torch_compile_finds_the_backend(model, train) -> None:
         model.zero_grad()
         model(x)["y"].square().sum().backward()
         check(got, {n: p.grad for n, p in model.named_parameters()})
+
+
+def test_operators_that_only_check() -> None:
+    """`aten::_linalg_check_errors` returns nothing, and says what is wrong with the matrix."""
+
+    def solve(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve(a, b)
+
+    compiled = torch.compile(solve, backend="accel", fullgraph=True)
+    a, b = torch.randn(4, 4) + 4 * torch.eye(4), torch.randn(4, 2)
+    torch.testing.assert_close(compiled(a, b), solve(a, b))
+    with pytest.raises(ExecutionError, match="singular"):
+        compiled(torch.zeros(4, 4), b)
