@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from accel.compiler.api import Compiled as Compiled
     from accel.compiler.api import compile as compile
     from accel.compiler.api import package as package
+    from accel.compiler.language import compile_generator as compile_generator
+    from accel.compiler.language import package_generator as package_generator
     from accel.compiler.options import Options as Options
     from accel.compiler.options import list_options as list_options
     from accel.compiler.targets import Target as Target
@@ -34,10 +36,12 @@ _WHERE = {
     "Options": "accel.compiler.options",
     "Target": "accel.compiler.targets",
     "compile": "accel.compiler.api",
+    "compile_generator": "accel.compiler.language",
     "list_options": "accel.compiler.options",
     "list_targets": "accel.compiler.targets",
     "load": "accel.loading",
     "package": "accel.compiler.api",
+    "package_generator": "accel.compiler.language",
 }
 
 __all__ = [*sorted(_WHERE), "__version__"]

@@ -114,6 +114,8 @@ class _Lowering:
         elif op.name == "call":
             options = {k: _json(v) for k, v in op.attribute("options")}
             library = str(op.attributes["library"])
+            if any(o.has(Trait.UPDATE) for o in op.regions[0].ops):
+                options["inplace"] = [[0, 0]]  # where the plan donates the operand
             self.step("library", library, op, _call_inputs(op), "owned", options=options)
         elif op.has(Trait.VIEW) and op.name in _VIEWS:
             self.step("view", _VIEWS[op.name], op, op.operands, "view", options=_view_options(op))
@@ -252,7 +254,7 @@ def _call_inputs(op: Op) -> list[Value | None]:
     """
     region = op.regions[0]
     outer = dict(zip(region.args, op.operands))
-    roots = [o for o in region.ops if o.has(Trait.CONTRACTION)]
+    roots = [o for o in region.ops if o.has(Trait.CONTRACTION) or o.has(Trait.UPDATE)]
     if len(roots) != 1:
         raise BackendError(f"a vendor call with {len(roots)} contractions", where=str(op.location))
     root = roots[0]

@@ -18,7 +18,14 @@ from torch import Tensor
 from accel import __version__
 from accel.backends.triton import TritonBackend
 from accel.backends.tvm import TvmBackend
-from accel.backends.vendor import OneDnnConv, OneDnnLinear, ScaledDotProduct, TorchLinear
+from accel.backends.vendor import (
+    CachedAttention,
+    OneDnnConv,
+    OneDnnLinear,
+    ScaledDotProduct,
+    TorchLinear,
+    Update,
+)
 from accel.compiler import gpu
 from accel.compiler.cache import CompileCache, cache_key
 from accel.compiler.lower import KernelSymbol, lower_function
@@ -53,6 +60,8 @@ CPU_LIBRARIES: tuple[Library, ...] = (
     OneDnnLinear(),
     OneDnnConv(),
     ScaledDotProduct(),
+    CachedAttention(),
+    Update(),
     TorchLinear(),
 )
 

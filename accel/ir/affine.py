@@ -182,6 +182,36 @@ def _slice(op: Op, of: AffineAnalysis) -> Affine | None:
     return Affine(constant, {**a.coefficients, axis: simplify_dim(c * op.attribute("step"))})
 
 
+def _cat(op: Op, of: AffineAnalysis) -> Affine | None:
+    """Pieces that go on where the one before ends: [-1] and [0, 1, 2...], say."""
+    rank = len(op.result.shape)
+    axis = op.attribute("axis") % rank - rank
+    start: Dim = 0
+    pieces: list[tuple[Dim, Affine]] = []
+    for operand in op.operands:
+        piece = of(operand)
+        if piece is None:
+            return None
+        pieces.append((start, piece))
+        start = simplify_dim(start + operand.shape[axis])
+    first = pieces[0][1]
+    step: Dim | None = next(
+        (p.coefficients[axis] for _, p in pieces if axis in p.coefficients), None
+    )
+    if step is None and len(pieces) > 1:
+        behind, second = pieces[1]
+        step = simplify_dim(second.constant - first.constant) if same_dim(behind, 1) else 0
+    whole = Affine(first.constant, {**first.coefficients, axis: step or 0})
+    for (begin, piece), operand in zip(pieces, op.operands):
+        here = Affine(simplify_dim(whole.constant + (step or 0) * begin), whole.coefficients)
+        if _is_one(operand.shape[axis]):  # index 0 only
+            piece = Affine(piece.constant, {**piece.coefficients, axis: step or 0})
+        difference = here.plus(piece, -1)
+        if difference.coefficients or not same_dim(difference.constant, 0):
+            return None
+    return whole.plus(Affine(0))
+
+
 def _lookup(op: Op, of: AffineAnalysis) -> Affine | None:
     """A one-dimensional affine value read at affine positions."""
     table = of(op.operands[0])
@@ -208,6 +238,7 @@ _FORMS: dict[str, Form] = {
     "broadcast_to": _broadcast,
     "reshape": _reshape,
     "slice": _slice,
+    "cat": _cat,
     "index": _lookup,
     "gather": _lookup,
 }

@@ -199,6 +199,8 @@ def _moved(op: Op, sizes: Mapping[str, int]) -> int:
         return 0
     written = sum(_nbytes(r.type, sizes) for r in op.results)
     read = {v: _nbytes(v.type, sizes) for v in op.operands}
+    if op.has(Trait.UPDATE) and len(op.operands) > 1:  # in place, as a rule
+        return 2 * read[op.operands[1]]
     if op.name in ("embedding", "gather", "take_along", "dynamic_slice"):
         read[op.operands[0]] = min(read[op.operands[0]], written)  # only the rows that are wanted
     return written + sum(read.values())
@@ -219,7 +221,7 @@ def _flops(op: Op, sizes: Mapping[str, int]) -> int:
 
 def _contraction_flops(op: Op, made: int, sizes: Mapping[str, int]) -> int:
     x = op.operands[0]
-    if op.name == "attention":
+    if op.name in ("attention", "cached_attention"):
         q, k, v = op.operands[:3]
         rows = _size(product(q.shape[:-1]), sizes)
         width = _size(q.shape[3], sizes) + _size(v.shape[3], sizes)

@@ -73,6 +73,7 @@ class Trait(enum.Flag):
     COMPOSITE = enum.auto()  # keeps meaning; has a decomposition into primitives
     CONTRACTION = enum.auto()  # multiplies and sums: matmul, conv, attention
     DECODE = enum.auto()  # turns stored compressed weights into a dense tensor
+    UPDATE = enum.auto()  # the first operand with a part replaced: may happen in its memory
     BITS = enum.auto()  # reads the bits of its operands: never evaluated in a wider dtype
     OPAQUE = enum.auto()  # typed from outside: `accel.aten`, kernels and calls
     TERMINATOR = enum.auto()

@@ -15,6 +15,7 @@ import torch
 from accel.ir.affine import Affine, AffineAnalysis, bounds, is_negative, is_nonnegative
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Value
+from accel.ir.patterns import splat_value
 from accel.ir.rewrite import Made, RewriteContext, Rule
 from accel.ir.types import Dim, is_integer, same_dim, same_shape, simplify_dim
 from accel.passes.algebra import without_leading_ones
@@ -117,6 +118,49 @@ class ComparePositions(Rule):
         return _tri_mask(b, difference, shape)
 
 
+class EqualPositions(Rule):
+    """Positions that are equal everywhere, or nowhere: (i + 1) - i != 1 never holds."""
+
+    name, roots = "equal_positions", ("eq", "ne")
+
+    def apply(self, op: Op, b: Builder, context: RewriteContext) -> Made:
+        if not is_integer(op.operands[0].dtype):
+            return None
+        of = AffineAnalysis()
+        left, right = (of(v) for v in op.operands)
+        if left is None or right is None:
+            return None
+        limits = bounds(left.plus(right, -1), op.result.shape)
+        if limits is None:
+            return None
+        low, high = limits
+        differ = is_negative(high) or is_negative(simplify_dim(-low))
+        if not differ and not (same_dim(low, 0) and same_dim(high, 0)):
+            return None
+        return b.full_of(op.result.shape, differ == (op.name == "ne"), torch.bool)
+
+
+class RunningSumOfOneNumber(Rule):
+    """cumsum of one number everywhere counts: number * (1, 2, 3...)."""
+
+    name, roots = "running_sum_of_one_number", ("cumsum",)
+
+    def apply(self, op: Op, b: Builder, context: RewriteContext) -> Made:
+        number = splat_value(op.operands[0])
+        shape, dtype = op.result.shape, op.result.dtype
+        if number is None or isinstance(number, complex) or not shape:
+            return None
+        if number == 0:
+            return b.full_of(shape, 0, dtype)
+        if number not in (1, True):
+            return None
+        axis = op.attribute("axis") % len(shape)
+        counts = b.iota(shape=(shape[axis],), axis=0, dtype=torch.int64, start=1)
+        column = b.reshape_to(counts, (shape[axis], *[1] * (len(shape) - axis - 1)))
+        wide: Value = b.broadcast_to(b.cast_to(column, dtype), shape=shape)
+        return wide
+
+
 def _tri_mask(b: Builder, difference: Affine, shape: tuple[Dim, ...]) -> Made:
     """difference <= 0 as a mask of (column - row)."""
     if len(shape) < 2:
@@ -195,4 +239,11 @@ def larger(a: Dim, b: Dim) -> Dim | None:
 
 def position_rules() -> list[Rule]:
     """All rules about positions."""
-    return [IndexAsView(), ComparePositions(), TriMaskAlways(), TriMaskAnd()]
+    return [
+        IndexAsView(),
+        ComparePositions(),
+        EqualPositions(),
+        RunningSumOfOneNumber(),
+        TriMaskAlways(),
+        TriMaskAnd(),
+    ]

@@ -31,7 +31,7 @@ class SelectLibraries(Pass):
         for function in module.functions.values():
             order = {op: i for i, op in enumerate(function.ops)}
             for op in function.ops:
-                if op.has(Trait.CONTRACTION):
+                if op.has(Trait.CONTRACTION) or op.has(Trait.UPDATE):
                     self._select(op, context, order)
 
     def _select(self, op: Op, context: Context, order: dict[Op, int]) -> None:

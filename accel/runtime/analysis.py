@@ -180,7 +180,7 @@ def _find_in_place(plan: FunctionPlan, a: Analysis) -> None:
     memory as declared: element by element, in order."""
     sources = {s.outputs[0]: s for s in plan.steps if s.kind == "view"}
     for number, step in enumerate(plan.steps):
-        pairs = step.options.get("inplace", []) if step.kind == "kernel" else []
+        pairs = step.options.get("inplace", []) if step.kind in ("kernel", "library") else []
         for pair in pairs:
             output, operand = _pair(plan, step, pair)
             roots = a.roots[operand]
@@ -224,11 +224,11 @@ def _find_donations(plan: FunctionPlan, a: Analysis) -> None:
         value, source = plan.outputs[result], plan.inputs[argument]
         if (
             sum(value in a.roots[v] for v in plan.outputs) > 1
-            or value not in a.fresh
+            or (value not in a.fresh and plan.values[value].kind != "owned")
             or value in a.donated
             or argument in a.donated.values()
         ):
             continue
-        over = a.last[source] < a.first[value]
+        over = plan.values[value].kind == "buffer" and a.last[source] < a.first[value]
         if over or source in a.in_place.get(value, ()):
             a.donated[value] = argument

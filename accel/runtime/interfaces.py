@@ -40,6 +40,15 @@ class Operand:
 LibraryCall: TypeAlias = Callable[..., Any]
 
 
+def in_place(call: LibraryCall) -> LibraryCall:
+    """The same call, writing its result over its first operand; itself if it has no such form.
+
+    An entry whose steps have an option "inplace" gives its call an attribute `in_place`.
+    """
+    form: LibraryCall = getattr(call, "in_place", call)
+    return form
+
+
 class Library(Protocol):
     """One vendor entry, such as "onednn.linear"."""
 

@@ -13,6 +13,7 @@ from accel.errors import OptionError
 from accel.names import near
 from accel.runtime.convention import Convention
 from accel.runtime.executor import CompiledFunction
+from accel.runtime.generator import Generator
 from accel.runtime.report import explain
 
 
@@ -102,6 +103,7 @@ class CompiledModel:
         self.entry_points = dict(entry_points)
         self._main = next(iter(self.entry_points.values()))
         self._state, self._stages, self._ledger, self._report = state, stages, ledger, report
+        self._generator: Generator | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._main(*args, **kwargs)
@@ -110,6 +112,26 @@ class CompiledModel:
         """Checks and packs all weights now; otherwise the first call of an entry point does."""
         for entry in self.entry_points.values():
             entry.function.prepare()
+
+    @property
+    def generator(self) -> Generator:
+        """Generates text, if the model was compiled for that (`insert_kv_cache`)."""
+        if self._generator is None:
+            prefill, decode = (self.entry_points.get(n) for n in ("prefill", "decode"))
+            if prefill is None or decode is None:
+                raise OptionError(
+                    "this model has no key/value cache, so it cannot generate",
+                    advice="compile it with accel.compile_generator, or package it with "
+                    "accel.package_generator",
+                )
+            self._generator = Generator(
+                prefill.function.plan, prefill.function, decode.function, prefill.function.device
+            )
+        return self._generator
+
+    def generate(self, input_ids: Any, **options: Any) -> Tensor:
+        """Prompts and what follows them: see `accel.runtime.generator.Generator.generate`."""
+        return self.generator.generate(input_ids, **options)
 
     def report(self) -> dict[str, Any]:
         """What was compiled: target, versions, bytes, steps by kind, what torch runs itself."""

@@ -20,7 +20,7 @@ from accel.errors import ArtifactError
 from accel.runtime.analysis import Analysis
 from accel.runtime.aten import ArgumentReader, resolve
 from accel.runtime.binding import Binding
-from accel.runtime.interfaces import KernelFunction, LibraryCall
+from accel.runtime.interfaces import KernelFunction, LibraryCall, in_place
 from accel.runtime.plan import FunctionPlan, Step, evaluate_size
 from accel.runtime.runs import Run, aten_run, free, kernel_run, kernel_without_work, library_run
 from accel.runtime.subbyte import is_sub_byte, unpack
@@ -163,6 +163,8 @@ class StepBuilder:
                 fixed.append((len(operands), static))
             operands.append(self.parts.slots[value])
         outputs = [self.parts.slots[v] for v in step.outputs]
+        if any(v in self.parts.analysis.donated for v in step.outputs):
+            call = in_place(call)
         return library_run(call, operands, fixed, outputs)
 
     def _aten(self, step: Step) -> Run:

@@ -5,15 +5,17 @@ root op and as much of its epilogue as the call can take, and the options it ret
 run-time half needs. Meaning is never encoded here: it is the region of the `accel.call`.
 """
 
-from accel.backends.vendor.attention import CudaAttention, ScaledDotProduct
+from accel.backends.vendor.attention import CachedAttention, CudaAttention, ScaledDotProduct, Update
 from accel.backends.vendor.cudnn import CudnnConv
 from accel.backends.vendor.onednn import OneDnnConv, OneDnnLinear, TorchLinear
 
 __all__ = [
+    "CachedAttention",
     "CudaAttention",
     "CudnnConv",
     "OneDnnConv",
     "OneDnnLinear",
     "ScaledDotProduct",
     "TorchLinear",
+    "Update",
 ]

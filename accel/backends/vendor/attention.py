@@ -1,4 +1,4 @@
-"""`sdpa`: torch's fused attention for the CPU, with the head merge that usually follows it."""
+"""Attention by torch's fused kernels, with the head merge that usually follows; cache updates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from accel.ir.capability import LibraryMatch
 from accel.ir.module import Op
-from accel.ir.types import same_dim
+from accel.ir.types import same_shape
 
 
 class ScaledDotProduct:
@@ -24,27 +24,55 @@ class ScaledDotProduct:
             return None
         if op.result.dtype not in self.dtypes:
             return None
-        ops = [op]
-        user = op.result.single_user
-        if user is not None and user.name == "permute" and user.attributes["axes"] == (0, 2, 1, 3):
-            ops.append(user)
-            reshape = user.result.single_user
-            if reshape is not None and reshape.name == "reshape":
-                batch, heads, queries, size = op.result.shape
-                shape = reshape.result.shape
-                merged = (
-                    len(shape) == 3
-                    and same_dim(shape[0], batch)
-                    and same_dim(shape[1], queries)
-                    and same_dim(shape[2], heads * size)
-                )
-                if merged:
-                    ops.append(reshape)
+        ops = with_head_merge(op)
         options = tuple(
             (name, op.attribute(name)) for name in ("scale", "causal", "offset", "window")
         )
         merge = ("none", "permute", "merge")[len(ops) - 1]
         return LibraryMatch(self.name, ops, (*options, ("heads", merge)))
+
+
+class CachedAttention:
+    """cached_attention with the head merge, over a view of what the cache holds."""
+
+    name = "cached_attention"
+    dtypes = ScaledDotProduct.dtypes | {torch.float16}
+
+    def match(self, op: Op) -> LibraryMatch | None:
+        if op.name != "cached_attention" or op.result.dtype not in self.dtypes:
+            return None
+        ops = with_head_merge(op)
+        options = tuple((name, op.attribute(name)) for name in ("scale", "window", "softcap"))
+        merge = ("none", "permute", "merge")[len(ops) - 1]
+        return LibraryMatch(self.name, ops, (*options, ("heads", merge)))
+
+
+class Update:
+    """dynamic_update, in the memory of its operand where the plan donates that."""
+
+    name = "update"
+
+    def match(self, op: Op) -> LibraryMatch | None:
+        if op.name != "dynamic_update":
+            return None
+        return LibraryMatch(
+            self.name, [op], (("axis", op.attribute("axis") % op.result.type.rank),)
+        )
+
+
+def with_head_merge(op: Op) -> list[Op]:
+    """An attention op; then permute(0, 2, 1, 3) and reshape to [B, S, H * E], if there."""
+    ops = [op]
+    user = op.result.single_user
+    if user is None or user.name != "permute" or user.attributes["axes"] != (0, 2, 1, 3):
+        return ops
+    ops.append(user)
+    reshape = user.result.single_user
+    if reshape is not None and reshape.name == "reshape":
+        batch, heads, queries, size = op.result.shape
+        if same_shape(reshape.result.shape, (batch, queries, heads * size)):
+            ops.append(reshape)
+    return ops
 
 
 class CudaAttention(ScaledDotProduct):

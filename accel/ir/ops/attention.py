@@ -140,6 +140,89 @@ class Attention:
         return b.cast_to(b.matmul(weights, wide_v), q.dtype)
 
 
+@define("cached_attention", CONTRACTION)
+class CachedAttention:
+    """Attention of new queries over a key/value cache (`attention`, and the position is data).
+
+    q [B, H, S, D], k [B, G, C, D], v [B, G, C, E], position 0-d int64 or int32: query i stands at
+    `position` + i and sees keys j <= position + i; with `window`, only j > position + i - window.
+    What the cache holds behind that is not read. `mask` broadcasts to [B, H, S, C], as in
+    `attention`; so do `scale` and `softcap` mean the same.
+    """
+
+    @staticmethod
+    def infer(
+        q: TensorType,
+        k: TensorType,
+        v: TensorType,
+        position: TensorType,
+        mask: TensorType | None = None,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> TensorType:
+        if position.rank or position.dtype not in (torch.int64, torch.int32):
+            raise TypeInferenceError(f"accel.cached_attention: the position is {position}")
+        if window is not None and window < 1:
+            raise TypeInferenceError(f"accel.cached_attention: window = {window}")
+        return Attention.infer(q, k, v, mask, scale=scale)
+
+    @staticmethod
+    def evaluate(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        mask: Tensor | None = None,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        first, rows = int(position), q.shape[2]
+        seen = min(max(first + rows, 0), k.shape[2])
+        mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., :seen]
+        return Attention.evaluate(
+            q,
+            k[:, :, :seen],
+            v[:, :, :seen],
+            mask,
+            scale=scale,
+            causal=True,
+            offset=first,
+            window=window,
+            softcap=softcap,
+        )
+
+    @staticmethod
+    def decompose(
+        b: Builder,
+        q: Value,
+        k: Value,
+        v: Value,
+        position: Value,
+        mask: Value | None = None,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Value:
+        rows, columns = q.shape[2], k.shape[2]
+        row = b.add(b.iota(shape=(rows, 1), axis=0, dtype=position.dtype), position)
+        column = b.iota(shape=(1, columns), axis=1, dtype=position.dtype)
+        keep = b.le(column, row)
+        if window is not None:
+            after = b.gt(column, b.sub(row, b.scalar(window, position.dtype)))
+            keep = b.logical_and(keep, after)
+        if mask is not None and mask.dtype == torch.bool:
+            keep = b.logical_and(keep, mask)
+        elif mask is not None:
+            keep = b.where(keep, mask, b.scalar(float("-inf"), mask.dtype))
+        made: Value = b.attention(q, k, v, keep, scale=scale, softcap=softcap)
+        return made
+
+
 def _attention_keep(
     scores: Tensor, mask: Tensor | None, causal: bool, offset: int, window: int | None
 ) -> Tensor | None:

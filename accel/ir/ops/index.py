@@ -287,7 +287,7 @@ class DynamicSlice:
         return b.index(x, b.add(line, first), axes=(axis,))
 
 
-@define("dynamic_update", Trait.PURE)
+@define("dynamic_update", Trait.PURE | Trait.UPDATE)
 class DynamicUpdate:
     """x with `source` written at run-time position `start` (0-d integer) along `axis`.
 

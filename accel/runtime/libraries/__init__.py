@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from accel.errors import MissingDependencyError
 from accel.runtime.interfaces import Library
+from accel.runtime.libraries.cache import CachedAttention, Update
 from accel.runtime.libraries.cudnn import CudnnConv
 from accel.runtime.libraries.onednn import OneDnnConv, OneDnnLinear
 from accel.runtime.libraries.torch_native import ScaledDotProduct, TorchLinear
 
 _ENTRIES: dict[str, Library] = {
     entry.name: entry
-    for entry in (OneDnnLinear(), OneDnnConv(), TorchLinear(), ScaledDotProduct(), CudnnConv())
+    for entry in (
+        OneDnnLinear(),
+        OneDnnConv(),
+        TorchLinear(),
+        ScaledDotProduct(),
+        CudnnConv(),
+        CachedAttention(),
+        Update(),
+    )
 }
 
 

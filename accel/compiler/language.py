@@ -1,0 +1,139 @@
+"""Causal language models as generators: `compile_generator` for this process, `package_generator`
+for a file.
+
+    fast = accel.compile_generator(model, capacity=1024)
+    ids = fast.generate(input_ids, max_new_tokens=64, eos_token_id=2)
+
+The model is a plain forward over token ids; `insert_kv_cache` gives it its cache, and @prefill and
+@decode are compiled together and read one copy of the weights.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from accel.compiler.assemble import to_contents, to_model
+from accel.compiler.options import Options
+from accel.compiler.pipeline import Program, compile_module
+from accel.compiler.targets import Target, get_target
+from accel.errors import CaptureError, OptionError
+from accel.frontends.checkpoints import LanguageModel
+from accel.frontends.export import capture
+from accel.ir.module import Module
+from accel.passes.base import Context
+from accel.passes.insert_kv_cache import InsertKvCache
+from accel.passes.manager import PassManager
+from accel.passes.pipelines import CLEAN_PIPELINE
+from accel.passes.registry import load_passes
+from accel.runtime.artifact import write_artifact
+from accel.runtime.memory import collection_paused
+from accel.runtime.model import CompiledModel
+
+_EXAMPLE_TOKENS = 8
+_EXAMPLE_ROWS = 2
+
+
+def compile_generator(
+    model: nn.Module | Callable[..., Any],
+    *,
+    capacity: int = 1024,
+    batch: int = 1,
+    target: str | Target = "cpu",
+    options: Options | Mapping[str, Any] | None = None,
+) -> CompiledModel:
+    """Compiles a causal language model to generate text.
+
+    Args:
+        model: a causal model of `transformers`, or any module or callable from ids [B, S] int64 to
+            logits [B, S, V].
+        capacity: tokens that a text may have, prompt included.
+        batch: texts that one call generates at a time; 0 for any number.
+        target, options: as for `accel.compile`; techniques in `options.passes` apply to both
+            functions.
+
+    Raises CaptureError for a model whose tokens look at each other other than by causal attention,
+    with the op and the line, and what `accel.compile` raises.
+    """
+    return to_model(_compile(model, capacity, batch, target, options))
+
+
+def package_generator(
+    model: nn.Module | Callable[..., Any],
+    *,
+    path: str | os.PathLike[str],
+    capacity: int = 1024,
+    batch: int = 1,
+    target: str | Target = "cpu",
+    options: Options | Mapping[str, Any] | None = None,
+) -> CompiledModel:
+    """Like `compile_generator`, into an artifact at `path`: `accel.load(path).generate(...)`."""
+    program = _compile(model, capacity, batch, target, options)
+    write_artifact(path, to_contents(program))
+    return to_model(program)
+
+
+def _compile(
+    model: Any,
+    capacity: int,
+    batch: int,
+    target: str | Target,
+    options: Options | Mapping[str, Any] | None,
+) -> Program:
+    chosen = Options.of(options)
+    start = time.perf_counter()
+    with collection_paused():
+        module = derive_generator(model, capacity, batch, validate=chosen.validate)
+        seconds = time.perf_counter() - start
+        program = compile_module(module, get_target(target), chosen)
+    program.seconds = {"capture": seconds, **program.seconds}
+    return program
+
+
+def derive_generator(
+    model: Any, capacity: int, batch: int = 1, *, validate: bool = False
+) -> Module:
+    """The module with @prefill and @decode, before the compiler's own passes."""
+    if capacity < 2 or batch < 0:
+        raise OptionError(f"a cache of {capacity} positions for {batch} texts")
+    load_passes()
+    length = Dim("length", min=2, max=capacity)
+    rows = _EXAMPLE_ROWS if batch == 0 else batch
+    ids = torch.zeros(rows, min(_EXAMPLE_TOKENS, capacity), dtype=torch.int64)
+    sizes: dict[int, Any] = {1: length} if batch else {0: Dim("batch"), 1: length}
+    plain = _plain(model)
+    module = capture(plain, (ids,), dynamic_shapes=(sizes,))
+    insert = InsertKvCache(capacity=capacity, batch=batch, keep_main=False)
+    PassManager([*CLEAN_PIPELINE, insert], Context(), validate=validate).run(module)
+    return module
+
+
+def _plain(model: Any) -> Any:
+    """A forward from ids to logits."""
+    if isinstance(model, nn.Module) and model.training:
+        raise CaptureError(
+            "the model is in training mode: dropout would be random",
+            advice="call model.eval() first",
+        )
+    if isinstance(model, nn.Module) and hasattr(model, "generation_config"):
+        return LanguageModel(model).eval()
+    return _Logits(model).eval()
+
+
+class _Logits(nn.Module):
+    """The logits of a model that returns them alone, or as `logits`."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out = self.model(input_ids)
+        logits: Tensor = out if isinstance(out, Tensor) else out.logits
+        return logits

@@ -1,0 +1,171 @@
+"""Facts about an op and the sequence axis, found by evaluating the op's definition on small data.
+
+`is_token_wise(op)`: the result at token t follows from the operands at token t alone.
+`is_prefix_stable(value)`: what no token has a say in (positions, masks, tables) and what a longer
+text would only make longer: its first n entries are those of a text of n tokens.
+
+A definition's `evaluate` is what the op means, so no list of ops has to be kept. The data are
+random: an op that mixes tokens is found unless it does so for no input that is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from accel.errors import AccelError
+from accel.ir.interpret import interpret
+from accel.ir.module import Function, Op, Value, clone_op
+from accel.ir.op import OpDefinition, Trait, definition
+from accel.ir.storage import WeightStore
+from accel.ir.types import Dim, TensorType, simplify_dim, symbol_names, value_dtype
+
+_TOKENS = 3
+_BATCH = 2
+
+
+def is_token_wise(op: Op, length: sympy.Symbol) -> bool:
+    """Whether narrowing all operands to one token narrows all results."""
+    if op.regions or op.definition.evaluate is None or op.has(Trait.RANDOM):
+        return False
+    types = tuple(v.type for v in op.operands)
+    results = tuple(r.type for r in op.results)
+    attributes = tuple(op.attributes.items())
+    return _token_wise(op.definition, types, results, attributes, op.segments, length)
+
+
+@lru_cache(4096)
+def _token_wise(
+    meaning: OpDefinition,
+    types: tuple[TensorType, ...],
+    results: tuple[TensorType, ...],
+    attributes: tuple[tuple[str, Any], ...],
+    segments: tuple[int, ...] | None,
+    length: sympy.Symbol,
+) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    operands = [_random(t, length, generator) for t in types]
+
+    def run(values: Sequence[Tensor], tokens: int) -> list[Tensor]:
+        given = {name: _sized(v, length, tokens) for name, v in attributes}
+        arguments = meaning.group_operands(values, segments)
+        assert meaning.evaluate is not None
+        made = meaning.evaluate(*arguments, **meaning.complete_attributes(given))
+        return [made] if isinstance(made, Tensor) else list(made)
+
+    try:
+        everything = run(operands, _TOKENS)
+        for token in (_TOKENS - 1, 0):
+            one = run([_at(x, t, length, token) for x, t in zip(operands, types)], 1)
+            for type_, whole, part in zip(results, everything, one):
+                wanted = _at(whole, type_, length, token)
+                if wanted.shape != part.shape or not _close(wanted, part):
+                    return False
+    except (RuntimeError, IndexError, ValueError, TypeError, AccelError):
+        return False  # sizes that do not fit: the op does not take one token
+    return True
+
+
+def is_prefix_stable(value: Value, main: Function, length: sympy.Symbol) -> bool:
+    """Whether texts of 5 and of 8 tokens agree on the first 5, along every sequence axis.
+
+    The value must not depend on tokens, nor on weights that need reading (those are the same).
+    """
+    ops = _made_from(value)
+    if not any(_mentions(op, length) for op in ops):
+        return True
+    function = Function("probe", [a.type for a in main.args])
+    function.symbols = dict(main.symbols)
+    mapping = dict(zip(main.args, function.args))
+    constants: list[Value] = []
+    for op in main.ops:
+        if op not in ops:
+            continue
+        if op.name == "constant":
+            mapping[op.result] = function.body.add_arg(op.result.type)
+            constants.append(op.result)
+        else:
+            function.body.append(clone_op(op, mapping))
+    function.body.append(Op(definition("return"), [mapping[value]], {}, ()))
+    generator = torch.Generator().manual_seed(0)
+    weights = [_random(c.type, length, generator) for c in constants]
+    found = []
+    for tokens in (5, 8):
+        ids = [_zeros(a.type, length, tokens) for a in main.args]
+        found.append(interpret(function, [*ids, *weights], WeightStore())[0])
+    short, long = found
+    for axis, (dim, size) in enumerate(zip(value.shape, short.shape)):
+        if not isinstance(dim, int) and length.name in symbol_names(dim):
+            long = long.narrow(axis, 0, size)
+    function.body.clear()
+    return short.shape == long.shape and _close(short, long)
+
+
+def _made_from(value: Value) -> set[Op]:
+    found: set[Op] = set()
+    pending = [value]
+    while pending:
+        op = pending.pop().op
+        if op is not None and op not in found:
+            found.add(op)
+            pending.extend(op.operands)
+    return found
+
+
+def _mentions(op: Op, length: sympy.Symbol) -> bool:
+    def inside(value: Any) -> bool:
+        if isinstance(value, tuple):
+            return any(inside(v) for v in value)
+        return isinstance(value, sympy.Expr) and length in value.free_symbols
+
+    return any(inside(v) for v in op.attributes.values())
+
+
+def _sized(value: Any, length: sympy.Symbol, tokens: int) -> Any:
+    """An attribute for a small program."""
+    if isinstance(value, tuple):
+        return tuple(_sized(v, length, tokens) for v in value)
+    return _number(value, length, tokens) if isinstance(value, sympy.Expr) else value
+
+
+def _number(dim: Dim, length: sympy.Symbol, tokens: int) -> int:
+    if isinstance(dim, int):
+        return dim
+    known = {s: tokens if s == length else _BATCH for s in dim.free_symbols}
+    return int(simplify_dim(dim.subs(known)))
+
+
+def _zeros(type_: TensorType, length: sympy.Symbol, tokens: int) -> Tensor:
+    return torch.zeros([_number(d, length, tokens) for d in type_.shape], dtype=type_.dtype)
+
+
+def _random(type_: TensorType, length: sympy.Symbol, generator: torch.Generator) -> Tensor:
+    """Small data of a type; integers are 0 or 1, which most ops take as indices."""
+    shape = [_number(d, length, _TOKENS) for d in type_.shape]
+    dtype = value_dtype(type_.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
+
+
+def _at(x: Tensor, type_: TensorType, length: sympy.Symbol, token: int) -> Tensor:
+    """One token of every sequence axis; batch and length may be one axis."""
+    for axis, dim in enumerate(type_.shape):
+        if isinstance(dim, int) or length not in dim.free_symbols:
+            continue
+        others = [s for s in dim.free_symbols if s != length]
+        outer = _BATCH ** len(others)
+        split = x.unflatten(axis, (outer, _TOKENS, x.shape[axis] // (outer * _TOKENS)))
+        x = split.narrow(axis + 1, token, 1).flatten(axis, axis + 2)
+    return x
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.is_floating_point():
+        return torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+    return torch.equal(a, b)

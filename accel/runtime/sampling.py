@@ -1,0 +1,117 @@
+"""Choosing the next token from logits: greedily, or by chance under limits.
+
+The order is that of `transformers`: repetition penalty, temperature, top-k, top-p, min-p; then the
+most probable token, or one drawn. With a seed the draws are those of `torch.multinomial` after
+`torch.manual_seed(seed)`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accel.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Raises OptionError for values out of range or without effect.
+
+    Attributes:
+        do_sample: draw tokens; else the most probable one is taken.
+        temperature: divides the logits; below 1 sharpens, above 1 flattens.
+        top_k: only the k most probable tokens (Fan et al., 2018).
+        top_p: only the fewest tokens whose probabilities sum to p (Holtzman et al., 2020).
+        min_p: only tokens at least p times as probable as the best (Nguyen et al., 2024).
+        repetition_penalty: divides positive and multiplies negative logits of tokens that the text
+            has (Keskar et al., 2019); 1 is none.
+        seed: of the draws; None draws from torch's global generator.
+    """
+
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _within("temperature", self.temperature, 0.0, math.inf, open_low=True)
+        _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise OptionError(f"top_k is {self.top_k!r}, not a positive integer")
+        if self.do_sample:
+            return
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+            value = getattr(self, name)
+            if value is not None and not (name in ("temperature", "top_p") and value == 1.0):
+                raise OptionError(
+                    f"{name} = {value} has no effect: do_sample is False, so the most probable "
+                    "token is taken",
+                    advice=f"pass do_sample=True, or leave {name} out",
+                )
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """The source of chance for one text or batch."""
+        return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
+
+    def scores(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Logits [B, V] after all limits, float32; tokens that are out are minus infinity.
+
+        `ids` [B, n] is the text so far.
+        """
+        scores = logits.float()
+        if self.repetition_penalty not in (None, 1.0):
+            found = scores.gather(1, ids)
+            penalty = float(self.repetition_penalty or 1.0)
+            found = torch.where(found < 0, found * penalty, found / penalty)
+            scores = scores.scatter(1, ids, found)
+        if not self.do_sample:
+            return scores
+        if self.temperature not in (None, 1.0):
+            scores = scores / self.temperature
+        if self.top_k is not None:
+            least = scores.topk(min(self.top_k, scores.shape[1])).values[:, -1:]
+            scores = scores.masked_fill(scores < least, -math.inf)
+        if self.top_p is not None and self.top_p < 1.0:
+            scores = _top_p(scores, self.top_p)
+        if self.min_p is not None:
+            shares = scores.softmax(-1)
+            least = shares.amax(-1, keepdim=True) * self.min_p
+            scores = scores.masked_fill(shares < least, -math.inf)
+        return scores
+
+    def choose(self, logits: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The next token of each row: int64 [B]."""
+        if not self.do_sample and self.repetition_penalty in (None, 1.0):
+            return logits.argmax(-1)
+        scores = self.scores(logits, ids)
+        if not self.do_sample:
+            return scores.argmax(-1)
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _top_p(scores: Tensor, limit: float) -> Tensor:
+    """Keeps the fewest tokens whose probabilities reach the limit; always at least one."""
+    ascending, order = scores.sort(descending=False)
+    below = ascending.softmax(-1).cumsum(-1) <= 1 - limit
+    below[:, -1] = False
+    return scores.masked_fill(below.scatter(1, order, below), -math.inf)
+
+
+def _within(
+    name: str, value: float | None, low: float, high: float, *, open_low: bool = False
+) -> None:
+    if value is None:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (open_low and value == low) or value == math.inf:
+        bracket = "(" if open_low else "["
+        end = ")" if high == math.inf else "]"
+        raise OptionError(f"{name} is {value!r}; it lies in {bracket}{low:g}, {high:g}{end}")
