@@ -215,6 +215,8 @@ def compile_kernels(
 
 def _drop_unused_weights(module: Module, plans: dict[str, FunctionPlan]) -> None:
     used = {v.name for plan in plans.values() for v in plan.values if v.kind == "weight"}
+    for plan in plans.values():  # first values of state, which calls pass as arguments
+        used |= {str(a.get("initial", "")) for a in plan.metadata.get("arguments", ())}
     for name in module.weights.names():
         if name not in used:
             module.weights.remove(name)

@@ -10,6 +10,7 @@ for the device, say) goes on step by step, and the log says which.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -20,6 +21,8 @@ from accel.errors import ExecutionError
 
 _log = logger("runtime")
 _ALIGNMENT = 16
+
+_RECORDING = threading.Lock()
 
 Steps = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -120,10 +123,14 @@ class GraphRunner:
                 # Libraries set themselves up on this stream; state must not change by that.
                 self._steps([_dense_copy(x) for x in self._inputs])
             side.synchronize()
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            # One recording at a time: a recording waits for the device before it starts, which
+            # would end another one.
+            with (
+                _RECORDING,
+                torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+            ):
                 self._results = self._steps(self._inputs)
         except (RuntimeError, ExecutionError) as error:
-            torch.cuda.synchronize(self._device)
             self._inputs, self._results, self._record = [], [], False
             _log.warning("'%s' runs without a CUDA graph: %s", self._name, error)
             return

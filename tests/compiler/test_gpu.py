@@ -103,6 +103,23 @@ def test_a_split_reduction_is_two_steps_with_a_buffer_between() -> None:
     assert plan.values[between].kind == "buffer" and plan.values[between].dtype == "uint8"
 
 
+class Total(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.full((4,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total += x
+        return self.total * 1
+
+
+def test_first_values_of_state_are_kept() -> None:
+    made = accel.compile(Total(), inputs=(torch.ones(4),))
+    assert [float(made(torch.ones(4))[0]) for _ in range(3)] == [3.0, 4.0, 5.0]
+    on_gpu = accel.compile(Total(), inputs=(torch.ones(4),), target="h200")
+    assert "total" in on_gpu.program.weights
+
+
 def kernel_code() -> bytes:
     kernel = CudaKernel("k", 2, ("s0",), False, 2, ["//", "s0", 4], 4, 0)
     return pack("sm_90", {"a": (kernel, b"cubin a"), "b": (kernel, b"longer cubin b")})

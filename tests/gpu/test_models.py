@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import accel
+from accel.compiler.dynamo import accel_backend
 from accel.errors import InputError
 
 pytestmark = [
@@ -201,7 +202,7 @@ def test_torch_compile_trains() -> None:
     plain = Block().cuda()
     fast = Block().cuda()
     fast.load_state_dict(plain.state_dict())
-    compiled = torch.compile(fast, backend="accel", options={"target": target()})
+    compiled = torch.compile(fast, backend=accel_backend, options={"target": target()})
     for module, call in ((plain, plain), (fast, compiled)):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         torch.manual_seed(1)
