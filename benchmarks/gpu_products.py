@@ -38,6 +38,7 @@ from accel.runtime.cuda_code import pack
 from benchmarks.measure import RESULTS, machine
 
 ROTATED_BYTES, MOST_COPIES, REPLAYS = 400e6, 24, 15
+MOST_SHARED = 227 << 10
 EPS = 1e-5
 
 
@@ -199,6 +200,8 @@ def compile_one(job: tuple[str, Tile | None, str]) -> Compiled | str:
     except Exception as error:
         return f"{name} {tile}: {str(error).splitlines()[0]}"
     (launch,) = compiled.launches[compiled.names[0]]
+    if launch.binary.shared > MOST_SHARED:
+        return f"{name} {tile}: {launch.binary.shared} bytes of shared memory"
     code = pack(arch, {launch.name: kernel_binary(launch)})
     reads = [slot.number for slot in launch.reads]
     return Compiled(name, tile, launch.name, reads, code, launch.code.source)
@@ -298,8 +301,9 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=context) as pool:
         made = list(pool.map(compile_one, jobs, chunksize=2))
-    for problem in (m for m in made if isinstance(m, str)):
-        print(problem)
+    problems = [m for m in made if isinstance(m, str)]
+    if problems:
+        print(f"{len(problems)} tiles do not compile or fit: {problems[0]}...")
     good = [m for m in made if isinstance(m, Compiled)]
     rows = [measure(CASES[n], [m for m in good if m.case == n]) for n in names]
     for row in rows:

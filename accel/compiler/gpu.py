@@ -17,7 +17,15 @@ from accel.ir.fingerprint import region_fingerprint
 from accel.ir.module import Module, Op
 from accel.runtime.cuda_code import CudaKernel, pack, unpack
 
-KERNEL_PIPELINE = ("select_libraries", "decompose", "cse", "dce", "fuse", "dce")
+KERNEL_PIPELINE = (
+    "select_products",
+    "select_libraries",
+    "decompose",
+    "cse",
+    "dce",
+    "fuse",
+    "dce",
+)
 
 
 def generator(target: Target) -> TritonBackend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +18,15 @@ class KernelGenerator(Protocol):
         """None if a kernel region may hold this op, else the reason why not."""
 
     def supports_product(self, op: Op) -> str | None:
-        """None if a kernel of kind "gemv" may hold this contraction, else the reason why not."""
+        """None if a kernel may compute this contraction with its neighbours, else the reason."""
+
+    def supports_neighbour(self, op: Op, neighbour: Op) -> str | None:
+        """None if such a kernel may also hold this op, which is no elementwise one: a norm before
+        the contraction, a slice of its result."""
+
+    def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:
+        """The kind of kernel that computes a contraction together with `members`, itself included;
+        and why a library does better, if it does."""
 
     def supports_anchor(self, op: Op, kind: str) -> str | None:
         """None if a kernel of this kind may be built around the op, else the reason why not.

@@ -2,8 +2,9 @@
 
 A linear over one row reads its weight once for one multiplication an element: memory is the limit,
 and a generated kernel that decodes a compressed weight as it reads it moves a quarter (int8) or an
-eighth (int4) of the bytes. Up to 8 rows share the decoding. An uncompressed weight goes to a
-generated kernel for one row only; beyond that a vendor's blocked product is faster.
+eighth (int4) of the bytes. A few rows share the decoding. What is around the product rides along
+where the generator takes it: elementwise ops after it, the join of a merged linear's two halves
+(gate times up), a norm before it. The generator says when a vendor's product is faster.
 Contract: exact (the kernel's region is the ops it replaces).
 
     %1 = "accel.dequantize"(%q, %s)         %2 = "accel.kernel"(%x, %q, %s) ({
@@ -19,7 +20,7 @@ from typing import ClassVar
 from accel.ir.capability import KernelGenerator
 from accel.ir.module import Function, Module, Op, Value
 from accel.ir.op import Trait
-from accel.ir.types import product
+from accel.ir.types import same_shape
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.outline import elementwise_epilogue, finish_outline, is_full, outline
 
@@ -65,19 +66,59 @@ class SelectProducts(Pass):
             if reason is not None:
                 context.miss(self.name, op, f"accel.{step.name}: {reason}")
                 return
-        if not decoding and product(op.operands[0].shape[:-1]) != 1:
-            context.miss(self.name, op, "several rows of an uncompressed weight")
+        halves = _halves(op, generator)
+        last = halves[-1] if halves else op
+        ops = [op, *halves, *elementwise_epilogue(last, generator, self.max_epilogue)]
+        ops.sort(key=order.__getitem__)
+        norm = _norm(op, generator)
+        kind, reason = generator.product_kind(op, [*norm, *ops])
+        if reason is not None:
+            context.miss(self.name, op, reason)
             return
         if not context.rewrite(self.name, op):
             return
-        ops = [op, *elementwise_epilogue(op, generator, self.max_epilogue)]
-        ops.sort(key=order.__getitem__)
-        attributes = {"backend": generator.name, "kind": "gemv"}
-        kernel = outline(ops, "kernel", attributes, self.name, duplicate=decoding, inline=is_full)
+        attributes = {"backend": generator.name, "kind": kind}
+        around = [*norm, *decoding]
+        kernel = outline(ops, "kernel", attributes, self.name, duplicate=around, inline=is_full)
         last = ops[-1]
         function.body.insert_before(kernel, last)
         order[kernel] = order[last]
         finish_outline(kernel, ops)
+
+
+def _norm(op: Op, generator: KernelGenerator) -> list[Op]:
+    """The norm before a product, if products are all that reads it; each computes it for itself."""
+    norm = op.operands[0].op
+    if norm is None or len(norm.results) != 1 or generator.supports_neighbour(op, norm) is not None:
+        return []
+    if any(
+        user.name != "linear" or user.operands[0] is not norm.result for user in norm.result.users
+    ):
+        return []
+    return [norm] if all(generator.supports_product(u) is None for u in norm.result.users) else []
+
+
+def _halves(op: Op, generator: KernelGenerator) -> list[Op]:
+    """The two halves of a merged linear's result, an activation on either, and what joins them."""
+    slices = list(op.result.users)
+    if len(slices) != 2 or any(generator.supports_neighbour(op, s) is not None for s in slices):
+        return []
+    if not same_shape(slices[0].result.shape, slices[1].result.shape):
+        return []
+    found: list[Op] = list(slices)
+    ends: list[Op | None] = []
+    for part in slices:
+        user = part.result.single_user
+        if user is not None and len(user.operands) == 1 and user.has(Trait.ELEMENTWISE):
+            found.append(user)
+            user = user.result.single_user
+        ends.append(user)
+    join = ends[0]
+    if join is None or join is not ends[1] or not join.has(Trait.ELEMENTWISE):
+        return []
+    found.append(join)
+    elementwise = [o for o in found if o not in slices]
+    return found if all(generator.supports(o) is None for o in elementwise) else []
 
 
 def _decoding(weight: Value) -> list[Op] | None:

@@ -27,9 +27,13 @@ class IndexFailure(Exception):
 class InterpretedKernels:
     """Functions as kernels, run by Triton's interpreter in another process."""
 
-    def __init__(self, functions: Sequence[Function], worker: Worker) -> None:
+    def __init__(
+        self, functions: Sequence[Function], worker: Worker, kinds: Sequence[str] = ()
+    ) -> None:
         self.functions, self.worker = list(functions), worker
-        self.names, self.made = BACKEND.generate([kernel_of(f) for f in functions])
+        kinds = kinds or ["pointwise"] * len(functions)
+        kernels = [kernel_of(f, kind) for f, kind in zip(functions, kinds, strict=True)]
+        self.names, self.made = BACKEND.generate(kernels)
 
     def source(self, number: int) -> str:
         return "\n".join(one.source for one in self.made[self.names[number]].launches)

@@ -76,7 +76,7 @@ def _prepare() -> None:
     """Mends the interpreter, once per process.
 
     A `tl.reduce` that folds whole slices, where its own calls the combining function for every
-    element; a splat that keeps a condition a bool; bfloat16 as torch rounds it (its own goes wrong
+    element; a splat that keeps a condition a bool; products of bfloat16; bfloat16 as torch rounds it (its own goes wrong
     at ties and below the smallest normal number).
     """
     global _prepared
@@ -88,6 +88,7 @@ def _prepare() -> None:
 
     interpreter.ReduceOps.generic_reduce = _reduce_slices
     interpreter.InterpreterBuilder.create_splat = _splat
+    interpreter.InterpreterBuilder.create_dot = _dot
     own = interpreter._convert_float
 
     def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
@@ -104,6 +105,17 @@ def _brain(data: Any, source: str, target: str) -> Any:
     if (source, target) == ("bf16", "fp32"):
         return torch.from_numpy(data.copy()).view(torch.bfloat16).float().numpy()
     return None
+
+
+def _dot(self: Any, a: Any, b: Any, total: Any, precision: Any, inexact: Any) -> Any:
+    """a b + total; bfloat16 operands, which the interpreter holds as uint16, by their values."""
+
+    def values(x: Any) -> Tensor:
+        data = torch.from_numpy(x.data.copy())
+        return data.view(torch.bfloat16).float() if data.dtype == torch.uint16 else data.float()
+
+    made = torch.matmul(values(a), values(b)).numpy() + total.data
+    return type(total)(made.astype(total.data.dtype), total.dtype.scalar)
 
 
 def _splat(self: Any, type_: Any, value: Any) -> Any:

@@ -45,6 +45,18 @@ def reason(op: Op, kind: str) -> str | None:
     return anchor.reason(op)
 
 
+def neighbour_reason(op: Op, neighbour: Op) -> str | None:
+    """None if a linear's kernel may hold this op too, else the reason why not."""
+    if neighbour.name == "slice":
+        axis = int(neighbour.attribute("axis")) % op.result.type.rank
+        halves = neighbour.result.shape[axis] * 2 == op.result.shape[axis]
+        plain = axis == op.result.type.rank - 1 and neighbour.attribute("step") == 1
+        return None if plain and halves else "a slice that is no half of the columns"
+    if neighbour.name == "rms_norm" and gemv.reason(op) is None:
+        return None
+    return f"accel.{neighbour.name} does not ride along with a linear"
+
+
 def is_whole(op: Op, kind: str) -> bool:
     """Whether the kernel is built around this op, which so stays whole."""
     return kind in ANCHORS and op.name in ANCHORS[kind].ops

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from accel.backends.triton import anchors, dtypes, scalar
+from accel.backends.triton import anchors, dtypes, matmul, scalar
 from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot, generate
 from accel.backends.triton.toolchain import Binary, compile_source, version
 from accel.backends.tvm import trace
@@ -100,7 +100,15 @@ class TritonBackend:
         return f"accel.{op.name} has no generated code"
 
     def supports_product(self, op: Op) -> str | None:
-        return self.supports_anchor(op, "gemv")
+        return self.supports_anchor(op, "gemv") and self.supports_anchor(op, "matmul")
+
+    def supports_neighbour(self, op: Op, neighbour: Op) -> str | None:
+        return _type_reason(neighbour) or anchors.neighbour_reason(op, neighbour)
+
+    def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:
+        if self.supports_anchor(op, "gemv") is None:
+            return "gemv", None
+        return "matmul", matmul.saves(op, members, self.sms)
 
     def supports_anchor(self, op: Op, kind: str) -> str | None:
         return _type_reason(op) or anchors.reason(op, kind)

@@ -36,6 +36,7 @@ from accel.ir.types import Dim, is_float, product
 MOST_ROWS = 4  # of x: each costs a multiplication for every element of the weight
 _MOST_SUMS = 16  # of one program: they live in registers
 _MAX_ROUNDS = 8
+_NARROW = 32  # results a multiprocessor: fewer need small programs to be spread evenly
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,22 @@ def reason(op: Op) -> str | None:
     return None
 
 
-def choose(columns: int, depth: int, sums: int, width: float, sms: int) -> GemvTile:
-    """The tile for `columns` results of `depth` products, `sums` of them a result.
+def choose(columns: int, depth: int, streams: int, rows: int, sms: int) -> GemvTile:
+    """The tile for `columns` results, sums over `depth` of `streams` rows of the weight each.
 
-    `width` is the bytes of a stored element.
+    `rows` is x's. A thread loads 32 to 64 elements at once, so that a few programs keep enough
+    bytes in flight. Measured on an H200 (benchmarks/results/gpu_products.json).
     """
-    warps = 4 if depth >= 1024 else max(1, next_power(depth) // 256)
-    span = min(next_power(depth), 256 * warps)
-    rows = 4
-    while rows > 1 and columns // rows < 2 * sms:
-        rows //= 2
-    rows = max(1, rows // sums)
-    return GemvTile(rows, span, warps)
+    if streams * rows > 1:
+        tile = GemvTile(2, 1024, 4)
+    elif columns <= _NARROW * sms:
+        tile = GemvTile(2, 2048, 4)
+    elif columns <= 2 * _NARROW * sms:
+        tile = GemvTile(2, 2048, 8)
+    else:
+        tile = GemvTile(4, 2048, 4, 3)
+    span = min(tile.columns, next_power(depth))
+    return GemvTile(tile.rows, span, max(1, min(tile.warps, span // 256)), tile.stages)
 
 
 # -- the region ------------------------------------------------------------------------------
@@ -186,7 +191,7 @@ class GemvWriter(ProgramWriter):
         if not isinstance(count, int):
             raise BackendError("a gemv kernel of symbolic size")
         if self.tile is None:
-            self.tile = choose(count, depth, self._streams(), self._width(), self.sms)
+            self.tile = choose(count, depth, self._streams(), self._rows_of_x(), self.sms)
         for one in columns.values():
             extent = one.extent
             assert isinstance(extent, int)
@@ -200,10 +205,8 @@ class GemvWriter(ProgramWriter):
         found = {r.index[-1] for r in self.phase.reduces if r.index and r.index[-1].axes & outer}
         return max(1, len(found))
 
-    def _width(self) -> float:
-        """Bytes of an element of what is read along rows and columns."""
-        sizes = [v.dtype.itemsize for v in self.emitter.pointers if v.type.rank == 2]
-        return float(min(sizes, default=2))
+    def _rows_of_x(self) -> int:
+        return max(1, len({s.index[:-1] for s in self.phase.stores}))
 
     def _tile(self, columns: Columns, reduce: Reduce) -> Tile:
         own = frozenset(axis for i in reduce.index for axis in i.axes)

@@ -60,32 +60,66 @@ def reason(op: Op) -> str | None:
         return f"a product of {x.dtype}"
     if not all(isinstance(d, int) and d > 0 for d in weight.shape):
         return "a weight of symbolic size, or none"
-    if product(x.shape[:-1]) == 0:
-        return "no rows"
+    if product(x.shape[:-1]) in (0, 1) or weight.shape[0] == 1:
+        return "a product of one row or column, or of none"
     return None
 
 
 def choose(rows: Dim, columns: int, depth: int, tiles: int, sms: int) -> MatmulTile:
     """The tile for `rows` x `columns` results, `tiles` accumulators each."""
     count = rows if isinstance(rows, int) else _SYMBOLIC_ROWS
-    for tile in _TILES:
-        wide = tile.columns // tiles
-        if -(-count // tile.rows) * -(-columns // wide) >= sms * _LEAST_WAVES:
-            break
-    span = min(tile.depth, max(16, next_power(depth)))
-    return MatmulTile(tile.rows, max(16, tile.columns // tiles), span, tile.warps, tile.stages)
+    if count <= _FEW_ROWS:
+        best = MatmulTile(max(16, next_power(count)), 32, 128, 4, 5)
+    else:
+        for waves, best in _TILES:
+            wide = best.columns // tiles
+            if -(-count // best.rows) * -(-columns // wide) >= sms * waves:
+                break
+    span = min(best.depth, max(16, next_power(depth)))
+    return MatmulTile(best.rows, max(16, best.columns // tiles), span, best.warps, best.stages)
 
 
-_LEAST_WAVES = 0.9  # of tiles: fewer leave multiprocessors idle, and a smaller tile is faster
+# From the largest down; the first that fills the multiprocessors to its share of a wave is taken.
+# Measured on an H200 with K = 768 and 3072: smaller problems are bound by the latency of the loop
+# over K, for which deep pipelines of long steps are best (benchmarks/results/gpu_products.json).
 _TILES = (
-    MatmulTile(128, 256, 64, 8, 3),
-    MatmulTile(128, 128, 64, 8, 3),
-    MatmulTile(64, 128, 64, 4, 4),
-    MatmulTile(64, 64, 64, 4, 5),
-    MatmulTile(32, 64, 128, 4, 4),
-    MatmulTile(32, 32, 128, 4, 4),
-    MatmulTile(16, 32, 128, 2, 5),
+    (1.0, MatmulTile(128, 256, 64, 8, 3)),
+    (1.0, MatmulTile(64, 128, 64, 4, 3)),
+    (0.5, MatmulTile(64, 64, 128, 4, 5)),
+    (0.0, MatmulTile(64, 32, 128, 4, 5)),
 )
+_FEW_ROWS = 32  # tiles no taller than this: the weight's stream is the limit
+
+
+# -- whether it pays -------------------------------------------------------------------------
+
+_LIBRARY_RATE, _OWN_RATE = 580e12, 380e12  # FLOP/s of 16-bit products, measured on an H200
+_BANDWIDTH = 4.3e12  # bytes/s, likewise
+_LAUNCH = 1.5e-6  # seconds from one kernel of a CUDA graph to the next
+_DEFAULT_SMS = 132
+
+
+def saves(op: Op, members: Sequence[Op], sms: int) -> str | None:
+    """Why cuBLAS and a kernel for the epilogue are faster than one kernel; None if they are not.
+
+    The library computes `op` alone; `members` that are left need a launch, a read of its result
+    and a write. A lone addition does not: the next norm reads both of its operands anyway. Against
+    that stand the two rates of multiplication.
+    """
+    rest = [m for m in members if m is not op and m.name != "slice"]
+    decoded = op.operands[1].op is not None and op.operands[1].op.name != "constant"
+    if decoded or all(m.name == "add" for m in rest):
+        return None if decoded else "an epilogue that saves no launch"
+    count, depth = product(op.result.shape), int(op.operands[0].shape[-1])
+    if not isinstance(count, int):
+        return "an unknown number of rows"
+    scale = sms / _DEFAULT_SMS
+    flops = 2 * count * depth
+    lost = (flops / _OWN_RATE - flops / _LIBRARY_RATE) / scale
+    saved = _LAUNCH + 2 * count * op.result.dtype.itemsize / _BANDWIDTH
+    if lost < saved:
+        return None
+    return f"cuBLAS saves {1e6 * lost:.1f} us, one kernel {1e6 * saved:.1f} us"
 
 
 # -- the plan --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from accel.ir.builder import Builder
 from accel.ir.fingerprint import region_fingerprint
 from accel.ir.module import Op, Region, Value, clone_region_into
 from accel.ir.op import Trait
-from accel.ir.types import SUB_BYTE_BITS, Dim, is_float, symbol
+from accel.ir.types import SUB_BYTE_BITS, Dim, is_float, product, symbol
 
 _LARGEST_SUPPORTED_RANK = 12
 
@@ -60,7 +60,18 @@ class TvmBackend:
 
     def supports_product(self, op: Op) -> str | None:
         """None if a kernel of kind "gemv" may hold this contraction, else the reason why not."""
-        return _type_reason(op) or contract.reason(op)
+        reason = _type_reason(op) or contract.reason(op)
+        if reason is None and product(op.operands[0].shape[:-1]) != 1:
+            source = op.operands[1].op
+            if source is not None and source.name == "constant":
+                return "several rows of an uncompressed weight"
+        return reason
+
+    def supports_neighbour(self, op: Op, neighbour: Op) -> str | None:
+        return "a product's kernel takes elementwise ops after it only"
+
+    def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:
+        return "gemv", None
 
     def supports_decoding(self, op: Op) -> str | None:
         """None if a kernel of kind "gemv" may decode its weight with this op."""
