@@ -76,8 +76,8 @@ def _prepare() -> None:
     """Mends the interpreter, once per process.
 
     A `tl.reduce` that folds whole slices, where its own calls the combining function for every
-    element; a splat that keeps a condition a bool; products of bfloat16; bfloat16 as torch rounds it (its own goes wrong
-    at ties and below the smallest normal number).
+    element; a splat that keeps a condition a bool; products of bfloat16; bfloat16 as torch rounds
+    it (its own goes wrong at ties and below the smallest normal number).
     """
     global _prepared
     if _prepared:
