@@ -21,8 +21,6 @@ from benchmarks.docs_gpu import gpu_lines
 from benchmarks.measure import ROOT, TITLES, geometric_mean, load_results
 
 README = ROOT / "README.md"
-START = "<!-- passes: made by `make docs` -->"
-END = "<!-- end of passes -->"
 PAGE = ROOT / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
@@ -45,10 +43,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def readme(text: str) -> str:
-    """The README with its table of passes up to date."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return "".join([before, START, "\n", *(f"{row}\n" for row in passes_table()), END, after])
+    """The README with its generated tables up to date."""
+    for name, rows in (("passes", passes_table()), ("figures", figures_table())):
+        start, end = f"<!-- {name}: made by `make docs` -->", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = "".join([before, start, "\n", *(f"{row}\n" for row in rows), end, after])
+    return text
+
+
+def figures_table() -> list[str]:
+    """Speed on the CPU beside each peer, one line a model."""
+    rows = list(load_results("cpu")["rows"].values())
+    peers = ["eager", "inductor", "onnxruntime"]
+    head = ["CPU, float32", "accel ms", *(f"times {TITLES[p]}" for p in peers)]
+    lines = []
+    for row in rows:
+        own = row["systems"]["accel"]["seconds"]
+        ratios = [row["systems"][p]["seconds"] / own for p in peers]
+        lines.append([row["title"], f"{own * 1e3:.1f}", *(f"{r:.2f}" for r in ratios)])
+    return markdown(head, lines)
 
 
 def passes_table() -> list[str]:
