@@ -66,7 +66,9 @@ def removable(op: Op) -> bool:
 
 
 def drop_unread_weights(module: Module) -> None:
-    """Removes weights that no `accel.constant` names."""
+    """Removes weights that no `accel.constant` names and no state begins with."""
     read = {str(op.attributes["name"]) for op in module.walk() if op.name == "constant"}
+    for function in module.functions.values():
+        read |= {str(a.get("initial", "")) for a in function.metadata.get("arguments", ())}
     for name in [n for n in module.weights if n not in read]:
         module.weights.remove(name)
