@@ -76,7 +76,7 @@ def test_reductions(worker: Worker, name: str) -> None:
     check(worker, case.types, case.build, case.inputs, case.tolerance)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (5, 3), (67, 129)])
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 3), (20, 70)])
 @pytest.mark.parametrize("name", SYMBOLIC)
 def test_symbolic_sizes(worker: Worker, name: str, sizes: tuple[int, int]) -> None:
     types, build, inputs = SYMBOLIC[name]
@@ -90,10 +90,10 @@ LONG: dict[str, tuple[list[TensorType], Callable[..., Any], list[Tensor]]] = {
         lambda b, x, w: b.layer_norm(x, w, rank=1, eps=1e-5),
         [randn(2, 17000), randn(17000)],
     ),
-    "argmax of blocks": ([f32(2, 30000)], lambda b, x: b.argmax(x, axis=1), [randn(2, 30000)]),
+    "argmax of blocks": ([f32(2, 17000)], lambda b, x: b.argmax(x, axis=1), [randn(2, 17000)]),
     "one long sum": ([f32(200000)], lambda b, x: b.sum(x, axes=(0,)), [randn(200000)]),
     "tall columns": ([f32(5000, 70)], lambda b, x: b.sum(x, axes=(0,)), [randn(5000, 70)]),
-    "one argmax": ([f32(70000)], lambda b, x: b.argmax(x, axis=0), [randn(70000).round()]),
+    "one argmax": ([f32(20000)], lambda b, x: b.argmax(x, axis=0), [randn(20000).round()]),
 }
 
 
@@ -154,7 +154,8 @@ def representative() -> list[Any]:
         function_of([typed(brain, 4, 12, 128, 128)], lambda b, x: b.softmax(x, axis=3)),
         function_of([f32(50, 30000)], lambda b, x: b.log_softmax(x, axis=1)),
         function_of([f32(64, 512, 128)], lambda b, x: b.exp(b.permute(x, axes=(0, 2, 1)))),
-        function_of([typed(half, 100, 64), typed(torch.int64, 7)], lambda b, t, i: b.embedding(t, i)),
+        function_of([typed(half, 100, 64), typed(torch.int64, 7)],
+                    lambda b, t, i: b.embedding(t, i)),
         function_of([typed(float8, 64, 64), f32(64)], lambda b, q, s: b.mul(b.cast(
             q, dtype=torch.float32), s)),
         function_of([f32(64, 64)], lambda b, x: b.cast(x, dtype=float8)),

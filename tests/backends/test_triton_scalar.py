@@ -1,4 +1,4 @@
-"""Every elementwise op that the Triton generator claims, on every dtype, against the definitions."""
+"""Every elementwise op that the Triton generator claims, on every dtype, and its definition."""
 
 from __future__ import annotations
 
