@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class GraphRunner:
         check: raises if a kernel reported a failure.
         donates: result -> argument whose memory the result may take.
         record: False leaves the steps as they are.
+        pool: memory for what the steps allocate, shared by runners that never run at the same time:
+            nothing in it outlives a call, since results are copied out.
     """
 
     def __init__(
@@ -46,9 +49,10 @@ class GraphRunner:
         donates: Mapping[int, int],
         record: bool,
         name: str,
+        pool: Any,
     ) -> None:
         self._steps, self._device, self._check, self._name = steps, device, check, name
-        self._donates, self._record = dict(donates), record
+        self._donates, self._record, self._pool = dict(donates), record, pool
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
@@ -127,7 +131,7 @@ class GraphRunner:
             # would end another one.
             with (
                 _RECORDING,
-                torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, self._pool, side, capture_error_mode="thread_local"),
             ):
                 self._results = self._steps(self._inputs)
         except (RuntimeError, ExecutionError) as error:

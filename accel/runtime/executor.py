@@ -112,12 +112,20 @@ class CompiledFunction:
             placement = self._sizes.bind(symbols).placement
         return placement.total, placement.lower_bound
 
-    def graph_runner(self, steps: Callable[[Sequence[Tensor]], list[Tensor]]) -> GraphRunner:
+    def graph_runner(
+        self, steps: Callable[[Sequence[Tensor]], list[Tensor]], pool: Any
+    ) -> GraphRunner:
         """Runs steps on the GPU, as a recorded graph from the second call on."""
         check = getattr(self._host, "raise_failure", None) or _nothing
         record, name = self.graph, self.plan.name
         return GraphRunner(
-            steps, self.device, check, donates=self.plan.donates, record=record, name=name
+            steps,
+            self.device,
+            check,
+            donates=self.plan.donates,
+            record=record,
+            name=name,
+            pool=pool,
         )
 
     def _bind(self, lane: _Lane, inputs: Sequence[Tensor]) -> _Bound:
@@ -163,6 +171,7 @@ class _Lane:
 
     def __init__(self, function: CompiledFunction) -> None:
         self.function = function
+        self.pool: Any = None  # memory that the lane's CUDA graphs share
         self.arena = torch.empty(0, dtype=torch.uint8)
         self.bound: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()
         self.current: _Bound | None = None
@@ -177,7 +186,9 @@ class _Lane:
             self.arena = torch.empty(binding.placement.total, dtype=torch.uint8, device=device)
         bound = self.bound[key] = _Bound(parts, binding, self.arena, inputs)
         if device.type == "cuda":
-            bound.graph = self.function.graph_runner(bound.run_steps)
+            if self.pool is None:
+                self.pool = torch.cuda.graph_pool_handle()
+            bound.graph = self.function.graph_runner(bound.run_steps, self.pool)
         if len(self.bound) > _MAX_BOUND:
             self.bound.popitem(last=False)
         return bound
