@@ -109,8 +109,9 @@ def derive_generator(
     sizes: dict[int, Any] = {1: length} if batch else {0: Dim("batch"), 1: length}
     plain = _plain(model)
     module = capture(plain, (ids,), dynamic_shapes=(sizes,))
-    insert = InsertKvCache(capacity=capacity, batch=batch, keep_main=False)
+    insert = InsertKvCache(capacity=capacity, batch=batch)
     PassManager([*CLEAN_PIPELINE, insert], Context(), validate=validate).run(module)
+    del module.functions["main"]
     return module
 
 

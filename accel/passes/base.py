@@ -126,6 +126,13 @@ class Pass(ABC):
         """The contract under these options; a lossy pass with a `bound` option promises that."""
         return self.contract
 
+    def check(self, module: Module, seed: int) -> float:
+        """What the pass promises besides its contract; the manager asks when it checks contracts.
+
+        Returns the relative error that it found. Raises ContractError past what is allowed.
+        """
+        return 0.0
+
     def options(self) -> dict[str, Any]:
         if not dataclasses.is_dataclass(self):
             return {}

@@ -47,7 +47,6 @@ class InsertKvCache(Pass):
     Options:
         capacity: positions of the cache: the longest text, prompt included.
         batch: rows of the functions; 0 leaves the number of rows as @main has it.
-        keep_main: leave @main in the module.
     """
 
     name: ClassVar[str] = "insert_kv_cache"
@@ -55,7 +54,6 @@ class InsertKvCache(Pass):
 
     capacity: int = 1024
     batch: int = 0
-    keep_main: bool = True
 
     def run(self, module: Module, context: Context) -> None:
         main = module.main
@@ -77,11 +75,9 @@ class InsertKvCache(Pass):
         for function in (prefill, decode):
             function.metadata["kv_cache"] = facts
         context.notes["caches"] = len(model.cached)
-        if not self.keep_main:
-            del module.functions[main.name]
 
     def check(self, module: Module, seed: int) -> float:
-        """Decode equivalence, in float64. ContractError where it does not hold."""
+        """Decode equivalence (`accel.passes.equivalence`)."""
         return check_decode(module, seed=seed) if "kv_cache" in module.metadata else 0.0
 
 

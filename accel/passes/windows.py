@@ -42,8 +42,13 @@ class LastToken(Narrow):
         window = op.attribute("window")
         if window is None:  # one query, and no token after it
             return Plan(needs, self.clone(op, causal=False))
-        offset = simplify_dim(self.size(op.attribute("offset")) + self.length - 1)
-        return Plan(needs, self.clone(op, offset=offset))
+        attributes = {n: op.attribute(n) for n in ("scale", "window", "softcap")}
+
+        def emit(b: Builder, values: Sequence[Value]) -> Sequence[Value]:
+            place = b.size_like(simplify_dim(self.length - 1), torch.int64)
+            return b.op("cached_attention", [*values[:3], place, *values[3:]], attributes).results
+
+        return Plan(needs, emit)
 
     def whole(self, value: Value) -> Plan:
         op = made_by(value)

@@ -147,6 +147,19 @@ def _(d: Sizes, dtype: torch.dtype) -> Cases:
     yield sample([*full, t(BOOL, d.b, 1, 1, d.k)], scale=0.35, causal=True)
 
 
+@samples("cached_attention")
+def _(d: Sizes, dtype: torch.dtype) -> Cases:
+    q, at = t(dtype, d.b, 4, 1, 8), t(torch.int64, kind="index:5")
+    full = [q, t(dtype, d.b, 4, 6, 8), t(dtype, d.b, 4, 6, 6), at]
+    grouped = [q, t(dtype, d.b, 2, 6, 8), t(dtype, d.b, 2, 6, 8), at]
+    several = [t(dtype, d.b, 4, 2, 8), *grouped[1:]]
+    yield sample([*full, None], scale=0.35)
+    yield sample([*grouped, None], scale=0.35, window=2)
+    yield sample([*several, None], scale=0.35, window=3, softcap=2.5)
+    yield sample([*several, t(dtype, 4, 1, 6)], scale=0.2)
+    yield sample([*grouped, t(BOOL, d.b, 1, 1, 1)], scale=0.35)
+
+
 @samples("flash_attention")
 def _(d: Sizes, dtype: torch.dtype) -> Cases:
     q, kv = t(dtype, d.b, 3, d.n, 8), t(dtype, d.b, 3, d.k, 8)

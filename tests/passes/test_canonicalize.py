@@ -453,6 +453,32 @@ CASES = {
             t(3, 4, dtype=BOOL),
         ),
     ),
+    "equal_positions": (
+        (
+            lambda b, p: b.logical_and(
+                p,
+                b.ne(
+                    b.cat(b.full_of((1,), -1, I64), b.iota(shape=(3,), axis=0, dtype=I64), axis=0),
+                    b.iota(shape=(4,), axis=0, dtype=I64, start=1),
+                ),
+            ),
+            t(4, dtype=BOOL),
+        ),
+        (  # equal at one place
+            lambda b, p: b.logical_and(
+                p,
+                b.ne(
+                    b.iota(shape=(4,), axis=0, dtype=I64),
+                    b.iota(shape=(4,), axis=0, dtype=I64, start=2, step=-1),
+                ),
+            ),
+            t(4, dtype=BOOL),
+        ),
+    ),
+    "running_sum_of_one_number": (
+        (lambda b, x: b.add(x, b.cumsum(b.full_of((3, 4), 1.0, F32), axis=1)), t(3, 4)),
+        (lambda b, x: b.cumsum(b.add(x, b.full_of((3, 4), 1.0, F32)), axis=1), t(3, 4)),
+    ),
     "tri_mask_and": (
         (
             lambda b, p: b.logical_and(

@@ -1,0 +1,193 @@
+"""insert_kv_cache: decode equivalence over model families, planted mistakes, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from accel.errors import CaptureError, ContractError, OptionError
+from accel.ir import Builder, Module, interpret, verify
+from accel.ir.module import Op
+from accel.passes.equivalence import TOLERANCE, check_decode
+from accel.passes.insert_kv_cache import InsertKvCache
+from accel.passes.manager import run_pipeline
+from tests.passes.causal_models import FAMILIES, captured, tiny
+
+pytest.importorskip("transformers")
+
+CAPACITY = 12  # more than the sliding windows
+
+
+def inserted(family: str, attention: str = "sdpa", capacity: int = CAPACITY) -> Module:
+    module = captured(tiny(family, attention))
+    run_pipeline(module, f"insert_kv_cache{{capacity={capacity}}}")
+    return module
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_equivalence(family):
+    """Several prompts and batches, to the last position; caches start as NaN."""
+    module = inserted(family)
+    assert check_decode(module, prompts=(1, 4), batches=(1, 2), steps=2) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_eager_attention_gives_the_same(family):
+    module = inserted(family, "eager")
+    assert check_decode(module, prompts=(4,), batches=(2,), steps=2) <= TOLERANCE
+
+
+def test_the_manager_checks_the_contract():
+    module = captured(tiny("llama"))
+    ledger = run_pipeline(module, f"insert_kv_cache{{capacity={CAPACITY}}}", validate=True)
+    row = ledger.rows[0]
+    assert row.changed and 0 < row.error <= TOLERANCE and row.notes["caches"] == 4
+
+
+def test_a_static_batch():
+    module = captured(tiny("llama"), symbolic_batch=False)
+    run_pipeline(module, f"insert_kv_cache{{capacity={CAPACITY},batch=1}}")
+    assert module.functions["decode"].args[0].type.is_static
+    assert check_decode(module, steps=2) <= TOLERANCE
+
+
+def test_caches_are_donated_and_as_small_as_the_key_heads():
+    module = inserted("llama")
+    decode = module.functions["decode"]
+    assert decode.donates == {1: 2, 2: 3, 3: 4, 4: 5}
+    assert [a.shape[1:] for a in decode.args[2:]] == [(2, CAPACITY, 16)] * 4
+
+
+def test_prefill_computes_the_head_for_one_token():
+    module = inserted("llama")
+    *_, head = [op for op in module.functions["prefill"].ops if op.name == "linear"]
+    assert head.result.shape[1:] == (1, 128)
+
+
+def _ops(module: Module, name: str) -> list[Op]:
+    return [op for op in module.functions["decode"].ops if op.name == name]
+
+
+def _position_plus_one(op: Op, index: int) -> None:
+    b = Builder(before=op)
+    position = op.operands[index]
+    op.set_operand(index, b.add(position, b.scalar(1, position.dtype)))
+
+
+def write_one_too_late(module: Module) -> None:
+    _position_plus_one(_ops(module, "dynamic_update")[0], 2)
+
+
+def see_one_too_few(module: Module) -> None:
+    op = _ops(module, "cached_attention")[0]
+    b = Builder(before=op)
+    op.set_operand(3, b.sub(op.operands[3], b.scalar(1, torch.int64)))
+
+
+def turn_by_the_wrong_angle(module: Module) -> None:
+    """The rotary tables of one position later."""
+    cast = next(op for op in _ops(module, "cast") if op.result.dtype == torch.float32)
+    b = Builder(before=cast)
+    source = cast.operands[0]
+    cast.set_operand(0, b.add(source, b.scalar(1, source.dtype)))
+
+
+def widen_the_window(module: Module) -> None:
+    op = _ops(module, "cached_attention")[0]
+    op.attributes["window"] = op.attributes["window"] + 1
+
+
+@pytest.mark.parametrize(
+    ("family", "plant"),
+    [
+        ("llama", write_one_too_late),
+        ("llama", see_one_too_few),
+        ("llama", turn_by_the_wrong_angle),
+        ("mistral", widen_the_window),
+    ],
+)
+def test_planted_mistakes_are_caught(family: str, plant: Callable[[Module], None]):
+    module = inserted(family)
+    plant(module)
+    verify(module)
+    with pytest.raises(ContractError, match="decode equivalence"):
+        check_decode(module, prompts=(4,), batches=(2,), steps=2)
+
+
+class Mixing(nn.Module):
+    """Attention, and one more way in which tokens meet."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor], causal: bool = True) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 32)
+        self.head = nn.Linear(32, 16)
+        self.mix, self.causal = mix, causal
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.table(input_ids)
+        q = x.unflatten(-1, (2, 16)).transpose(1, 2)
+        y = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=self.causal)
+        return self.head(self.mix(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize(
+    ("mix", "name"),
+    [
+        (lambda x: x.cumsum(1), "accel.cumsum"),
+        (lambda x: x - x.mean(1, keepdim=True), "accel.mean"),
+        (lambda x: x.flip(1), "accel.flip"),
+        (lambda x: x / x.shape[1], "length of the text"),
+        (lambda x: x.sort(1).values, "accel.sort"),
+    ],
+)
+def test_ops_that_mix_tokens_are_refused_with_their_place(mix, name):
+    module = captured(Mixing(mix))
+    with pytest.raises(CaptureError, match=name) as caught:
+        run_pipeline(module, "insert_kv_cache{capacity=8}")
+    assert "test_insert_kv_cache.py" in caught.value.where
+
+
+def test_attention_to_later_tokens_is_refused():
+    module = captured(Mixing(lambda x: x, causal=False))
+    with pytest.raises(CaptureError, match="not known to be causal"):
+        run_pipeline(module, "insert_kv_cache{capacity=8}")
+
+
+def test_a_model_without_attention_is_refused():
+    module = captured(nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16)))
+    with pytest.raises(CaptureError, match="nothing to cache"):
+        run_pipeline(module, "insert_kv_cache{capacity=8}")
+
+
+def test_token_wise_ops_of_any_kind_pass():
+    module = captured(Mixing(lambda x: x.sort(-1).values.cumsum(-1) - x.mean(-1, keepdim=True)))
+    run_pipeline(module, "insert_kv_cache{capacity=8}")
+    assert check_decode(module, steps=2) <= TOLERANCE
+
+
+@pytest.mark.parametrize("capacity", [1, 65])
+def test_capacities_that_do_not_fit(capacity):
+    module = captured(tiny("gpt2"))
+    with pytest.raises(OptionError, match="cache of"):
+        run_pipeline(module, f"insert_kv_cache{{capacity={capacity}}}")
+    assert list(module.functions) == ["main"]
+
+
+def test_positions_are_those_of_the_text():
+    """A table of learned positions is read at the run-time position."""
+    module = inserted("gpt2")
+    ids = torch.arange(1, 7).reshape(1, 6)
+    caches = [torch.zeros(1, 4, CAPACITY, 16) for _ in range(4)]
+    got, *caches = interpret(module.functions["prefill"], [ids[:, :5], *caches], module.weights)
+    place = torch.tensor(5)
+    got = interpret(module.functions["decode"], [ids[:, 5:], place, *caches], module.weights)[0]
+    with torch.no_grad():
+        wanted = tiny("gpt2")(ids).logits[:, -1:]
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_pass_says_what_it_is():
+    assert InsertKvCache.contract.kind == "exact"
