@@ -22,7 +22,7 @@ from accel.backends.tvm.index import (
 )
 from accel.backends.tvm.merge import group_extent
 from accel.errors import BackendError
-from accel.ir.types import Dim, product, same_dim
+from accel.ir.types import Dim, numerator, product, same_dim
 
 Group = tuple[Axis, ...]
 
@@ -36,6 +36,9 @@ def size_text(dim: Dim) -> str:
     if dim.is_Symbol:
         return str(dim.name)
     if dim.is_Add:
+        over, under = numerator(dim)
+        if under != 1:  # whole as a sum: its terms are not
+            return f"({size_text(over)} // {size_text(under)})"
         return "(" + " + ".join(size_text(a) for a in dim.args) + ")"
     if dim.is_Mul:
         over, under = dim.as_numer_denom()
