@@ -71,7 +71,9 @@ def choose(columns: int, depth: int, streams: int, rows: int, sms: int) -> GemvT
     `rows` is x's. A thread loads 32 to 64 elements at once, so that a few programs keep enough
     bytes in flight. Measured on an H200 (benchmarks/results/gpu_products.json).
     """
-    if streams * rows > 1:
+    if streams * rows == 2 and depth == 2048:
+        tile = GemvTile(1, 2048, 4)
+    elif streams * rows > 1:
         tile = GemvTile(2, 1024, 4)
     elif columns <= _NARROW * sms:
         tile = GemvTile(2, 2048, 4)

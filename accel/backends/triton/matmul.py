@@ -100,26 +100,37 @@ _DEFAULT_SMS = 132
 
 
 def saves(op: Op, members: Sequence[Op], sms: int) -> str | None:
-    """Why cuBLAS and a kernel for the epilogue are faster than one kernel; None if they are not.
+    """Why cuBLAS and kernels for the rest are faster than one kernel; None if they are not.
 
-    The library computes `op` alone; `members` that are left need a launch, a read of its result
-    and a write. A lone addition does not: the next norm reads both of its operands anyway. Against
-    that stand the two rates of multiplication.
+    The library computes `op` alone. An epilogue in `members` then needs a launch, a read of the
+    result and a write; so does the decoding of a compressed weight. A lone addition needs nothing:
+    the next norm reads both of its operands anyway. Against that stand the two rates of
+    multiplication, and that a second wave of tiles costs as much as the first.
     """
-    rest = [m for m in members if m is not op and m.name != "slice"]
-    decoded = op.operands[1].op is not None and op.operands[1].op.name != "constant"
-    if decoded or all(m.name == "add" for m in rest):
-        return None if decoded else "an epilogue that saves no launch"
-    count, depth = product(op.result.shape), int(op.operands[0].shape[-1])
-    if not isinstance(count, int):
+    x, weight, _ = op.arguments()
+    rest = [m for m in members if m is not op and m.name not in ("slice", "add")]
+    decoded = weight.op is not None and weight.op.name != "constant"
+    if not rest and not decoded:
+        return "an epilogue that saves no launch"
+    rows, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
+    if not isinstance(rows, int):
         return "an unknown number of rows"
-    scale = sms / _DEFAULT_SMS
-    flops = 2 * count * depth
-    lost = (flops / _OWN_RATE - flops / _LIBRARY_RATE) / scale
-    saved = _LAUNCH + 2 * count * op.result.dtype.itemsize / _BANDWIDTH
-    if lost < saved:
-        return None
-    return f"cuBLAS saves {1e6 * lost:.1f} us, one kernel {1e6 * saved:.1f} us"
+    flops, width = 2 * rows * columns * depth, x.dtype.itemsize
+    lost = (flops / _OWN_RATE - flops / _LIBRARY_RATE) * _DEFAULT_SMS / sms
+    saved = 0.0
+    if rest:
+        saved += _LAUNCH + 2 * rows * columns * width / _BANDWIDTH
+    if decoded:
+        saved += _LAUNCH + 2 * columns * depth * width / _BANDWIDTH
+    if lost >= saved:
+        return f"cuBLAS saves {1e6 * lost:.1f} us, one kernel {1e6 * saved:.1f} us"
+    halves = 1 + any(m.name == "slice" for m in members)
+    results = columns // halves
+    tile = choose(rows, results, depth, halves, sms)
+    count = -(-rows // tile.rows) * -(-results // tile.columns)
+    if count > sms and not decoded:
+        return f"{count} tiles on {sms} multiprocessors"
+    return None
 
 
 # -- the plan --------------------------------------------------------------------------------
