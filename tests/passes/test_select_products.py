@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from accel.backends.triton import TritonBackend
 from accel.backends.tvm import TvmBackend
 from accel.ir import Module, interpret
 from accel.passes.base import Context
@@ -18,9 +19,10 @@ from tests.passes.helpers import program, t
 load_passes()
 
 
-def selected(module: Module) -> list[list[str]]:
+def selected(module: Module, generator: Any = None) -> list[list[str]]:
     """The ops of each kernel made."""
-    PassManager(["select_products"], Context(generator=TvmBackend()), validate=True).run(module)
+    context = Context(generator=generator or TvmBackend())
+    PassManager(["select_products"], context, validate=True).run(module)
     return [
         [o.name for o in op.regions[0].ops if o.name != "yield"]
         for op in module.main.ops
@@ -97,3 +99,52 @@ def test_near_misses(build: Callable[..., Any], types: list[Any]) -> None:
     PassManager(["select_products"], context, validate=True).run(module)
     assert all(op.name != "kernel" for op in module.main.ops)
     assert len(misses) == 1
+
+
+# -- what rides along where the generator takes it -------------------------------------------
+
+
+def gated(b: Any, x: Any, w: Any, low: int = 16, act: str = "silu") -> Any:
+    y = b.linear(b.rms_norm(x, b.weight(torch.randn(8), "g"), eps=1e-5), w)
+    gate = b.slice(y, axis=1, start=0, stop=low)
+    return b.mul(getattr(b, act)(gate), b.slice(y, axis=1, start=low, stop=low + 16))
+
+
+def test_norm_and_halves_ride_along_on_gpus() -> None:
+    module = program(lambda b, x: gated(b, x, b.weight(torch.randn(32, 8))), t(2, 8))
+    inputs = [torch.randn(2, 8)]
+    (before,) = interpret(module.main, inputs, module.weights)
+    ops = ["rms_norm", "linear", "slice", "silu", "slice", "mul"]
+    assert selected(module, TritonBackend()) == [ops]
+    (after,) = interpret(module.main, inputs, module.weights)
+    assert torch.equal(before, after)
+
+
+def test_only_what_the_generator_takes_rides_along() -> None:
+    module = program(lambda b, x: gated(b, x, b.weight(torch.randn(32, 8))), t(1, 8))
+    assert selected(module) == [["linear"]]
+
+
+def thirds(b: Any, x: Any) -> Any:
+    """Two slices of one size that are no halves."""
+    y = b.linear(x, b.weight(torch.randn(24, 8)))
+    return b.mul(b.slice(y, axis=1, start=0, stop=8), b.slice(y, axis=1, start=8, stop=16))
+
+
+def normed_for_others(b: Any, x: Any) -> Any:
+    """The norm has a reader that is no product, so it is computed anyway."""
+    y = b.rms_norm(x, b.weight(torch.randn(8), "g"), eps=1e-5)
+    return b.linear(y, plain(b)), b.exp(y)
+
+
+def apart(b: Any, x: Any) -> Any:
+    """The halves meet in different ops."""
+    y = b.linear(x, b.weight(torch.randn(32, 8)))
+    return b.silu(b.slice(y, axis=1, start=0, stop=16)), b.exp(
+        b.slice(y, axis=1, start=16, stop=32)
+    )
+
+
+@pytest.mark.parametrize("build", [thirds, normed_for_others, apart])
+def test_near_misses_of_neighbours(build: Callable[..., Any]) -> None:
+    assert selected(program(build, t(1, 8)), TritonBackend()) == [["linear"]]
