@@ -21,6 +21,7 @@ from accel.errors import AccelError, OptionError
 VERBS: dict[str, str] = {
     "compile": "Compile a model into an artifact.",
     "run": "Run an artifact on files or on random inputs.",
+    "generate": "Generate text with an artifact of a language model.",
     "bench": "Time an artifact or a model beside eager PyTorch and its peers.",
     "inspect": "Show what is inside an artifact: entry points, plan, kernels, IR.",
     "explain": "Show what each pass did, as a waterfall, and what nearly happened.",

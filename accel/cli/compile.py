@@ -11,6 +11,7 @@ import typer
 import accel
 from accel.cli.capture import load_example
 from accel.cli.inspect import counts, describe
+from accel.cli.models import load_model
 from accel.cli.output import Json, emit, facts, format_bytes, format_seconds, progress
 from accel.cli.plugins import Load, load_all_passes
 from accel.errors import OptionError
@@ -32,6 +33,10 @@ def compile(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Default: the model's name + .accel.")
     ] = None,
+    generate: Annotated[
+        int,
+        typer.Option("--generate", help="A language model: tokens of its key/value cache."),
+    ] = 0,
     target: Annotated[str, typer.Option("--target", help="See accel targets.")] = "cpu",
     passes: Annotated[
         list[str] | None,
@@ -61,8 +66,8 @@ def compile(
     path = output or Path(f"{Path(model.rpartition(':')[2]).stem}.accel")
     if not path.parent.is_dir():
         raise OptionError(f"there is no folder '{path.parent}'")
-    with progress(f"loading {model}", as_json):
-        example = load_example(model, inputs or [], seed)
+    if generate and inputs:
+        raise OptionError("--generate takes no --input: a language model's inputs are token ids")
     options: dict[str, Any] = {
         "passes": ",".join(passes or []),
         "pipeline": pipeline,
@@ -75,6 +80,10 @@ def compile(
         "stop_after": stop_after,
         "fuel": fuel,
     }
+    if generate:
+        return _generator(model, path, generate, target, options, as_json)
+    with progress(f"loading {model}", as_json):
+        example = load_example(model, inputs or [], seed)
     start = time.perf_counter()
     with progress(f"compiling {example.name}", as_json):
         accel.package(
@@ -85,6 +94,19 @@ def compile(
             target=target,
             dynamic_shapes=example.dynamic,
             options=options,
+        )
+    return report(path, time.perf_counter() - start, as_json)
+
+
+def _generator(
+    model: str, path: Path, capacity: int, target: str, options: dict[str, Any], as_json: bool
+) -> None:
+    with progress(f"loading {model}", as_json):
+        named = load_model(model)
+    start = time.perf_counter()
+    with progress(f"compiling {named.name}", as_json):
+        accel.package_generator(
+            named.model, path=path, capacity=capacity, target=target, options=options
         )
     report(path, time.perf_counter() - start, as_json)
 

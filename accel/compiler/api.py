@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from accel import tree
 from accel.compiler.assemble import to_contents, to_function, to_model
+from accel.compiler.language import compile_generator, default_capacity
 from accel.compiler.options import Options
 from accel.compiler.pipeline import Program, compile_module, tensor_pipeline
 from accel.compiler.targets import Target, get_target
@@ -132,12 +133,35 @@ class Compiled:
         self._fixed: CompiledModel | None = None
         self._programs: dict[Any, tuple[Program, CompiledModel, list[Tensor]]] = {}
         self._calls: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._generators: dict[int, CompiledModel] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._fixed is not None:
             return self._fixed(*args, **kwargs)
         return self._specialize(args, kwargs)(*args, **kwargs)
+
+    def generate(self, input_ids: Any, *, capacity: int | None = None, **options: Any) -> Tensor:
+        """Text of a causal language model: prompts and what follows them, int64 [B, n + new].
+
+        The first call derives and compiles @prefill and @decode (`accel.compile_generator`).
+
+        Args:
+            input_ids, options: as for `accel.runtime.generator.Generator.generate`, which takes
+                what `transformers` does: max_new_tokens, do_sample, temperature, eos_token_id...
+            capacity: tokens that a text may have; by default what the model's configuration says,
+                at most 2048.
+
+        Raises CaptureError for a model that is no causal language model, InputError and OptionError
+        for prompts and options that do not fit.
+        """
+        chosen = capacity or default_capacity(self.model)
+        with self._lock:
+            if chosen not in self._generators:
+                self._generators[chosen] = compile_generator(
+                    self.model, capacity=chosen, target=self.target, options=self.options
+                )
+        return self._generators[chosen].generate(input_ids, **options)
 
     def fix(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Compiles for these inputs, and refuses others from now on."""

@@ -38,6 +38,17 @@ from accel.runtime.model import CompiledModel
 
 _EXAMPLE_TOKENS = 8
 _EXAMPLE_ROWS = 2
+_LARGEST_DEFAULT = 2048
+
+
+def default_capacity(model: Any) -> int:
+    """The longest text that the model's configuration allows, at most 2048 tokens."""
+    config = getattr(model, "config", None) or getattr(
+        getattr(model, "model", None), "config", None
+    )
+    sizes = (getattr(config, n, None) for n in ("max_position_embeddings", "n_positions"))
+    known = [n for n in sizes if isinstance(n, int) and n > 1]
+    return min([*known, _LARGEST_DEFAULT])
 
 
 def compile_generator(

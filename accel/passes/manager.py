@@ -141,9 +141,9 @@ class PassManager:
         if samples is not None and (row.changed or precise):
             start = time.perf_counter()
             evidence = self.checker.check(each.name, each.promise(), samples, module, precise)
-            error = each.check(module, self.checker.seed) if self.validate else 0.0
+            more = each.check(module, self.checker.seed) if self.validate else 0.0
             row.check_seconds += time.perf_counter() - start
-            row.error, row.metric = max(evidence.error, error), evidence.metric
+            row.error, row.metric = max(evidence.error, more), evidence.metric
             row.measured_on = evidence.measured_on
             if not evidence.within:
                 self._violated(each, evidence, module, backup, row, state)

@@ -122,7 +122,7 @@ class CompiledModel:
                 raise OptionError(
                     "this model has no key/value cache, so it cannot generate",
                     advice="compile it with accel.compile_generator, or package it with "
-                    "accel.package_generator",
+                    "accel.package_generator or `accel compile --generate`",
                 )
             self._generator = Generator(
                 prefill.function.plan, prefill.function, decode.function, prefill.function.device

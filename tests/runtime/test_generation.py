@@ -166,10 +166,28 @@ def test_caches_are_written_in_place_and_weights_are_shared(llama):
     assert large[0] == large[1]
 
 
-def test_a_model_without_a_cache_says_so():
-    plain = accel.compile(torch.nn.Linear(4, 4).eval(), inputs=(torch.zeros(1, 4),))
-    with pytest.raises((OptionError, AttributeError)):
-        plain.generate(torch.tensor([[1]]), max_new_tokens=1)
+def test_compile_generates_too(llama):
+    model, _ = llama
+    ids = torch.randint(3, 128, (1, 5))
+    compiled = accel.compile(model)
+    assert torch.equal(compiled.generate(ids, max_new_tokens=NEW), expected(model, ids))
+
+
+def test_an_artifact_generates_with_the_weights_once(llama, tmp_path):
+    model, _ = llama
+    accel.package_generator(model, path=tmp_path / "m.accel", capacity=CAPACITY)
+    loaded = accel.load(tmp_path / "m.accel")
+    ids = torch.randint(3, 128, (1, 5))
+    assert torch.equal(loaded.generate(ids, max_new_tokens=NEW), expected(model, ids))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert loaded.report()["weight_bytes"] < 4.3 * parameters
+
+
+def test_a_model_without_a_cache_says_so(tmp_path):
+    linear = torch.nn.Linear(4, 4).eval()
+    accel.package(linear, (torch.zeros(1, 4),), path=tmp_path / "m.accel")
+    with pytest.raises(OptionError, match="no key/value cache"):
+        accel.load(tmp_path / "m.accel").generate(torch.tensor([[1]]), max_new_tokens=1)
 
 
 def test_top_p_keeps_the_fewest_tokens():
