@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -120,6 +121,45 @@ def inputs_for(types: Sequence[TensorType]) -> list[Tensor]:
 def test_few_rows(worker: Worker, name: str) -> None:
     types, build = CASES[name]
     torch.manual_seed(0)
+    check(worker, function_of(types, build), inputs_for(types), "gemv")
+
+
+def random_case(seed: int, most_rows: int) -> Case:
+    """A linear with a random norm, bias and epilogue; sizes that fit no tile are likely."""
+    draw = random.Random(seed)
+    dtype = draw.choice((FP16, BF16) if most_rows > 4 else (FP16, BF16, torch.float32))
+    rows, depth = draw.randint(2, most_rows), draw.choice((8, 33, 64, 100, 300))
+    columns, lead = draw.choice((6, 16, 35, 64)), draw.choice(((), (1,)))
+    norm, bias = draw.random() < 0.4, draw.random() < 0.5
+    after = draw.sample(("gelu", "silu", "residual", "tanh", "scale"), draw.randint(0, 3))
+    gate = not after and columns % 2 == 0
+    types = [typed(dtype, *lead, rows, depth), typed(dtype, columns, depth)]
+    types += [typed(dtype, depth)] if norm else []
+    types += [typed(dtype, columns)] if bias else []
+    types += [typed(dtype, *lead, rows, columns)] if "residual" in after else []
+
+    def build(b: Any, x: Value, w: Value, *rest: Value) -> Value:
+        left = list(rest)
+        if norm:
+            g = left.pop(0)
+            x = b.rms_norm(x, g, eps=1e-5) if most_rows <= 4 else b.mul(x, g)
+        y = b.linear(x, w, left.pop(0) if bias else None)
+        for op in after:
+            if op == "residual":
+                y = b.add(y, left.pop(0))
+            elif op == "scale":
+                y = b.mul(y, b.scalar(0.5, dtype))
+            else:
+                y = getattr(b, op)(y)
+        return halves(b, y) if gate else y
+
+    return types, build
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_regions(worker: Worker, seed: int) -> None:
+    types, build = random_case(seed, 4)
+    torch.manual_seed(seed)
     check(worker, function_of(types, build), inputs_for(types), "gemv")
 
 

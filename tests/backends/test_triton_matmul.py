@@ -12,7 +12,7 @@ from accel.backends.triton import TritonBackend
 from accel.errors import BackendError
 from accel.ir import TensorType
 from tests.backends.kernels import f32, function_of, kernel_of, sym
-from tests.backends.test_triton_gemv import check, halves, inputs_for
+from tests.backends.test_triton_gemv import check, halves, inputs_for, random_case
 from tests.backends.test_tvm_kernels import randn, typed
 from tests.backends.triton_kernels import BACKEND
 from tests.backends.triton_worker import Worker
@@ -70,6 +70,13 @@ CASES: dict[str, Case] = {
 def test_many_rows(worker: Worker, name: str) -> None:
     types, build = CASES[name]
     torch.manual_seed(0)
+    check(worker, function_of(types, build), inputs_for(types), "matmul")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_regions(worker: Worker, seed: int) -> None:
+    types, build = random_case(seed, 80)
+    torch.manual_seed(seed)
     check(worker, function_of(types, build), inputs_for(types), "matmul")
 
 
