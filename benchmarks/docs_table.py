@@ -18,6 +18,7 @@ from accel.cli.passes import describe
 from accel.passes.registry import load_passes
 from benchmarks.docs_coverage import coverage_lines, op_db_lines
 from benchmarks.docs_gpu import gpu_lines
+from benchmarks.docs_gpu_products import product_lines
 from benchmarks.measure import ROOT, TITLES, geometric_mean, load_results
 
 README = ROOT / "README.md"
@@ -84,6 +85,7 @@ def render() -> str:
     sections: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
         ("cpu", cpu_section),
         ("gpu", gpu_section),
+        ("gpu_products", products_section),
         ("compile_time", compile_time_section),
         ("memory", memory_section),
         ("compression", compression_section),
@@ -101,6 +103,10 @@ def render() -> str:
 
 def gpu_section(data: dict[str, Any]) -> str:
     return "\n".join(gpu_lines(data))
+
+
+def products_section(data: dict[str, Any]) -> str:
+    return "\n".join(product_lines(data))
 
 
 def cpu_section(data: dict[str, Any]) -> str:
