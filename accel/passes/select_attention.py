@@ -21,6 +21,9 @@ from accel.ir.op import Trait
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.outline import finish_outline, outline
 
+# Ops that have a kind of kernel of their own name.
+KINDS = ("attention", "cached_attention")
+
 
 @register_pass
 @dataclass
@@ -36,7 +39,7 @@ class SelectAttention(Pass):
         for function in module.functions.values():
             order = {op: i for i, op in enumerate(function.ops)}
             for op in function.ops:
-                if op.name == "attention":
+                if op.name in KINDS:
                     self._select(op, function, context, context.generator, order)
 
     def _select(
@@ -47,7 +50,7 @@ class SelectAttention(Pass):
         generator: KernelGenerator,
         order: dict[Op, int],
     ) -> None:
-        reason = generator.supports_anchor(op, "attention")
+        reason = generator.supports_anchor(op, op.name)
         if reason is not None:
             context.miss(self.name, op, reason)
             return
@@ -55,7 +58,7 @@ class SelectAttention(Pass):
             return
         ops = [op, *_views_after(op, generator)]
         views = sorted(_views_before(op, generator), key=order.__getitem__)
-        attributes = {"backend": generator.name, "kind": "attention"}
+        attributes = {"backend": generator.name, "kind": op.name}
         kernel = outline(ops, "kernel", attributes, self.name, duplicate=views)
         last = ops[-1]
         function.body.insert_before(kernel, last)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from accel.backends.tvm import attention, blocked, depthwise
+from accel.backends.tvm import attention, blocked, cached, depthwise
 from accel.backends.tvm.phases import Phase, Planner
 from accel.ir.module import Op, Region
 
@@ -37,6 +37,13 @@ ANCHORS: dict[str, Anchor] = {
         attention.AttentionPhase,
         attention.AttentionNest,
     ),
+    "cached_attention": Anchor(
+        ("cached_attention",),
+        cached.reason,
+        cached.plan,
+        cached.CachedPhase,
+        cached.CachedNest,
+    ),
     "matmul": Anchor(
         ("linear", "conv"),
         blocked.reason,
@@ -65,7 +72,7 @@ def find(region: Region, kind: str) -> tuple[Anchor, Op] | None:
 
 def nest_of(phase: Phase) -> Callable[..., Any] | None:
     """What emits an anchor's phase; None for other phases."""
-    return next((a.nest for a in ANCHORS.values() if isinstance(phase, a.phase)), None)
+    return next((a.nest for a in ANCHORS.values() if type(phase) is a.phase), None)
 
 
 def reason(op: Op, kind: str) -> str | None:

@@ -38,15 +38,15 @@ _LARGEST_HEAD = 256
 _MAX_ROUNDS = 8
 
 
-def reason(op: Op) -> str | None:
+def reason(op: Op, least_queries: int = _LEAST_QUERIES) -> str | None:
     """None if a kernel of kind "attention" may hold this op, else the reason why not."""
-    q, k, v, mask = op.arguments()
+    q, k, v, *_, mask = op.arguments()
     if any(x.dtype not in (torch.float32, torch.bfloat16, torch.float16) for x in (q, k, v)):
         return f"attention of {q.dtype}"
     sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     if not all(isinstance(d, int) for d in sizes):
         return "attention with symbolic heads"
-    if isinstance(q.shape[2], int) and q.shape[2] < _LEAST_QUERIES:
+    if isinstance(q.shape[2], int) and q.shape[2] < least_queries:
         return f"attention of {q.shape[2]} queries"
     if any(d % 16 or d > _LARGEST_HEAD for d in (q.shape[3], v.shape[3])):
         return f"attention heads of size {q.shape[3]} and {v.shape[3]}"
@@ -71,13 +71,22 @@ def plan(planner: Planner, op: Op) -> None:
     """Plans the phases of a region whose one result is attention, or a view of it."""
     if len(planner.region.results) != 1:
         raise BackendError("an attention kernel has one result", where=str(op.location or ""))
-    result = planner.region.results[0]
     _, k, v, _ = op.arguments()
     b = Builder(before=op)
     keys = _padded(b, b.permute(k, axes=(0, 1, 3, 2)), 3)
     values = _padded(b, v, 2)
     for value in (keys, values):
         planner.materialize(value)
+    axes, place = find_place(planner, op)
+    phase = AttentionPhase(axes, [], [], op=op, keys=keys, values=values)
+    phase.place = place
+    phase.needs = {keys, values}
+    planner.phases.append(phase)
+
+
+def find_place(planner: Planner, op: Op) -> tuple[tuple[Axis, ...], Index]:
+    """Axes of the region's result, and the result's place of each (b, h, i, e) of attention."""
+    result = planner.region.results[0]
     for _ in range(_MAX_ROUNDS):
         index, axes = planner.index_of(result.shape)
         finder = _Finder(planner, op.result)
@@ -86,11 +95,7 @@ def plan(planner: Planner, op: Op) -> None:
             continue
         if finder.found is None or any(not _is_plain(i) for i in finder.found):
             break
-        phase = AttentionPhase(axes, [], [], op=op, keys=keys, values=values)
-        phase.place = (*finder.found, planner.indexer.flatten(index, result.shape))
-        phase.needs = {keys, values}
-        planner.phases.append(phase)
-        return
+        return axes, (*finder.found, planner.indexer.flatten(index, result.shape))
     raise BackendError("the result of an attention kernel is not a view of it")
 
 
@@ -126,11 +131,14 @@ class _Finder(Survey):
 class AttentionNest:
     """Emits an `AttentionPhase`. A row is one task: `QUERIES` queries of one head."""
 
+    queries = QUERIES
+
     def __init__(self, phase: AttentionPhase, emitter: Emitter, result: Buffer) -> None:
         assert phase.op is not None and phase.keys is not None and phase.values is not None
         self.phase, self.emitter, self.out = phase, emitter, result
         self.op, self.keys, self.values = phase.op, phase.keys, phase.values
-        self.q, self.k, self.v, self.mask = phase.op.arguments()
+        self.q, self.k, self.v, *_, self.mask = phase.op.arguments()
+        self.causal = bool(phase.op.attributes.get("causal", False))
         self.sizes = emitter.sizes
         self.depth, self.width = int(self.q.shape[3]), int(self.v.shape[3])
         self.batch, self.head, self.query, self.column = phase.place[:4]
@@ -139,9 +147,9 @@ class AttentionNest:
         outer = [i.single_axis for i in (self.batch, self.head)]
         self.outer = [(a,) for a in outer if a is not None]
         self.rows: Dim = product(
-            (*(group_extent(g) for g in self.outer), parts_of(queries, QUERIES))
+            (*(group_extent(g) for g in self.outer), parts_of(queries, self.queries))
         )
-        self.cost: Dim = product((QUERIES * (self.depth + self.width) // 8, keys))
+        self.cost: Dim = product((self.queries * (self.depth + self.width) // 8, keys))
         self.keys_axis = emitter.indexer.axis("key", parts_of(keys, KEYS) * KEYS)
         self.depth_axis = emitter.indexer.axis("depth", self.depth)
 
@@ -152,8 +160,8 @@ class AttentionNest:
         row = tir.var("row")
         axes = [a for g in self.outer for a in g]
         with emitter.scope(axes, guarded=True) as body:
-            count = self.sizes.code(parts_of(self.q.shape[2], QUERIES))
-            first = body.let(tir.tirx.truncmod(row, count) * tir.i64(QUERIES), "first")
+            count = self.sizes.code(parts_of(self.q.shape[2], self.queries))
+            first = body.let(tir.tirx.truncmod(row, count) * tir.i64(self.queries), "first")
             rest = body.let(tir.tirx.truncdiv(row, count), "rest")
             for group in reversed(self.outer):
                 extent = self.sizes.code(group_extent(group))
@@ -171,7 +179,7 @@ class AttentionNest:
         self.sums = self._arrays("sums", KEYS)
         self.results = self._arrays("results", self.width)
         self.best = self._arrays("best", 1)
-        for m in range(QUERIES):
+        for m in range(self.queries):
             self._load_query(m)
             self._each(KEYS, partial(self._set, self.sums[m], 0.0))
             self._each(self.width, partial(self._set, self.results[m], 0.0))
@@ -182,15 +190,15 @@ class AttentionNest:
             self.base = body.let((low + step) * tir.i64(KEYS), "base")
             self._products()
             self._mask_scores()
-            for m in range(QUERIES):
+            for m in range(self.queries):
                 self._softmax(m)
             self._weighted_sum()
         block.loop(step, high - low, body)
-        for m in range(QUERIES):
+        for m in range(self.queries):
             self._store(m)
 
     def _arrays(self, name: str, length: int) -> list[Buffer]:
-        made = [tir.local_array(f"{name}{m}", length, "float32") for m in range(QUERIES)]
+        made = [tir.local_array(f"{name}{m}", length, "float32") for m in range(self.queries)]
         for array in made:
             self.emitter.block.allocate(array)
         return made
@@ -215,8 +223,8 @@ class AttentionNest:
         block = self.emitter.block
         low, high = tir.i64(0), self.sizes.code(parts_of(self.k.shape[2], KEYS))
         offset = self.sizes.code(self.op.attribute("offset"))
-        if self.op.attribute("causal"):
-            seen = self._place(QUERIES - 1) + offset + tir.i64(KEYS)
+        if self.causal:
+            seen = self._place(self.queries - 1) + offset + tir.i64(KEYS)
             high = tir.tirx.min(high, tir.tirx.floordiv(seen, tir.i64(KEYS)))
         if self.op.attribute("window") is not None:
             first = self.first + offset - tir.i64(int(self.op.attribute("window")) - 1)
@@ -260,14 +268,16 @@ class AttentionNest:
     def _products(self) -> None:
         """scores[m] = q[m] . keys of the block: an outer product for each element of the head."""
         emitter = self.emitter
-        for m in range(QUERIES):
+        for m in range(self.queries):
             self._each(KEYS, partial(self._set, self.scores[m], 0.0))
         depth, lane = tir.var("depth"), tir.var("lane")
         head = self._flat(self.keys, self.batch, self._group(), Affine(), Affine())
         start = emitter.block.let(emitter.addresses.code(head) + self.base, "start")
         stride = self.sizes.code(self.keys.shape[3])
         outer, inner = Block(), Block()
-        factors = [outer.let(tir.load(self.scaled[m], depth), "factor") for m in range(QUERIES)]
+        factors = [
+            outer.let(tir.load(self.scaled[m], depth), "factor") for m in range(self.queries)
+        ]
         key = inner.let(tir.load(emitter.buffers[self.keys], start + depth * stride + lane), "key")
         for m, factor in enumerate(factors):
             inner.store(self.scores[m], tir.load(self.scores[m], lane) + factor * key, lane)
@@ -284,18 +294,30 @@ class AttentionNest:
         steps: Expr = tir.i64(KEYS)
         if not whole:
             steps = emitter.block.let(tir.tirx.min(steps, left), "steps")
-        names = ("causal", "window", "softcap")
-        if self.mask is not None or any(self.op.attribute(n) for n in names):
+        if self._masks():
             with emitter.loop((self.keys_axis,), steps, self.base):
-                for m in range(QUERIES):
+                for m in range(self.queries):
                     with self._query(self._place(m)) as body:
                         self._mask_one(m)
                     emitter.block.statements.extend(body.statements)
         if not whole:
-            for m in range(QUERIES):
+            for m in range(self.queries):
                 lane, inner = tir.var("lane"), Block()
                 inner.store(self.scores[m], tir.f32(-pymath.inf), lane)
                 emitter.block.loop(lane, tir.i64(KEYS) - steps, inner, steps)
+
+    def _masks(self) -> bool:
+        """Whether scores change before the softmax."""
+        limited = self.mask is not None or self.causal
+        return limited or any(self.op.attribute(n) for n in ("window", "softcap"))
+
+    def _offset(self) -> Expr:
+        """Where the first query stands among the keys."""
+        return self.sizes.code(self.op.attribute("offset"))
+
+    def _keys_seen(self) -> Expr:
+        """How many keys of a block have a weight."""
+        return tir.i64(KEYS) + self.sizes.zero
 
     def _mask_one(self, m: int) -> None:
         emitter, block = self.emitter, self.emitter.block
@@ -315,9 +337,9 @@ class AttentionNest:
                 keep.append(value)
             else:
                 score = score + value
-        query = emitter.addresses.code(self.query) + self.sizes.code(self.op.attribute("offset"))
+        query = emitter.addresses.code(self.query) + self._offset()
         distance = block.let(emitter.addresses.code(key) - query, "distance")
-        if self.op.attribute("causal"):
+        if self.causal:
             keep.append(distance <= tir.i64(0))
         if self.op.attribute("window") is not None:
             keep.append(distance > tir.i64(-int(self.op.attribute("window"))))
@@ -372,14 +394,16 @@ class AttentionNest:
         for offset in range(0, self.width, piece):
             key, lane = tir.var("key"), tir.var("lane")
             outer, inner = Block(), Block()
-            weights = [outer.let(tir.load(self.scores[m], key), "weight") for m in range(QUERIES)]
+            weights = [
+                outer.let(tir.load(self.scores[m], key), "weight") for m in range(self.queries)
+            ]
             place = start + key * width + lane + tir.i64(offset)
             value = inner.let(tir.load(emitter.buffers[self.values], place), "value")
             for m, weight in enumerate(weights):
                 at = lane + tir.i64(offset)
                 inner.store(self.results[m], tir.load(self.results[m], at) + weight * value, at)
             outer.loop(lane, tir.i64(piece), inner)
-            emitter.block.loop(key, tir.i64(KEYS) + self.sizes.zero, outer)
+            emitter.block.loop(key, self._keys_seen(), outer)
 
     def _store(self, m: int) -> None:
         emitter, block = self.emitter, self.emitter.block
@@ -406,7 +430,7 @@ class AttentionNest:
 
     def _may_be_empty(self) -> bool:
         """Whether a query without keys gives 0 (else 0 / 0, as softmax of -inf)."""
-        limited = self.op.attribute("causal") or self.op.attribute("window") is not None
+        limited = self.causal or self.op.attribute("window") is not None
         return limited or (self.mask is not None and self.mask.dtype == torch.bool)
 
 

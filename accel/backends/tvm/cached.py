@@ -1,0 +1,129 @@
+"""Attention of new queries over a key/value cache, as one kernel (`accel.cached_attention`).
+
+A task is one query of one head. It walks the cache up to its own position, which is data, in
+blocks of 64 keys with a running maximum and sum (see `attention`). Keys are read as they lie, a
+product of a query and a key at a time; what the cache holds behind the position is never touched.
+"""
+
+from __future__ import annotations
+
+import math as pymath
+from functools import partial
+
+import torch
+
+from accel.backends.tvm import tir
+from accel.backends.tvm.attention import (
+    KEYS,
+    AttentionNest,
+    AttentionPhase,
+    find_place,
+)
+from accel.backends.tvm.attention import reason as attention_reason
+from accel.backends.tvm.code import Emitter
+from accel.backends.tvm.index import Affine
+from accel.backends.tvm.phases import Planner
+from accel.backends.tvm.tir import Block, Buffer, Expr
+from accel.errors import BackendError
+from accel.ir.module import Op
+from accel.ir.op import Trait
+
+_LANES = 16
+
+
+def reason(op: Op) -> str | None:
+    """None if a kernel of kind "cached_attention" may hold this op, else the reason why not."""
+    q, k, v, *_ = op.arguments()
+    if any(x.dtype != torch.float32 for x in (q, k, v)):
+        return f"attention over a cache of {k.dtype}"
+    if any(x.op is not None and x.op.has(Trait.VIEW) for x in (k, v)):
+        return "attention over a view of a cache"
+    return attention_reason(op, least_queries=0)
+
+
+class CachedPhase(AttentionPhase):
+    """The only phase of a cached attention kernel."""
+
+
+def plan(planner: Planner, op: Op) -> None:
+    """Plans the phase of a region whose one result is cached attention, or a view of it."""
+    _, k, v, *_ = op.arguments()
+    if k not in planner.region.args or v not in planner.region.args:
+        raise BackendError("a cache is an argument of its kernel", where=str(op.location or ""))
+    axes, place = find_place(planner, op)
+    phase = CachedPhase(axes, [], [], op=op, keys=k, values=v)
+    phase.place = place
+    planner.phases.append(phase)
+
+
+class CachedNest(AttentionNest):
+    """Emits a `CachedPhase`."""
+
+    queries = 1
+
+    def __init__(self, phase: AttentionPhase, emitter: Emitter, result: Buffer) -> None:
+        super().__init__(phase, emitter, result)
+        self.position = self.op.arguments()[3]
+
+    def _blocks(self) -> tuple[Expr, Expr]:
+        emitter = self.emitter
+        self.at = emitter.block.let(emitter.element(self.position, ()), "at")
+        block = emitter.block
+        last = block.let(self._place(0) + tir.tirx.Cast("int64", self.at), "last")
+        # A position outside of the cache reads nothing outside of it.
+        size = self.sizes.code(self.k.shape[2])
+        self.end = block.let(tir.tirx.max(tir.tirx.min(last + tir.i64(1), size), tir.i64(0)), "end")
+        low, high = tir.i64(0), tir.tirx.floordiv(self.end + tir.i64(KEYS - 1), tir.i64(KEYS))
+        window = self.op.attribute("window")
+        if window is not None:
+            first = tir.tirx.max(last - tir.i64(int(window) - 1), tir.i64(0))
+            low = tir.tirx.floordiv(first, tir.i64(KEYS))
+        return block.let(low, "low"), block.let(tir.tirx.max(high, low), "high")
+
+    def _products(self) -> None:
+        """A score is a sum of 16 lanes; lanes of keys after the query stay at minus infinity."""
+        emitter = self.emitter
+        block = emitter.block
+        self._each(KEYS, partial(self._set, self.scores[0], -pymath.inf))
+        self.steps = block.let(
+            tir.tirx.min(tir.i64(KEYS), self.end - self.base) + self.sizes.zero, "steps"
+        )
+        head = self._flat(self.keys, self.batch, self._group(), Affine(), Affine())
+        start = block.let(emitter.addresses.code(head) + self.base * tir.i64(self.depth), "start")
+        part = tir.local_array("part", _LANES, "float32")
+        block.allocate(part)
+        key, outer = tir.var("key"), Block()
+        row = outer.let(start + key * tir.i64(self.depth), "row")
+        for piece in range(0, self.depth, _LANES):
+            lane, inner = tir.var("lane"), Block()
+            at = lane + tir.i64(piece)
+            factor = tir.load(self.scaled[0], at)
+            product = factor * tir.load(emitter.buffers[self.keys], row + at)
+            inner.store(part, tir.load(part, lane) + product if piece else product, lane)
+            outer.loop(lane, tir.i64(_LANES), inner)
+        half = _LANES
+        while half > 1:
+            half //= 2
+            lane, inner = tir.var("lane"), Block()
+            inner.store(part, tir.load(part, lane) + tir.load(part, lane + tir.i64(half)), lane)
+            outer.loop(lane, tir.i64(half), inner)
+        outer.store(self.scores[0], tir.load(part, tir.i64(0)), key)
+        block.loop(key, self.steps, outer)
+
+    def _mask_scores(self) -> None:
+        if not self._masks():
+            return
+        emitter = self.emitter
+        with emitter.loop((self.keys_axis,), self.steps, self.base):
+            with self._query(self._place(0)) as body:
+                self._mask_one(0)
+            emitter.block.statements.extend(body.statements)
+
+    def _offset(self) -> Expr:
+        return tir.tirx.Cast("int64", self.at)
+
+    def _keys_seen(self) -> Expr:
+        return self.steps
+
+    def _may_be_empty(self) -> bool:
+        return self.mask is not None and self.mask.dtype == torch.bool
