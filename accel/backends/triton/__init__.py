@@ -7,7 +7,7 @@
     toolchain.py   Triton itself: source -> cubin, on a machine without a GPU too
     backend.py     what passes and the compiler see
 
-Index arithmetic and the plan of phases are those of the CPU's kernels (`accel.backends.tvm`).
+Index arithmetic and the plan of phases are shared with the CPU's kernels (`accel.backends.loops`).
 """
 
 from accel.backends.triton.backend import CompiledLaunch, CompiledLaunches, TritonBackend

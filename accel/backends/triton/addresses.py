@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import sympy
 
-from accel.backends.triton.text import Block, Expr
-from accel.backends.tvm.index import (
+from accel.backends.loops.index import (
     Affine,
     Atom,
     Axis,
@@ -20,7 +19,8 @@ from accel.backends.tvm.index import (
     Remainder,
     at_least,
 )
-from accel.backends.tvm.merge import group_extent
+from accel.backends.loops.merge import group_extent
+from accel.backends.triton.text import Block, Expr
 from accel.errors import BackendError
 from accel.ir.types import Dim, numerator, product, same_dim
 

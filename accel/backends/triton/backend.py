@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from accel.backends.loops import trace
+from accel.backends.loops.phases import REDUCTIONS
 from accel.backends.triton import anchors, dtypes, matmul, scalar
 from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot, generate
 from accel.backends.triton.toolchain import Binary, compile_source, version
-from accel.backends.tvm import trace
-from accel.backends.tvm.accumulate import SUPPORTED as REDUCTIONS
 from accel.errors import BackendError
 from accel.ir.builder import Builder
 from accel.ir.fingerprint import region_fingerprint

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from accel.backends.loops.index import Affine, Axis, Indexer
+from accel.backends.loops.survey import index_axes, packed_address
+from accel.backends.loops.trace import Index, Key, Tracer
 from accel.backends.triton import dtypes, scalar
 from accel.backends.triton.addresses import Addresses, size_text
 from accel.backends.triton.text import Block, Expr, Names, dims_of
-from accel.backends.tvm.index import Affine, Axis, Indexer
-from accel.backends.tvm.survey import index_axes, packed_address
-from accel.backends.tvm.trace import Index, Key, Tracer
 from accel.errors import BackendError
 from accel.ir.module import Op, Value
 from accel.ir.op import Trait

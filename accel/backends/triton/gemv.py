@@ -17,6 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product as combinations
 
+from accel.backends.loops.index import Affine, Axis
+from accel.backends.loops.merge import group_extent
+from accel.backends.loops.phases import Phase, Place, Planner, Reduce, Store
+from accel.backends.loops.survey import Survey
 from accel.backends.triton.addresses import Group
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
@@ -24,10 +28,6 @@ from accel.backends.triton.program import ProgramWriter
 from accel.backends.triton.reductions import Tile
 from accel.backends.triton.text import Expr
 from accel.backends.triton.tiles import Columns, Shape, next_power
-from accel.backends.tvm.index import Affine, Axis
-from accel.backends.tvm.merge import group_extent
-from accel.backends.tvm.phases import Phase, Place, Planner, Reduce, Store
-from accel.backends.tvm.survey import Survey
 from accel.errors import BackendError
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Region, Value

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from accel.backends.loops.phases import Phase, Planner, Store, region_symbols
 from accel.backends.triton import dtypes
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.program import Program, ProgramWriter
@@ -22,8 +23,6 @@ from accel.backends.triton.split import (
     plan_split,
     scratch_bytes,
 )
-from accel.backends.tvm.kernel import region_symbols
-from accel.backends.tvm.phases import Phase, Planner, Store
 from accel.ir.module import Region, Value
 from accel.ir.types import SUB_BYTE_BITS, Dim, product
 

@@ -17,6 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
+from accel.backends.loops.index import Affine, Axis
+from accel.backends.loops.merge import merged
+from accel.backends.loops.phases import Planner
+from accel.backends.loops.survey import Survey
+from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import decompose, size_text
 from accel.backends.triton.emitter import Emitter, Scope
@@ -24,11 +29,6 @@ from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import next_power, parts_of
-from accel.backends.tvm.index import Affine, Axis
-from accel.backends.tvm.merge import merged
-from accel.backends.tvm.phases import Planner
-from accel.backends.tvm.survey import Survey
-from accel.backends.tvm.trace import Index
 from accel.errors import BackendError
 from accel.ir.module import Op, Region, Value
 from accel.ir.op import Trait

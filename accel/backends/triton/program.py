@@ -13,16 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from accel.backends.loops.index import Affine, Axis
+from accel.backends.loops.merge import group_extent, merged
+from accel.backends.loops.phases import Phase, Reduce, Store
+from accel.backends.loops.survey import Survey
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import Group, decompose, size_text
 from accel.backends.triton.emitter import Emitter, Scope
 from accel.backends.triton.reductions import HELPERS, Reduction, Tile
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import Columns, Shape, choose_flat, choose_rows, parts_of
-from accel.backends.tvm.index import Affine, Axis
-from accel.backends.tvm.merge import group_extent, merged
-from accel.backends.tvm.phases import Phase, Reduce, Store
-from accel.backends.tvm.survey import Survey
 from accel.ir.module import Value
 from accel.ir.types import Dim, product
 

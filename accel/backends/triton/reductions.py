@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from accel.backends.loops.phases import Reduce
 from accel.backends.triton import dtypes
 from accel.backends.triton.text import Block, Expr, element_type, number, solid
-from accel.backends.tvm.phases import Reduce
 from accel.ir.types import is_float
 
 HELPERS = {

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from accel.backends.loops.merge import group_extent
+from accel.backends.loops.phases import Phase, Reduce
 from accel.backends.triton import dtypes
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.program import Program, ProgramWriter
 from accel.backends.triton.reductions import HELPERS, Reduction, Tile
 from accel.backends.triton.text import COL, ROW
 from accel.backends.triton.tiles import Columns, choose_rows, next_power, parts_of
-from accel.backends.tvm.merge import group_extent
-from accel.backends.tvm.phases import Phase, Reduce
 from accel.ir.types import Dim, product
 
 _LEAST_BLOCKS = 4  # of a row: fewer are not worth a second launch

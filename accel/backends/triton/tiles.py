@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from accel.backends.loops.index import Affine, Axis
+from accel.backends.loops.merge import group_extent
 from accel.backends.triton.addresses import Group
-from accel.backends.tvm.index import Affine, Axis
-from accel.backends.tvm.merge import group_extent
 from accel.ir.types import Dim, product
 
 _MOST_HELD = 16384  # columns of a row that stay in registers

@@ -72,7 +72,7 @@ def _sources() -> str:
     """A hash over the generators and the IR, so that no cache entry outlives a change."""
     folder = Path(__file__).parent.parent
     hasher = hashlib.sha256()
-    for part in (folder / "triton", folder / "tvm", folder.parent / "ir"):
+    for part in (folder / "triton", folder / "loops", folder.parent / "ir"):
         for file in sorted(part.rglob("*.py")):
             hasher.update(file.read_bytes())
     return hasher.hexdigest()[:16]

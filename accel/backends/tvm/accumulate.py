@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from accel.backends.loops.phases import Reduce
 from accel.backends.tvm import dtypes, scalar, tir
-from accel.backends.tvm.phases import Reduce
 from accel.backends.tvm.tir import Block, Buffer, Expr, cast, const, select
 from accel.ir.types import is_float
-
-SUPPORTED = frozenset(("sum", "prod", "amax", "amin", "any", "all", "argmax", "argmin"))
 
 
 @dataclass

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from accel.backends.loops.phases import Phase, Planner
 from accel.backends.tvm import attention, blocked, cached, depthwise
-from accel.backends.tvm.phases import Phase, Planner
 from accel.ir.module import Op, Region
 
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
+from accel.backends.loops.index import Affine, Axis
+from accel.backends.loops.phases import Phase, Planner
+from accel.backends.loops.survey import Survey
+from accel.backends.loops.trace import Index
 from accel.backends.tvm import dtypes, math, scalar, tir
 from accel.backends.tvm.code import Emitter
-from accel.backends.tvm.index import Affine, Axis
 from accel.backends.tvm.nests import group_extent, parts_of
-from accel.backends.tvm.phases import Phase, Planner
-from accel.backends.tvm.survey import Survey
 from accel.backends.tvm.tir import Block, Buffer, Expr, select
-from accel.backends.tvm.trace import Index
 from accel.errors import BackendError
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Value

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from accel.backends.tvm import accumulate, anchors, blocked, contract, dtypes, scalar, trace
-from accel.backends.tvm.kernel import KernelCode, generate, region_symbols
+from accel.backends.loops import trace
+from accel.backends.loops.phases import REDUCTIONS, region_symbols
+from accel.backends.tvm import anchors, blocked, contract, dtypes, scalar
+from accel.backends.tvm.kernel import KernelCode, generate
 from accel.backends.tvm.shim import c_source
 from accel.backends.tvm.toolchain import build, version
 from accel.errors import BackendError
@@ -52,7 +54,7 @@ class TvmBackend:
             return reason
         if op.name in trace.INDEX_OPS:
             return _index_reason(op)
-        if op.name in accumulate.SUPPORTED:
+        if op.name in REDUCTIONS:
             return _reduction_reason(op)
         if op.has(Trait.ELEMENTWISE):
             return self._elementwise_reason(op)
@@ -168,7 +170,7 @@ def _is_whole(op: Op, kind: str) -> bool:
 
 
 def _has_own_code(op: Op) -> bool:
-    if op.name in trace.INDEX_OPS or op.name in accumulate.SUPPORTED:
+    if op.name in trace.INDEX_OPS or op.name in REDUCTIONS:
         return True
     return op.has(Trait.ELEMENTWISE) and scalar.supports(op) is None
 

@@ -18,15 +18,15 @@ from functools import cache
 
 import torch
 
+from accel.backends.loops.index import Affine, Axis, Indexer
+from accel.backends.loops.merge import merged
+from accel.backends.loops.phases import Phase, Place, Planner, Store
+from accel.backends.loops.survey import Survey
+from accel.backends.loops.trace import Index
 from accel.backends.tvm import dtypes, tir
 from accel.backends.tvm.code import Emitter
-from accel.backends.tvm.index import Affine, Axis, Indexer
-from accel.backends.tvm.merge import merged
 from accel.backends.tvm.nests import group_extent, parts_of
-from accel.backends.tvm.phases import Phase, Place, Planner, Store
-from accel.backends.tvm.survey import Survey
 from accel.backends.tvm.tir import Block, Buffer, Expr, select
-from accel.backends.tvm.trace import Index
 from accel.errors import BackendError
 from accel.ir.module import Op, Value
 from accel.ir.op import Trait

@@ -12,6 +12,8 @@ from functools import partial
 
 import torch
 
+from accel.backends.loops.index import Affine
+from accel.backends.loops.phases import Planner
 from accel.backends.tvm import tir
 from accel.backends.tvm.attention import (
     KEYS,
@@ -21,8 +23,6 @@ from accel.backends.tvm.attention import (
 )
 from accel.backends.tvm.attention import reason as attention_reason
 from accel.backends.tvm.code import Emitter
-from accel.backends.tvm.index import Affine
-from accel.backends.tvm.phases import Planner
 from accel.backends.tvm.tir import Block, Buffer, Expr
 from accel.errors import BackendError
 from accel.ir.module import Op

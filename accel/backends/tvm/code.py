@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from accel.backends.loops.index import Affine, Axis, Indexer
+from accel.backends.loops.survey import index_axes, packed_address
+from accel.backends.loops.trace import COSTLY, Index, Key, Tracer
 from accel.backends.tvm import dtypes, scalar, tir
-from accel.backends.tvm.index import Affine, Axis, Indexer
-from accel.backends.tvm.merge import Addresses, Sizes
-from accel.backends.tvm.survey import index_axes, packed_address
+from accel.backends.tvm.addresses import Addresses, Sizes
 from accel.backends.tvm.tir import Block, Buffer, Expr, cast, select
-from accel.backends.tvm.trace import Index, Key, Tracer
 from accel.errors import BackendError
 from accel.ir.module import Op, Value
 from accel.ir.op import Trait
@@ -266,4 +266,4 @@ class Emitter(Tracer):
 
 
 def _is_elementary(value: Value) -> bool:
-    return value.op is not None and value.op.name in scalar.COSTLY
+    return value.op is not None and value.op.name in COSTLY

@@ -15,15 +15,15 @@ from functools import partial
 
 import torch
 
+from accel.backends.loops.index import Affine, Axis
+from accel.backends.loops.phases import Phase, Place, Planner, Store
+from accel.backends.loops.survey import Survey
+from accel.backends.loops.trace import Key
 from accel.backends.tvm import dtypes, tir
 from accel.backends.tvm.blocked import registers
 from accel.backends.tvm.code import Emitter
-from accel.backends.tvm.index import Affine, Axis
 from accel.backends.tvm.nests import parts_of
-from accel.backends.tvm.phases import Phase, Place, Planner, Store
-from accel.backends.tvm.survey import Survey
 from accel.backends.tvm.tir import Block, Buffer, Expr
-from accel.backends.tvm.trace import Key
 from accel.errors import BackendError
 from accel.ir.module import Op, Value
 from accel.ir.types import Dim, product

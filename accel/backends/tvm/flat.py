@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from accel.backends.loops.index import Axis
+from accel.backends.loops.trace import Key
 from accel.backends.tvm import tir
 from accel.backends.tvm.code import Kept
-from accel.backends.tvm.index import Axis
 from accel.backends.tvm.nests import Nest, Pass, group_extent, kept_kind, parts_of
 from accel.backends.tvm.tir import Expr
-from accel.backends.tvm.trace import Key
 from accel.ir.types import Dim, product
 
 _PIECE = 1024  # elements of one task where rows are few

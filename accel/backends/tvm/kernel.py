@@ -14,17 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import sympy
 import torch
 
+from accel.backends.loops.index import Affine
+from accel.backends.loops.phases import Phase, Planner, Reduce, Store, region_symbols
+from accel.backends.loops.survey import Survey
 from accel.backends.tvm import anchors, dtypes, tir
+from accel.backends.tvm.addresses import Sizes
 from accel.backends.tvm.code import Emitter
 from accel.backends.tvm.flat import FlatNest
-from accel.backends.tvm.index import Affine
-from accel.backends.tvm.merge import Sizes
-from accel.backends.tvm.phases import Phase, Planner, Reduce, Store
 from accel.backends.tvm.rows import RowNest
-from accel.backends.tvm.survey import Survey
 from accel.ir.module import Region, Value
 from accel.ir.types import SUB_BYTE_BITS, Dim, product
 
@@ -66,27 +65,6 @@ class KernelCode:
 def _script(function: object) -> str:
     lines = str(function.script()).splitlines()  # type: ignore[attr-defined]
     return "\n".join(line for line in lines if not line.startswith("# from tvm")).strip() + "\n"
-
-
-def region_symbols(region: Region) -> tuple[str, ...]:
-    """Names of the symbolic sizes that a region mentions, sorted."""
-    found: set[str] = set()
-
-    def collect(value: object) -> None:
-        if isinstance(value, sympy.Expr):
-            found.update(s.name for s in value.free_symbols)
-        elif isinstance(value, tuple):
-            for v in value:
-                collect(v)
-
-    for value in region.args:
-        collect(value.shape)
-    for op in region.ops:
-        for attribute in op.attributes.values():
-            collect(attribute)
-        for value in op.results:
-            collect(value.shape)
-    return tuple(sorted(found))
 
 
 def generate(name: str, region: Region, kind: str = "") -> KernelCode:

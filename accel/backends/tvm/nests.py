@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
+from accel.backends.loops.index import Affine, Axis
+from accel.backends.loops.merge import merged
+from accel.backends.loops.phases import Phase, Reduce, Store
+from accel.backends.loops.survey import Survey
 from accel.backends.tvm import dtypes, tir
 from accel.backends.tvm.code import Emitter
-from accel.backends.tvm.index import Affine, Axis
-from accel.backends.tvm.merge import merged
-from accel.backends.tvm.phases import Phase, Reduce, Store
-from accel.backends.tvm.survey import Survey
 from accel.backends.tvm.tir import Buffer, Expr
 from accel.ir.types import Dim, product
 

@@ -9,15 +9,15 @@ from functools import partial
 from itertools import groupby
 from typing import TypeAlias
 
+from accel.backends.loops.index import Affine, Axis
+from accel.backends.loops.phases import Phase, Reduce
+from accel.backends.loops.survey import index_axes, shared_costly
+from accel.backends.loops.trace import Key
 from accel.backends.tvm import tir
 from accel.backends.tvm.accumulate import Accumulator, accumulator
 from accel.backends.tvm.code import Emitter, Kept
-from accel.backends.tvm.index import Affine, Axis
 from accel.backends.tvm.nests import Nest, Pass, group_extent, kept_kind, parts_of
-from accel.backends.tvm.phases import Phase, Reduce
-from accel.backends.tvm.survey import index_axes, shared_costly
 from accel.backends.tvm.tir import Buffer, Expr
-from accel.backends.tvm.trace import Key
 from accel.ir.types import Dim, product
 
 _LANES = 64

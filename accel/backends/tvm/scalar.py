@@ -441,9 +441,3 @@ _BOOLEAN: dict[str, Emitter] = {
     "isnan": lambda block, kind, args: const(False, "bool"),
     "isinf": lambda block, kind, args: const(False, "bool"),
 }
-
-# Worth keeping in memory rather than computing twice.
-COSTLY = frozenset(_FLOAT) - frozenset(_COMPARE) - {
-    "add", "sub", "mul", "abs", "neg", "ceil", "floor", "round", "trunc", "maximum", "minimum",
-    "isnan", "isinf",
-} | {"gelu", "pow"}  # fmt: skip

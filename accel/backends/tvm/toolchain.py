@@ -52,10 +52,10 @@ def version() -> str:
 
 
 def _sources() -> str:
-    """A hash over this package and the IR, so that no cache entry outlives a change of either."""
+    """A hash over the generators and the IR, so that no cache entry outlives a change."""
     package = Path(__file__).parent
     hasher = hashlib.sha256()
-    for folder in (package, package.parent.parent / "ir"):
+    for folder in (package, package.parent / "loops", package.parent.parent / "ir"):
         for file in sorted(folder.rglob("*.py")):
             hasher.update(file.read_bytes())
     return hasher.hexdigest()[:16]

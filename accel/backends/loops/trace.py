@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from accel.backends.tvm.index import Affine, Indexer, at_least
+from accel.backends.loops.index import Affine, Indexer, at_least
 from accel.errors import BackendError
 from accel.ir.module import Op, Value
 from accel.ir.op import Trait
@@ -26,6 +26,14 @@ Scalar: TypeAlias = Any
 Key: TypeAlias = tuple[Value, Index]
 
 _ZERO = Affine()
+
+
+# Elementwise ops worth keeping in memory rather than computing twice.
+COSTLY = frozenset((
+    "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cos", "cosh", "div", "erf",
+    "erfc", "exp", "exp2", "expm1", "gelu", "lgamma", "log", "log10", "log1p", "log2", "pow",
+    "reciprocal", "rsqrt", "sigmoid", "sin", "sinh", "sqrt", "tan", "tanh",
+))  # fmt: skip
 
 
 class Tracer(ABC):

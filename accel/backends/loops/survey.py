@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from accel.backends.tvm import scalar
-from accel.backends.tvm.index import Affine, Axis, Indexer
-from accel.backends.tvm.trace import Index, Key, Tracer
+from accel.backends.loops.index import Affine, Axis, Indexer
+from accel.backends.loops.trace import COSTLY, Index, Key, Tracer
 from accel.ir.module import Op, Value
 from accel.ir.types import SUB_BYTE_BITS, Dim
 
@@ -66,7 +65,7 @@ class Survey(Tracer):
         return False
 
     def arithmetic(self, op: Op, args: list[bool]) -> bool:
-        costly = op.name in scalar.COSTLY
+        costly = op.name in COSTLY
         self.work += _COSTLY_OP if costly else 1
         return costly or any(args)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from accel.backends.tvm.index import Affine, Axis, Indexer, exact_quotient
-from accel.backends.tvm.survey import Survey, index_axes
-from accel.backends.tvm.trace import Index
+from accel.backends.loops.index import Affine, Axis, Indexer, exact_quotient
+from accel.backends.loops.survey import Survey, index_axes
+from accel.backends.loops.trace import Index
 from accel.errors import BackendError
 from accel.ir.module import Op, Region, Value
 from accel.ir.types import Dim, product
@@ -23,6 +23,9 @@ from accel.ir.types import Dim, product
 _FEW_ROWS = 8
 _LARGE = 1 << 14  # elements: worth sharing among cores
 _MAX_ROUNDS = 16
+
+
+REDUCTIONS = frozenset(("sum", "prod", "amax", "amin", "any", "all", "argmax", "argmin"))
 
 
 @dataclass(frozen=True)
@@ -304,3 +307,24 @@ def _is_few(rows: Dim) -> bool:
 
 def _is_small(count: Dim) -> bool:
     return isinstance(count, sympy.Expr) or count < _LARGE
+
+
+def region_symbols(region: Region) -> tuple[str, ...]:
+    """Names of the symbolic sizes that a region mentions, sorted."""
+    found: set[str] = set()
+
+    def collect(value: object) -> None:
+        if isinstance(value, sympy.Expr):
+            found.update(s.name for s in value.free_symbols)
+        elif isinstance(value, tuple):
+            for v in value:
+                collect(v)
+
+    for value in region.args:
+        collect(value.shape)
+    for op in region.ops:
+        for attribute in op.attributes.values():
+            collect(attribute)
+        for value in op.results:
+            collect(value.shape)
+    return tuple(sorted(found))
