@@ -4,24 +4,22 @@
     ids = model.generate(input_ids, max_new_tokens=64, eos_token_id=2)
 
 A prompt runs through @prefill once, which fills the caches; each further token is one @decode,
-which writes its keys and values into them in place. Caches belong to the call, so that several
-threads may generate with one model.
+which writes its keys and values into them in place (`accel.runtime.decoding`). Caches belong to
+the call, so that several threads may generate with one model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from accel.errors import InputError, OptionError
-from accel.runtime.plan import FunctionPlan, dtype_of
+from accel.runtime.decoding import Limits, Run, TokenLoop
+from accel.runtime.plan import FunctionPlan
 from accel.runtime.sampling import Sampling
-
-Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class Streamer(Protocol):
@@ -30,15 +28,6 @@ class Streamer(Protocol):
     def put(self, value: Tensor) -> None: ...
 
     def end(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When a text ends: after `new` tokens, or after one of `stops` (which it keeps)."""
-
-    new: int
-    stops: frozenset[int]
-    pad: int
 
 
 class Generator:
@@ -55,13 +44,10 @@ class Generator:
     ) -> None:
         facts = plan.metadata["kv_cache"]
         self.capacity, self.vocabulary = int(facts["capacity"]), int(facts["vocabulary"])
-        self._prefill, self._decode = prefill, decode
         self.device = device or torch.device("cpu")
-        specs = [plan.values[v] for v in plan.inputs]
-        rows = specs[0].shape[0]
+        self.loop = TokenLoop(plan, prefill, decode, self.device)
+        rows = plan.values[plan.inputs[0]].shape[0]
         self.rows = rows if isinstance(rows, int) else None
-        self._dtype = dtype_of(specs[0].dtype)
-        self._caches = [(dtype_of(s.dtype), s.shape[1:]) for s in specs[1:]]
 
     def generate(
         self,
@@ -116,7 +102,7 @@ class Generator:
         for rows in self._groups(lengths):
             text = ids[rows, ids.shape[1] - lengths[rows[0]] :]
             count = 0
-            for tokens in self._tokens(text, limits, sampling, generator):
+            for tokens in self.loop.tokens(text, limits, sampling, generator):
                 made[rows, count] = tokens
                 count += 1
                 if streamer is not None:
@@ -125,41 +111,6 @@ class Generator:
         if streamer is not None:
             streamer.end()
         return torch.cat([ids, made[:, :longest]], dim=1)
-
-    def _tokens(
-        self, ids: Tensor, limits: Limits, sampling: Sampling, generator: torch.Generator | None
-    ) -> Iterator[Tensor]:
-        """The new tokens of rows of equal length, a column [B] at a time."""
-        if not limits.new:
-            return
-        running = torch.ones(ids.shape[0], dtype=torch.bool, device=self.device)
-        stops = torch.tensor(sorted(limits.stops), device=self.device)
-        position = torch.tensor(ids.shape[1], device=self.device)
-        with torch.no_grad():
-            logits, *caches = self._prefill([ids.to(self._dtype), *self._empty(ids.shape[0])])
-            for step in range(limits.new):
-                tokens = sampling.choose(logits[:, -1], ids, generator)
-                if limits.stops:
-                    tokens = torch.where(running, tokens, limits.pad)
-                yield tokens
-                if limits.stops:
-                    running &= ~torch.isin(tokens, stops)
-                    if not bool(running.any()):
-                        return
-                if step + 1 == limits.new:
-                    return
-                column = tokens[:, None]
-                if sampling.repetition_penalty is not None:
-                    ids = torch.cat([ids, column], dim=1)
-                logits, *caches = self._decode([column.to(self._dtype), position, *caches])
-                position += 1
-
-    def _empty(self, rows: int) -> list[Tensor]:
-        made = []
-        for dtype, shape in self._caches:
-            sizes = [rows, *(int(d) for d in shape if isinstance(d, int))]
-            made.append(torch.zeros(sizes, dtype=dtype, device=self.device))
-        return made
 
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Rows that run together."""

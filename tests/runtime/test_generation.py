@@ -151,7 +151,7 @@ def test_caches_are_written_in_place_and_weights_are_shared(llama):
     """@decode returns the caches that it was given; both functions read the same weights."""
     _, fast = llama
     prefill, decode = (fast.entry_points[n].function for n in ("prefill", "decode"))
-    caches = fast.generator._empty(2)
+    caches = fast.generator.loop.empty(2)
     ids = torch.randint(3, 128, (2, 4))
     with torch.no_grad():
         _, *first = prefill([ids, *caches])

@@ -1,0 +1,105 @@
+"""The token loop: a prompt through @prefill, then one @decode a token.
+
+    loop = TokenLoop(plan, prefill, decode, device)
+    for tokens in loop.tokens(ids, limits, sampling, generator):  # a column [B] at a time
+        ...
+
+What the functions keep between tokens is a list of tensors, the *state*, made from the plan's
+description of the arguments and handed from call to call. The loop does not look into it, so that
+a cache may be contiguous, a ring, paged or quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accel.runtime.plan import FunctionPlan, SizeExpr, dtype_of
+from accel.runtime.sampling import Sampling
+
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+State = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a text ends: after `new` tokens, or after one of `stops` (which it keeps)."""
+
+    new: int
+    stops: frozenset[int]
+    pad: int
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of the state: its first size is the number of rows where that is a symbol."""
+
+    dtype: torch.dtype
+    shape: tuple[SizeExpr, ...]
+
+    def empty(self, rows: int, device: torch.device) -> Tensor:
+        """Zeros: nothing is read before it is written."""
+        sizes = [d if isinstance(d, int) else rows for d in self.shape]
+        return torch.zeros(sizes, dtype=self.dtype, device=device)
+
+
+class TokenLoop:
+    """Runs two compiled functions, token after token.
+
+    Args:
+        plan: of @prefill (ids, state... -> logits, state...): it says how large the state is.
+        prefill: ids [B, n], state -> logits [B, 1, V], state.
+        decode: ids [B, 1], position [], state -> logits [B, 1, V], state. Both may write over the
+            state that they are given.
+        device: where the functions run.
+    """
+
+    def __init__(self, plan: FunctionPlan, prefill: Run, decode: Run, device: torch.device) -> None:
+        specs = [plan.values[v] for v in plan.inputs]
+        self._prefill, self._decode, self.device = prefill, decode, device
+        self._dtype = dtype_of(specs[0].dtype)
+        self._state = [StateTensor(dtype_of(s.dtype), tuple(s.shape)) for s in specs[1:]]
+
+    def empty(self, rows: int) -> State:
+        """The state before the first token of `rows` texts."""
+        return [part.empty(rows, self.device) for part in self._state]
+
+    def prefill(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+        """Runs prompts [B, n]: the last token's logits [B, V] and the state after them."""
+        logits, *state = self._prefill([ids.to(self._dtype), *state])
+        return logits[:, -1], state
+
+    def decode(self, tokens: Tensor, position: Tensor, state: State) -> tuple[Tensor, State]:
+        """Runs one token a row, [B], at `position` (int64 []): its logits [B, V], the state."""
+        logits, *state = self._decode([tokens[:, None].to(self._dtype), position, *state])
+        return logits[:, -1], state
+
+    def tokens(
+        self, ids: Tensor, limits: Limits, sampling: Sampling, generator: torch.Generator | None
+    ) -> Iterator[Tensor]:
+        """The new tokens of prompts [B, n] of equal length, a column [B] at a time."""
+        if not limits.new:
+            return
+        running = torch.ones(ids.shape[0], dtype=torch.bool, device=self.device)
+        stops = torch.tensor(sorted(limits.stops), device=self.device)
+        position = torch.tensor(ids.shape[1], device=self.device)
+        with torch.no_grad():
+            logits, state = self.prefill(ids, self.empty(ids.shape[0]))
+            for step in range(limits.new):
+                tokens = sampling.choose(logits, ids, generator)
+                if limits.stops:
+                    tokens = torch.where(running, tokens, limits.pad)
+                yield tokens
+                if limits.stops:
+                    running &= ~torch.isin(tokens, stops)
+                    if not bool(running.any()):
+                        return
+                if step + 1 == limits.new:
+                    return
+                if sampling.repetition_penalty is not None:
+                    ids = torch.cat([ids, tokens[:, None]], dim=1)
+                logits, state = self.decode(tokens, position, state)
+                position += 1
