@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from accel import __version__
-from accel.backends.triton import CompiledLaunch, TritonBackend
+from accel.backends.triton import CompiledLaunch, TritonBackend, kernel_fingerprint
 from accel.backends.vendor import CudaAttention, CudnnConv, TorchLinear
 from accel.compiler.cache import CompileCache, cache_key
 from accel.compiler.lower import KernelSymbol, Launch
@@ -13,7 +13,6 @@ from accel.compiler.options import Options
 from accel.compiler.sizes import size_expr
 from accel.compiler.targets import Target
 from accel.ir.capability import Library
-from accel.ir.fingerprint import region_fingerprint
 from accel.ir.module import Module, Op
 from accel.runtime.cuda_code import CudaKernel, pack, unpack
 
@@ -53,11 +52,11 @@ def compile_launches(
     symbols: dict[str, KernelSymbol] = {}
     code: dict[str, tuple[CudaKernel, bytes]] = {}
     sources: dict[str, str] = {}
-    prints = {op: region_fingerprint(op.regions[0]) for op in kernels}
+    prints = {op: kernel_fingerprint(op) for op in kernels}
     for op in kernels:
         if prints[op] in symbols:
             continue
-        key = cache_key(__version__, backend.name, backend.version(), prints[op])
+        key = kernel_key(op, backend)
         entry = cache.get(key) if options.cache else None
         if entry is None:
             header, payload = _compile(op, backend)
@@ -70,6 +69,14 @@ def compile_launches(
         unpacked = unpack(payload)
         code |= {n: (k, unpacked.cubin(n)) for n, k in unpacked.kernels.items()}
     return {op: symbols[prints[op]] for op in kernels}, pack(backend.arch, code), sources
+
+
+def kernel_key(op: Op, backend: TritonBackend) -> str:
+    """Where the compile cache keeps a kernel's code."""
+    tile = backend.tile_of(op)
+    return cache_key(
+        __version__, backend.name, backend.version(), kernel_fingerprint(op), str(tile)
+    )
 
 
 def _compile(op: Op, backend: TritonBackend) -> tuple[dict[str, Any], bytes]:

@@ -10,6 +10,11 @@
 Index arithmetic and the plan of phases are shared with the CPU's kernels (`accel.backends.loops`).
 """
 
-from accel.backends.triton.backend import CompiledLaunch, CompiledLaunches, TritonBackend
+from accel.backends.triton.backend import (
+    CompiledLaunch,
+    CompiledLaunches,
+    TritonBackend,
+    kernel_fingerprint,
+)
 
-__all__ = ["CompiledLaunch", "CompiledLaunches", "TritonBackend"]
+__all__ = ["CompiledLaunch", "CompiledLaunches", "TritonBackend", "kernel_fingerprint"]

@@ -1,16 +1,22 @@
-"""Kinds of kernels that are built around one op, the anchor: which ops, and what writes them."""
+"""Kinds of kernels that are built around one op, the anchor: which ops, and what writes them.
+
+A kind may offer tiles to time on a device (`candidates`). A tile is a frozen dataclass of numbers:
+equal tiles print alike, which is how a record of an earlier choice names one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from accel.backends.triton import gemv, matmul
-from accel.backends.triton.kernel import KernelCode
+from accel.backends.triton.kernel import KernelCode, generate
+from accel.backends.triton.tiles import KERNEL_TILES
 from accel.ir.module import Op, Region
 
 Generate = Callable[[str, Region, str, int, Any], KernelCode]
+Candidates = Callable[[Op, int], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -21,17 +27,21 @@ class Anchor:
         ops: the names of the ops it may be built around.
         reason: why an op of this name has no such kernel; None if it has.
         generate: (name, region, comment, multiprocessors, tile or None) -> code; it may change the
-            region.
+            region. None leaves the tile to the kind's model of costs.
+        candidates: (the `accel.kernel` op, multiprocessors) -> tiles worth timing, the likeliest
+            to pay first; what does not compile or does not fit the device is left out when it is
+            tried. None: nothing to choose.
     """
 
     ops: tuple[str, ...]
     reason: Callable[[Op], str | None]
     generate: Generate
+    candidates: Candidates | None = None
 
 
 ANCHORS: dict[str, Anchor] = {
-    "gemv": Anchor(("linear",), gemv.reason, gemv.generate),
-    "matmul": Anchor(("linear",), matmul.reason, matmul.generate),
+    "gemv": Anchor(("linear",), gemv.reason, gemv.generate, gemv.candidates),
+    "matmul": Anchor(("linear",), matmul.reason, matmul.generate, matmul.candidates),
 }
 
 
@@ -62,7 +72,15 @@ def is_whole(op: Op, kind: str) -> bool:
     return kind in ANCHORS and op.name in ANCHORS[kind].ops
 
 
-def generator(kind: str) -> Generate | None:
-    """What writes kernels of this kind; None for those without an anchor."""
+def generator(kind: str) -> Generate:
+    """What writes kernels of this kind."""
     anchor = ANCHORS.get(kind)
-    return None if anchor is None else anchor.generate
+    return generate if anchor is None else anchor.generate
+
+
+def candidates(kernel: Op, sms: int) -> Sequence[Any]:
+    """Tiles worth timing for an `accel.kernel` op, besides the model's own choice."""
+    anchor = ANCHORS.get(str(kernel.attribute("kind")))
+    if anchor is None:
+        return KERNEL_TILES
+    return () if anchor.candidates is None else anchor.candidates(kernel, sms)

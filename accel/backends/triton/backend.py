@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from accel.backends.loops import trace
 from accel.backends.loops.phases import REDUCTIONS
 from accel.backends.triton import anchors, dtypes, matmul, scalar
-from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot, generate
+from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot
 from accel.backends.triton.toolchain import Binary, compile_source, version
 from accel.errors import BackendError
 from accel.ir.builder import Builder
@@ -75,16 +76,39 @@ class TritonBackend:
         arch: "sm_80", "sm_90", "sm_100"...
         sms: multiprocessors, for the cost model.
         tile: the tile of kernels around an anchor, in place of the cost model's choice.
+        tiles: tiles of single kernels, by `kernel_fingerprint`: what tuning has chosen.
+        measures: products become kernels even where the cost model prefers a library, since
+            tuning compares the two (`accel.compiler.tune`).
     """
 
     name = "triton"
 
-    def __init__(self, arch: str = "sm_90", sms: int = 132, tile: Any = None) -> None:
+    def __init__(
+        self,
+        arch: str = "sm_90",
+        sms: int = 132,
+        tile: Any = None,
+        *,
+        tiles: Mapping[str, Any] | None = None,
+        measures: bool = False,
+    ) -> None:
         self.arch, self.sms, self.tile = arch, sms, tile
+        self.tiles, self.measures = dict(tiles or {}), measures
 
     def version(self) -> str:
-        """A cache key for machine code."""
-        return f"{version()}-{self.arch}-{self.sms}-{self.tile}"
+        """A cache key for machine code, together with a kernel's fingerprint and tile."""
+        return f"{version()}-{self.arch}-{self.sms}"
+
+    def tile_of(self, kernel: Op) -> Any:
+        """The tile that was chosen for an `accel.kernel` op; None leaves it to the cost model."""
+        chosen = self.tiles.get(kernel_fingerprint(kernel))
+        if chosen is None and str(kernel.attribute("kind")) in anchors.ANCHORS:
+            return self.tile
+        return chosen
+
+    def candidates(self, kernel: Op) -> Sequence[Any]:
+        """Tiles worth timing for an `accel.kernel` op, besides the cost model's own choice."""
+        return anchors.candidates(kernel, self.sms)
 
     def supports(self, op: Op) -> str | None:
         """None if a kernel region may hold this op, else the reason why not."""
@@ -108,7 +132,7 @@ class TritonBackend:
     def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:
         if self.supports_anchor(op, "gemv") is None:
             return "gemv", None
-        return "matmul", matmul.saves(op, members, self.sms)
+        return "matmul", None if self.measures else matmul.saves(op, members, self.sms)
 
     def supports_anchor(self, op: Op, kind: str) -> str | None:
         return _type_reason(op) or anchors.reason(op, kind)
@@ -137,7 +161,7 @@ class TritonBackend:
         made: dict[str, KernelCode] = {}
         names: list[str] = []
         for kernel in kernels:
-            name = f"accel_{region_fingerprint(kernel.regions[0])[:16]}"
+            name = f"accel_{kernel_fingerprint(kernel)[:16]}"
             if name not in made:
                 made[name] = self._generate(name, kernel)
             names.append(name)
@@ -168,10 +192,8 @@ class TritonBackend:
                 raise BackendError(
                     f"no generated kernel: {reason}", where=str(op.location or kernel.location)
                 )
-        make = anchors.generator(kind)
-        if make is None:
-            return generate(name, region, print_op(kernel), self.sms)
-        return make(name, region, print_op(kernel), self.sms, self.tile)
+        make, tile = anchors.generator(kind), self.tile_of(kernel)
+        return make(name, region, print_op(kernel), self.sms, tile)
 
     def primitive_region(self, region: Region, kind: str = "") -> Region:
         """A copy in which every op has code of its own; composites without are decomposed."""
@@ -191,6 +213,12 @@ class TritonBackend:
                 pending.append(current)
                 current = current.next
         return copy
+
+
+def kernel_fingerprint(kernel: Op) -> str:
+    """What an `accel.kernel` op computes, and its kind: equal ones share one kernel."""
+    region = region_fingerprint(kernel.regions[0])
+    return hashlib.sha256(f"{kernel.attribute('kind')} {region}".encode()).hexdigest()
 
 
 def _compile(launch: LaunchCode, arch: str) -> Binary:

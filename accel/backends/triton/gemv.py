@@ -85,6 +85,21 @@ def choose(columns: int, depth: int, streams: int, rows: int, sms: int) -> GemvT
     return GemvTile(tile.rows, span, max(1, min(tile.warps, span // 256)), tile.stages)
 
 
+def candidates(kernel: Op, sms: int) -> list[GemvTile]:
+    """Tiles worth timing for a kernel: 8 to 128 elements of the weight a thread at once."""
+    op = next(op for op in kernel.regions[0].ops if op.name == "linear")
+    span = next_power(int(op.operands[0].shape[-1]))
+    found = {
+        GemvTile(rows, min(columns, span), warps, stages)
+        for columns in (2048, 1024, 512)
+        for rows in (1, 2, 4, 8)
+        for warps in (4, 8, 2)
+        for stages in (1, 3)
+        if 8 <= rows * min(columns, span) // (32 * warps) <= 128
+    }
+    return sorted(found, key=lambda t: (t.stages, -t.columns, t.rows, t.warps))
+
+
 # -- the region ------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from accel.backends.triton.split import (
     plan_split,
     scratch_bytes,
 )
+from accel.backends.triton.tiles import MODEL_TILE, KernelTile
 from accel.ir.module import Region, Value
 from accel.ir.types import SUB_BYTE_BITS, Dim, product
 
@@ -77,9 +78,13 @@ class KernelCode:
     scratch: list[Dim]
 
 
-def generate(name: str, region: Region, comment: str, sms: int) -> KernelCode:
+def generate(
+    name: str, region: Region, comment: str, sms: int, tile: KernelTile | None = None
+) -> KernelCode:
     """Sources of a region of primitive ops. Raises BackendError for what has none."""
-    return Generator(name, region, comment, sms).run()
+    generator = Generator(name, region, comment, sms)
+    generator.kernel_tile = tile or MODEL_TILE
+    return generator.run()
 
 
 class Generator:
@@ -89,6 +94,7 @@ class Generator:
     def __init__(self, name: str, region: Region, comment: str, sms: int) -> None:
         self.name, self.region, self.comment, self.sms = name, region, comment, sms
         self.planner = Planner(region)
+        self.kernel_tile = MODEL_TILE
         self.scratch: list[tuple[str, Dim]] = []
         self.launches: list[LaunchCode] = []
 
@@ -107,6 +113,7 @@ class Generator:
         writes = [Slot(s.place.kind, s.place.number) for s in phase.stores]
         targets = [slot.name for slot in writes]
         writer = ProgramWriter(phase, self._emitter(phase), targets, self.sms)
+        writer.kernel_tile = self.kernel_tile
         split = plan_split(phase, writer, self.sms)
         if split is None:
             reads, program = self._finish(phase, writer.write())
@@ -119,6 +126,7 @@ class Generator:
         between = [Slot("scratch", n) for n in range(first, len(self.scratch))]
         names = [s.name for s in between]
         partial = PartialWriter(phase, self._emitter(phase), names, self.sms, split)
+        partial.kernel_tile = self.kernel_tile
         reads, program = self._finish(phase, partial.write())
         self._launch(program, reads, between, [])
         total = TotalWriter(phase, self._emitter(phase), targets, self.sms, split, names)

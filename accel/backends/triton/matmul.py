@@ -79,6 +79,30 @@ def choose(rows: Dim, columns: int, depth: int, tiles: int, sms: int) -> MatmulT
     return MatmulTile(best.rows, max(16, best.columns // tiles), span, best.warps, best.stages)
 
 
+def candidates(kernel: Op, sms: int) -> list[MatmulTile]:
+    """Tiles worth timing for a kernel; `columns` is shared by its accumulators."""
+    op = next(op for op in kernel.regions[0].ops if op.name == "linear")
+    x, weight, _ = op.arguments()
+    rows, columns = product(x.shape[:-1]), int(weight.shape[0])
+    tallest = max(16, next_power(rows)) if isinstance(rows, int) else 256
+    halves = 1 + any(o.name == "slice" for o in kernel.regions[0].ops)
+    depth = max(16, next_power(int(x.shape[-1])))
+    return [
+        MatmulTile(height, width // halves, min(span, depth), warps, stages)
+        for height, width, span, warps, stages in _WORTH_TIMING
+        if height <= tallest and width <= next_power(columns) and width // halves >= 16
+    ]
+
+
+# rows, columns, depth, warps, stages
+_WORTH_TIMING = (
+    (128, 256, 64, 8, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4),
+    (64, 256, 64, 4, 3), (64, 64, 128, 4, 4), (64, 64, 64, 4, 5), (256, 128, 64, 8, 3),
+    (64, 32, 128, 4, 5), (128, 64, 64, 4, 4), (32, 128, 128, 4, 4), (32, 64, 128, 4, 5),
+    (16, 128, 128, 4, 4), (16, 64, 128, 4, 5), (16, 32, 256, 4, 5), (16, 32, 128, 4, 6),
+)  # fmt: skip
+
+
 # From the largest down; the first that fills the multiprocessors to its share of a wave is taken.
 # Measured on an H200 with K = 768 and 3072: smaller problems are bound by the latency of the loop
 # over K, for which deep pipelines of long steps are best (benchmarks/results/gpu_products.json).

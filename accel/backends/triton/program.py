@@ -22,7 +22,14 @@ from accel.backends.triton.addresses import Group, decompose, size_text
 from accel.backends.triton.emitter import Emitter, Scope
 from accel.backends.triton.reductions import HELPERS, Reduction, Tile
 from accel.backends.triton.text import COL, ROW, Block, Expr
-from accel.backends.triton.tiles import Columns, Shape, choose_flat, choose_rows, parts_of
+from accel.backends.triton.tiles import (
+    MODEL_TILE,
+    Columns,
+    Shape,
+    choose_flat,
+    choose_rows,
+    parts_of,
+)
 from accel.ir.module import Value
 from accel.ir.types import Dim, product
 
@@ -68,6 +75,7 @@ class ProgramWriter:
         self.phase, self.emitter, self.targets, self.sms = phase, emitter, targets, sms
         self.indexer = emitter.indexer
         self.top = emitter.scopes[0]
+        self.kernel_tile = MODEL_TILE
         self.constants: dict[str, int] = {}
         self.helpers: set[str] = set()
         self.program = "tl.program_id(0)"  # which block of rows
@@ -120,7 +128,7 @@ class ProgramWriter:
     def _flat(self) -> tuple[Dim, int]:
         groups = self._merged(self.phase.outer)
         widest = max(s.value.dtype.itemsize for s in self.phase.stores)
-        shape = choose_flat(groups, self.survey.reads, widest, self.sms)
+        shape = choose_flat(groups, self.survey.reads, widest, self.sms, self.kernel_tile)
         if not groups:
             self._store_all()
             return 1, 1
@@ -197,7 +205,7 @@ class ProgramWriter:
 
     def _shape(self, groups: list[Group], columns: Mapping[frozenset[Axis], Columns]) -> Shape:
         """The tile; sets the columns' sizes."""
-        return choose_rows(groups, columns, self.survey.reads, self.sms)
+        return choose_rows(groups, columns, self.survey.reads, self.sms, self.kernel_tile)
 
     def _bind_rows(self, groups: list[Group], rows: int) -> None:
         """The rows of this program: `row`, and each outer axis from it."""

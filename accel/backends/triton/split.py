@@ -45,7 +45,7 @@ def plan_split(phase: Phase, writer: ProgramWriter, sms: int) -> Split | None:
     rows, extent = product(group_extent(g) for g in groups), columns[key].extent
     if not isinstance(rows, int) or not isinstance(extent, int) or not rows:
         return None
-    shape = choose_rows(groups, columns, writer.survey.reads, sms)
+    shape = choose_rows(groups, columns, writer.survey.reads, sms, writer.kernel_tile)
     programs = parts_of(rows, shape.rows)
     assert isinstance(programs, int)
     blocks = -(-extent // columns[key].size)

@@ -21,6 +21,36 @@ _FLAT = 1024
 _SYMBOLIC_ROWS = 4096  # what an unknown number of rows is taken for
 
 
+@dataclass(frozen=True)
+class KernelTile:
+    """How far a kernel's tiles are from what the model of costs chooses, as powers of two.
+
+    `elements` scales how much one program computes at a time, `warps` how many warps compute it.
+    """
+
+    elements: int = 0
+    warps: int = 0
+
+    def scaled(self, elements: int, least: int = 1) -> int:
+        """`elements` (a power of two) times 2**self.elements, at least `least`."""
+        wanted = elements << self.elements if self.elements >= 0 else elements >> -self.elements
+        return max(wanted, least)
+
+    def warps_for(self, elements: int) -> int:
+        warps = _warps(elements)
+        warps = warps << self.warps if self.warps >= 0 else warps >> -self.warps
+        return max(1, min(16, warps))
+
+
+MODEL_TILE = KernelTile()  # the model's own choice
+
+# What tuning tries for kernels without an anchor, the likeliest to pay first.
+KERNEL_TILES = (
+    KernelTile(0, 1), KernelTile(1, 0), KernelTile(-1, 0), KernelTile(0, -1), KernelTile(1, 1),
+    KernelTile(-1, -1), KernelTile(2, 1), KernelTile(-2, -1), KernelTile(0, 2), KernelTile(2, 0),
+)  # fmt: skip
+
+
 @dataclass
 class Shape:
     """A tile: `rows` by `columns`; `crossed` is the group that rows run along in a transpose."""
@@ -64,18 +94,25 @@ def _warps(elements: int) -> int:
     return max(1, min(16, next_power(elements) // 256))
 
 
-def choose_flat(groups: Sequence[Group], reads: Sequence[Affine], itemsize: int, sms: int) -> Shape:
+def choose_flat(
+    groups: Sequence[Group],
+    reads: Sequence[Affine],
+    itemsize: int,
+    sms: int,
+    tile: KernelTile = MODEL_TILE,
+) -> Shape:
     """The tile of a phase without reductions."""
     crossed = _crossed(groups, reads)
     if crossed is not None:
         side = 32 if itemsize > 2 else 64
         rows = min(side, next_power(_known(group_extent(crossed))))
         columns = min(side, next_power(_known(group_extent(groups[-1]))))
-        return Shape(rows, columns, max(1, min(8, rows * columns // 256)), crossed)
+        warps = max(1, min(8, tile.scaled(rows * columns // 256)))
+        return Shape(rows, columns, warps, crossed)
     total = _known(product(group_extent(g) for g in groups))
     block = max(128, min(_FLAT, next_power(total // (2 * sms) + 1)))
-    block = min(block, next_power(total))
-    return Shape(1, block, _warps(block))
+    block = min(tile.scaled(block, 32), next_power(total))
+    return Shape(1, block, tile.warps_for(block))
 
 
 def _crossed(groups: Sequence[Group], reads: Sequence[Affine]) -> Group | None:
@@ -99,6 +136,7 @@ def choose_rows(
     columns: Mapping[frozenset[Axis], Columns],
     reads: Sequence[Affine],
     sms: int,
+    tile: KernelTile = MODEL_TILE,
 ) -> Shape:
     """The tile of a phase with reductions; sets the columns' sizes."""
     count = _known(product(group_extent(g) for g in groups))
@@ -110,16 +148,16 @@ def choose_rows(
         extent = one.extent
         most = _MOST_HELD if rows == 1 else _TILE // rows
         one.held = isinstance(extent, int) and extent <= most
-        size = _LOOP_COLUMNS if rows == 1 else max(_TILE // rows, 16)
+        size = tile.scaled(_LOOP_COLUMNS if rows == 1 else max(_TILE // rows, 16), 16)
         one.size = next_power(extent) if one.held and isinstance(extent, int) else size
     widest = max(one.size for one in columns.values())
     if across is None and widest < _TILE and all(one.held for one in columns.values()):
         # Short rows share a program, as long as there are programs for every multiprocessor.
         room = max(1, count // (4 * sms))
         rows = min(_TILE // 2 // widest or 1, 1 << (room.bit_length() - 1), next_power(count))
-        rows = max(rows, 1)
+        rows = min(tile.scaled(max(rows, 1)), next_power(count))
     elements = rows * widest
-    return Shape(rows, widest, _warps(elements))
+    return Shape(rows, widest, tile.warps_for(elements))
 
 
 def _runs_across(
