@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import io
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.errors import InputError, MissingDependencyError
+from accel.frontends.gguf_model import load_gguf_model
 from accel.names import near
 
 # Packages of the index that carry weights: where the checkpoint lies inside the package.
@@ -95,9 +97,8 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.
     path = Path(path)
     transformers = _transformers()
     if path.is_file() and path.suffix == ".gguf":
-        return LanguageModel(
-            _pretrained(transformers.AutoModelForCausalLM, path.parent, dtype, gguf_file=path.name)
-        ).eval()
+        with _quiet():
+            return LanguageModel(load_gguf_model(path, dtype)).eval()
     if not (path / "config.json").is_file():
         raise InputError(
             f"'{path}' is neither a GGUF file nor a folder with a config.json",
@@ -133,12 +134,14 @@ def _transformers() -> Any:
         ) from error
 
 
-def _pretrained(loader: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no notes of `transformers` while the body runs."""
     logs = importlib.import_module("transformers.utils.logging")
     verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
     logs.disable_progress_bar()
-    # The reader of GGUF files shows its bar whatever the settings: keep it off pipes and logs.
+    # Its reader of GGUF files shows a bar whatever the settings: keep it off pipes and logs.
     quiet = (
         contextlib.nullcontext()
         if sys.stderr.isatty()
@@ -146,14 +149,43 @@ def _pretrained(loader: Any, folder: Path, dtype: torch.dtype, **options: Any) -
     )
     try:
         with quiet:
-            return loader.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
-    except ImportError as error:
-        raise MissingDependencyError(
-            str(error), advice="pip install 'accel-compiler[hf]'"
-        ) from error
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the checkpoint does not load: {error}", where=str(folder)) from error
+            yield
     finally:
         logs.set_verbosity(verbosity)
         if bars:
             logs.enable_progress_bar()
+
+
+def _pretrained(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A model of a folder; tensors that are missing, superfluous or mis-shaped are errors."""
+    try:
+        with _quiet():
+            model, found = loader.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+    except ImportError as error:
+        raise MissingDependencyError(
+            str(error), advice="pip install 'accel-compiler[hf]'"
+        ) from error
+    except Exception as error:  # whatever damaged files make of foreign code
+        raise InputError(f"the checkpoint does not load: {error}", where=str(folder)) from error
+    _check_complete(found, folder)
+    return model
+
+
+def _check_complete(found: Mapping[str, Any], folder: Path) -> None:
+    """What the loader reports about tensors, as an error."""
+    kinds = (("missing_keys", "missing"), ("unexpected_keys", "superfluous"))
+    parts = []
+    for key, label in kinds:
+        names = sorted(found.get(key) or ())
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{label}: {', '.join(names[:3])}{more}")
+    wrong = sorted(str(m) for m in found.get("mismatched_keys") or ())
+    if wrong:
+        parts.append(f"of another shape: {', '.join(wrong[:3])}")
+    if parts:
+        raise InputError(
+            f"the checkpoint's tensors do not fit its model; {'; '.join(parts)}", where=str(folder)
+        )
