@@ -77,6 +77,27 @@ class TokenLoop:
         logits, *state = self._decode([tokens[:, None].to(self._dtype), position, *state])
         return logits[:, -1], state
 
+    def text(
+        self,
+        ids: Tensor,
+        limits: Limits,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        put: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """What follows prompts [B, n] of equal length: [B, count].
+
+        `put` gets each column [B] of new tokens, on the CPU, as soon as it is known.
+        """
+        columns = []
+        for tokens in self.tokens(ids, limits, sampling, generator):
+            columns.append(tokens)
+            if put is not None:
+                put(tokens.cpu())
+        if not columns:
+            return torch.empty(ids.shape[0], 0, dtype=ids.dtype, device=self.device)
+        return torch.stack(columns, 1)
+
     def tokens(
         self, ids: Tensor, limits: Limits, sampling: Sampling, generator: torch.Generator | None
     ) -> Iterator[Tensor]:

@@ -101,12 +101,10 @@ class Generator:
         longest = 0
         for rows in self._groups(lengths):
             text = ids[rows, ids.shape[1] - lengths[rows[0]] :]
-            count = 0
-            for tokens in self.loop.tokens(text, limits, sampling, generator):
-                made[rows, count] = tokens
-                count += 1
-                if streamer is not None:
-                    streamer.put(tokens.cpu())
+            put = None if streamer is None else streamer.put
+            new_tokens = self.loop.text(text, limits, sampling, generator, put)
+            count = new_tokens.shape[1]
+            made[rows, :count] = new_tokens
             longest = max(longest, count)
         if streamer is not None:
             streamer.end()
