@@ -115,6 +115,7 @@ def kernel_binary(one: CompiledLaunch) -> tuple[CudaKernel, bytes]:
         programs=size_expr(one.code.programs),
         warps=one.binary.warps,
         shared=one.binary.shared,
+        dependent=one.code.dependent,
     )
     return kernel, one.binary.cubin
 

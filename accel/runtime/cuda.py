@@ -3,13 +3,19 @@
 Kernels run on torch's current stream, in torch's context, so they keep order with torch's own and
 are captured in its CUDA graphs. A kernel that meets an index out of range sets a word in pinned
 host memory; it is looked at when the device is known to have finished, and before the next call.
+
+A dependent kernel (`CudaKernel.dependent`) is launched as one that may start while its predecessor
+runs; CUDA graphs record that as an edge of its own kind. After a copy or a library's kernel, which
+know nothing of it, it starts when they have ended.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from functools import cache
+from typing import ClassVar
 
 import torch
 
@@ -23,6 +29,28 @@ _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED = 48 << 10
 _OUT_OF_MEMORY = 2
 _LARGEST_GRID = (1 << 31) - 1
+_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_MOST_CONFIGS = 256
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an id, and a union of 64 bytes of which one int is used."""
+
+    _fields_: ClassVar = [("id", ctypes.c_int), ("padding", ctypes.c_char * 4),
+                          ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]  # fmt: skip
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_: ClassVar = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3),
+                          ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
+                          ("attributes", ctypes.POINTER(_Attribute)),
+                          ("count", ctypes.c_uint)]  # fmt: skip
+
+
+# Constant, and kept alive for the configurations that point to it.
+_DEPENDENT = _Attribute(_SERIALIZATION, b"", 1)
 
 
 class Driver:
@@ -32,6 +60,8 @@ class Driver:
         self.launch = library.cuLaunchKernel
         self.launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7,
                                 *[ctypes.c_void_p] * 3]  # fmt: skip
+        self.launch_with = library.cuLaunchKernelEx
+        self.launch_with.argtypes = [ctypes.POINTER(_Config), *[ctypes.c_void_p] * 3]
         self._library = library
 
     def call(self, name: str, *args: object) -> None:
@@ -143,13 +173,13 @@ class CudaLibrary:
         return self._launcher(name, kernel, function)
 
     def _launcher(self, name: str, kernel: CudaKernel, function: ctypes.c_void_p) -> KernelFunction:
-        launch, check, device = self._driver.launch, self._driver.check, self.device
+        check, device = self._driver.check, self.device
         count = kernel.tensors + len(kernel.sizes)
         status = ctypes.c_int64(self._status.data_ptr())
         null = ctypes.c_int64(0)
         extra = [ctypes.addressof(status)] if kernel.checks else []
         extra += [ctypes.addressof(null)] * kernel.spare
-        threads, shared = 32 * kernel.warps, kernel.shared
+        launch = self._driver_launch(kernel, function)
         fixed = kernel.programs if isinstance(kernel.programs, int) else None
         pointers: dict[int, ctypes.Array[ctypes.c_void_p]] = {}
 
@@ -173,8 +203,35 @@ class CudaLibrary:
             if not 0 < programs <= _LARGEST_GRID:
                 raise ExecutionError(f"a grid of {programs} programs", where=name)
             stream = torch.cuda.current_stream(device).cuda_stream
-            code = launch(function, programs, 1, 1, threads, 1, 1, shared, stream, parameters, None)
+            code = launch(programs, stream, parameters)
             if code:
                 check(code, name)
 
         return run
+
+    def _driver_launch(
+        self, kernel: CudaKernel, function: ctypes.c_void_p
+    ) -> Callable[[int, int, ctypes.Array[ctypes.c_void_p]], int]:
+        """(programs, stream, parameters) -> CUDA's error code."""
+        threads, shared = 32 * kernel.warps, kernel.shared
+        if not kernel.dependent:
+            plain = self._driver.launch
+            return lambda programs, stream, parameters: plain(
+                function, programs, 1, 1, threads, 1, 1, shared, stream, parameters, None
+            )
+        launch = self._driver.launch_with
+        configs: dict[tuple[int, int], _Config] = {}  # never changed once made: threads share them
+
+        def dependent(
+            programs: int, stream: int, parameters: ctypes.Array[ctypes.c_void_p]
+        ) -> int:
+            config = configs.get((programs, stream))
+            if config is None:
+                if len(configs) > _MOST_CONFIGS:
+                    configs.clear()
+                config = _Config((programs, 1, 1), (threads, 1, 1), shared, stream,
+                                 ctypes.pointer(_DEPENDENT), 1)  # fmt: skip
+                configs[programs, stream] = config
+            return int(launch(config, function, parameters, None))
+
+        return dependent

@@ -32,6 +32,7 @@ class CudaKernel:
         spare: so many null pointers follow.
         programs: the grid's size, from `sizes`.
         shared: bytes of dynamic shared memory.
+        dependent: it may be launched while earlier kernels run: it waits for them itself.
     """
 
     symbol: str
@@ -44,6 +45,7 @@ class CudaKernel:
     shared: int
     offset: int = 0
     length: int = 0
+    dependent: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,10 @@ def _kernel(data: dict[str, object], room: int) -> CudaKernel:
     kernel = CudaKernel(**data)  # type: ignore[arg-type]
     numbers = (kernel.tensors, kernel.spare, kernel.warps, kernel.shared, kernel.offset,
                kernel.length)  # fmt: skip
-    if not all(type(n) is int and n >= 0 for n in numbers) or type(kernel.checks) is not bool:
+    if not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError("a number is missing")
+    if type(kernel.checks) is not bool or type(kernel.dependent) is not bool:
+        raise ValueError("a truth value is missing")
     if kernel.warps not in (1, 2, 4, 8, 16, 32) or kernel.spare > 16 or kernel.tensors > 1024:
         raise ValueError("launch parameters out of range")
     if kernel.offset + kernel.length > room:

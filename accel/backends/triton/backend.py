@@ -11,9 +11,9 @@ import torch
 
 from accel.backends.loops import trace
 from accel.backends.loops.phases import REDUCTIONS
-from accel.backends.triton import anchors, dtypes, matmul, scalar
+from accel.backends.triton import anchors, dependent, dtypes, matmul, scalar
 from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot
-from accel.backends.triton.toolchain import Binary, compile_source, version
+from accel.backends.triton.toolchain import Binary, capability, compile_source, version
 from accel.errors import BackendError
 from accel.ir.builder import Builder
 from accel.ir.fingerprint import region_fingerprint
@@ -193,7 +193,14 @@ class TritonBackend:
                     f"no generated kernel: {reason}", where=str(op.location or kernel.location)
                 )
         make, tile = anchors.generator(kind), self.tile_of(kernel)
-        return make(name, region, print_op(kernel), self.sms, tile)
+        code = make(name, region, print_op(kernel), self.sms, tile)
+        if capability(self.arch) >= dependent.FIRST_CAPABILITY:
+            constants = {Slot("input", i).name for i in constant_operands(kernel)}
+            for launch in code.launches:
+                known = constants | set(launch.sizes)
+                launch.source = dependent.overlapped(launch.source, launch.name, known)
+                launch.dependent = True
+        return code
 
     def primitive_region(self, region: Region, kind: str = "") -> Region:
         """A copy in which every op has code of its own; composites without are decomposed."""
@@ -215,10 +222,18 @@ class TritonBackend:
         return copy
 
 
+def constant_operands(kernel: Op) -> tuple[int, ...]:
+    """Which operands are weights of the program: memory that nothing writes while it runs."""
+    made = [(i, value.op) for i, value in enumerate(kernel.operands)]
+    return tuple(i for i, op in made if op is not None and op.name == "constant")
+
+
 def kernel_fingerprint(kernel: Op) -> str:
-    """What an `accel.kernel` op computes, and its kind: equal ones share one kernel."""
+    """What an `accel.kernel` op computes, its kind, and which operands are constants: equal ones
+    share one kernel."""
     region = region_fingerprint(kernel.regions[0])
-    return hashlib.sha256(f"{kernel.attribute('kind')} {region}".encode()).hexdigest()
+    text = f"{kernel.attribute('kind')} {constant_operands(kernel)} {region}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _compile(launch: LaunchCode, arch: str) -> Binary:

@@ -13,19 +13,19 @@ cast, mul and sum, so that loops, masks and addresses are those of the other ker
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product as combinations
 
 from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.merge import group_extent
 from accel.backends.loops.phases import Phase, Place, Planner, Reduce, Store
 from accel.backends.loops.survey import Survey
-from accel.backends.triton.addresses import Group
+from accel.backends.triton.addresses import Group, size_text
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
-from accel.backends.triton.program import ProgramWriter
-from accel.backends.triton.reductions import Tile
+from accel.backends.triton.program import Pass, ProgramWriter
+from accel.backends.triton.reductions import Reduction, Tile
 from accel.backends.triton.text import Expr
 from accel.backends.triton.tiles import Columns, Shape, next_power
 from accel.errors import BackendError
@@ -43,13 +43,15 @@ _NARROW = 32  # results a multiprocessor: fewer need small programs to be spread
 class GemvTile:
     """How a program streams: `rows` of the weight by `columns` of K at a time.
 
-    `stages` blocks are in flight (1: as many as the multiprocessor's other programs bring).
+    `stages` blocks are in flight (1: as many as the multiprocessor's other programs bring), and
+    `ahead` of them are loaded before the program waits for earlier kernels.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int = 1
+    ahead: int = 1
 
 
 def reason(op: Op) -> str | None:
@@ -82,7 +84,7 @@ def choose(columns: int, depth: int, streams: int, rows: int, sms: int) -> GemvT
     else:
         tile = GemvTile(4, 2048, 4, 3)
     span = min(tile.columns, next_power(depth))
-    return GemvTile(tile.rows, span, max(1, min(tile.warps, span // 256)), tile.stages)
+    return replace(tile, columns=span, warps=max(1, min(tile.warps, span // 256)))
 
 
 def candidates(kernel: Op, sms: int) -> list[GemvTile]:
@@ -231,10 +233,24 @@ class GemvWriter(ProgramWriter):
             return Tile(f"[1, {columns.name}]", 1, True)  # the same for all rows of the weight
         return super()._tile(columns, reduce)
 
+    def _loop(self, one: Pass, columns: Columns, reductions: Sequence[Reduction]) -> None:
+        """The first blocks stand before the loop, so that they can be loaded ahead of the wait."""
+        assert self.tile is not None
+        for number in range(self._ahead(columns)):
+            base = "" if number == 0 else str(number * columns.size)
+            self._step(one, columns, reductions, base, self.emitter.block)
+        if self._ahead(columns) * columns.size < max_extent([columns]):
+            super()._loop(one, columns, reductions)
+
+    def _ahead(self, columns: Columns) -> int:
+        assert self.tile is not None
+        return min(self.tile.ahead, max_extent([columns]) // columns.size)
+
     def _steps(self, columns: Columns) -> str:
         assert self.tile is not None
         stages = f", num_stages={self.tile.stages}" if self.tile.stages > 1 else ""
-        return f"tl.range({self._bounds(columns)}, {columns.name}{stages})"
+        first = self._ahead(columns) * columns.size
+        return f"tl.range({first}, {size_text(columns.extent)}, {columns.name}{stages})"
 
 
 def max_extent(columns: Iterable[Columns]) -> int:

@@ -54,6 +54,8 @@ class LaunchCode:
         signature: Triton's types of all its parameters, block sizes ("constexpr") included.
         programs: how many programs the grid has.
         inplace: pairs (position in writes, position in reads) that may be the same memory.
+        dependent: it may start before earlier kernels have ended, and waits for them itself
+            (`accel.backends.triton.dependent`).
     """
 
     name: str
@@ -67,6 +69,7 @@ class LaunchCode:
     programs: Dim
     warps: int
     inplace: list[tuple[int, int]] = field(default_factory=list)
+    dependent: bool = False
 
 
 @dataclass

@@ -298,15 +298,34 @@ class ProgramWriter:
 
     def _looped_pass(self, one: Pass, columns: Columns) -> None:
         emitter = self.emitter
-        bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
         reductions = [Reduction(r, self._tile(columns, r)) for r in one.reduces]
         for reduction in reductions:
             reduction.start(emitter.block)
-        names = emitter.block.names
-        start, variable = names.fresh("start"), names.fresh("col")
-        body = Block(names)
+        self._loop(one, columns, reductions)
+        for reduce, reduction in zip(one.reduces, reductions):
+            self._finish(reduce, reduction)
+
+    def _loop(self, one: Pass, columns: Columns, reductions: Sequence[Reduction]) -> None:
+        """The loop over blocks of columns."""
+        names = self.emitter.block.names
+        start, body = names.fresh("start"), Block(names)
+        self._step(one, columns, reductions, start, body)
+        self.emitter.block.nest(f"for {start} in {self._steps(columns)}:", body)
+
+    def _step(
+        self,
+        one: Pass,
+        columns: Columns,
+        reductions: Sequence[Reduction],
+        base: str,
+        body: Block,
+    ) -> None:
+        """One block of columns, starting at `base`."""
+        emitter = self.emitter
+        bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
+        variable = body.names.fresh("col")
         with emitter.inside(emitter.column_scope(one.axes, body)):
-            self._range(columns, variable, start)
+            self._range(columns, variable, base)
             mask = self._limit(one.axes, variable, columns.extent, columns.size)
             for reduce, reduction in zip(one.reduces, reductions):
                 value, place = self._operand(reduce)
@@ -314,10 +333,6 @@ class ProgramWriter:
             for store in one.stores:
                 self._store(self.phase.stores.index(store), store)
         emitter.addresses.groups, emitter.masks = bound, masks
-        head = f"for {start} in {self._steps(columns)}:"
-        emitter.block.nest(head, body)
-        for reduce, reduction in zip(one.reduces, reductions):
-            self._finish(reduce, reduction)
 
     def _steps(self, columns: Columns) -> str:
         """The loop over blocks of columns."""

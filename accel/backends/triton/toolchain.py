@@ -78,6 +78,11 @@ def _sources() -> str:
     return hasher.hexdigest()[:16]
 
 
+def capability(arch: str) -> int:
+    """sm_90 -> 90."""
+    return int(arch.removeprefix("sm_").rstrip("a"))
+
+
 @contextmanager
 def loaded(source: str, name: str) -> Iterator[ModuleType]:
     """The source as a module."""
@@ -112,7 +117,6 @@ def compile_source(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    capability = int(arch.removeprefix("sm_").rstrip("a"))
     aligned = {
         (position,): [["tt.divisibility", _ALIGNMENT]]
         for position, type_ in enumerate(signature.values())
@@ -124,7 +128,7 @@ def compile_source(
     with loaded(source, name) as module:
         unit = ASTSource(getattr(module, name), dict(signature), dict(constants), aligned)
         try:
-            made = triton.compile(unit, target=GPUTarget("cuda", capability, 32), options=options)
+            made = triton.compile(unit, target=GPUTarget("cuda", capability(arch), 32), options=options)
         except Exception as error:
             raise BackendError(f"Triton does not compile {name}: {error}\n{source}") from error
     ptx = str(made.asm["ptx"])
