@@ -16,6 +16,8 @@ from accel.ir.module import Function, Module, Op, Region, SymbolInfo, Value
 from accel.ir.op import Trait
 from accel.ir.types import Dim, TensorType, product, substitute
 
+_LOOKUPS = ("embedding", "gather", "take_along", "dynamic_slice")
+
 # A symbolic size without a value: as many as this, where its range allows.
 _TYPICAL_SIZE = 64
 
@@ -197,13 +199,61 @@ def op_cost(op: Op, sizes: Mapping[str, int] | None = None) -> Cost:
 def _moved(op: Op, sizes: Mapping[str, int]) -> int:
     if op.has(Trait.VIEW):
         return 0
-    written = sum(_nbytes(r.type, sizes) for r in op.results)
-    read = {v: _nbytes(v.type, sizes) for v in op.operands}
-    if op.has(Trait.UPDATE) and len(op.operands) > 1:  # in place, as a rule
-        return 2 * read[op.operands[1]]
-    if op.name in ("embedding", "gather", "take_along", "dynamic_slice"):
-        read[op.operands[0]] = min(read[op.operands[0]], written)  # only the rows that are wanted
+    if op.regions:
+        return _moved_by_region(op, sizes)
+    written = sum(_written(r, sizes) for r in op.results)
+    return written + sum(_read_by(op, v, sizes) for v in dict.fromkeys(op.operands))
+
+
+def _moved_by_region(op: Op, sizes: Mapping[str, int]) -> int:
+    """What crosses a kernel's border: of each argument what its region reads, and its results."""
+    read: dict[Value, int] = {}
+    written = 0
+    for region in op.regions:
+        for operand, arg in zip(op.operands, region.args):
+            wanted = read.get(operand, 0) + _read(arg, sizes)
+            read[operand] = min(wanted, _nbytes(operand.type, sizes))
+        results = region.results if region.last is not None else ()
+        written += sum(_written(v, sizes) for v in results)
     return written + sum(read.values())
+
+
+def _read(value: Value, sizes: Mapping[str, int]) -> int:
+    """Bytes of a value in memory that are read within a region, views looked through."""
+    total = _nbytes(value.type, sizes)
+    wanted = 0
+    for user in value.users:
+        if user.has(Trait.TERMINATOR):
+            return total
+        if user.has(Trait.VIEW) and user.operands[0] is value:
+            wanted += _read(user.result, sizes)
+        else:
+            wanted = max(wanted, _read_by(user, value, sizes))
+        if wanted >= total:
+            return total
+    return wanted
+
+
+def _read_by(op: Op, value: Value, sizes: Mapping[str, int]) -> int:
+    """Bytes that one op reads of one of its operands."""
+    total = _nbytes(value.type, sizes)
+    if value is not op.operands[0]:
+        return total
+    if op.has(Trait.UPDATE):
+        return 0  # written over in place, as a rule
+    if op.name in _LOOKUPS:  # only the rows that are wanted
+        count = _numel(op.results[0].type, sizes)
+        return min(total, count * total // max(_numel(value.type, sizes), 1))
+    return total
+
+
+def _written(value: Value, sizes: Mapping[str, int]) -> int:
+    op = value.op
+    while op is not None and op.has(Trait.VIEW):
+        op = op.operands[0].op
+    if op is not None and op.has(Trait.UPDATE) and len(op.operands) > 1:
+        return _nbytes(op.operands[1].type, sizes)
+    return _nbytes(value.type, sizes)
 
 
 def _flops(op: Op, sizes: Mapping[str, int]) -> int:
