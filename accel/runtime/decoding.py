@@ -83,17 +83,18 @@ class TokenLoop:
         limits: Limits,
         sampling: Sampling,
         generator: torch.Generator | None,
-        put: Callable[[Tensor], None] | None = None,
+        put: Callable[[Tensor], bool | None] | None = None,
     ) -> Tensor:
         """What follows prompts [B, n] of equal length: [B, count].
 
-        `put` gets each column [B] of new tokens, on the CPU, as soon as it is known.
+        `put` gets each column [B] of new tokens, on the CPU, as soon as it is known, and returns
+        True where no more is wanted (stop strings).
         """
         columns = []
         for tokens in self.tokens(ids, limits, sampling, generator):
             columns.append(tokens)
-            if put is not None:
-                put(tokens.cpu())
+            if put is not None and put(tokens.cpu()):
+                break
         if not columns:
             return torch.empty(ids.shape[0], 0, dtype=ids.dtype, device=self.device)
         return torch.stack(columns, 1)
