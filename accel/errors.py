@@ -136,3 +136,10 @@ class ExecutionError(AccelError):
 
     id = "ACCEL053"
     exit_code = 10
+
+
+class OutOfMemoryError(ExecutionError):
+    """A device has not enough memory for a call. What calls had kept there was given back."""
+
+    id = "ACCEL054"
+    exit_code = 11

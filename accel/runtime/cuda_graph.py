@@ -5,23 +5,30 @@ records them; later ones copy the inputs to where the recording reads them and r
 are copied out, so that the next call does not overwrite what a caller holds. State that a result
 may take over (a donated argument: a KV cache, say) is read and written where it is, as long as the
 caller passes the same memory again. A function with a step that cannot be recorded (one that waits
-for the device, say) goes on step by step, and the log says which.
+for the device, say) goes on step by step; the log and `reason` say why.
+
+A recording keeps memory, so their number is bounded (`GraphLimit`): the one that was used least
+recently goes, and has to be used more often than before to be recorded again. Sizes that come once
+are never recorded.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from accel.config import logger
-from accel.errors import ExecutionError
+from accel.errors import ExecutionError, OutOfMemoryError
 
 _log = logger("runtime")
 _ALIGNMENT = 16
+
+_MOST_GRAPHS = 16  # of one function and arena
+_PATIENCE = 4  # times as many calls before a dropped recording is made again
 
 _RECORDING = threading.Lock()
 
@@ -54,6 +61,8 @@ class GraphRunner:
         self._steps, self._device, self._check, self._name = steps, device, check, name
         self._donates, self._record, self._pool = dict(donates), record, pool
         self._calls = 0
+        self._wanted = 2  # the call that is recorded
+        self.reason = "" if record else "recording is switched off"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._results: list[Tensor] = []
@@ -64,6 +73,11 @@ class GraphRunner:
     @property
     def recorded(self) -> bool:
         return self._graph is not None
+
+    def drop(self) -> None:
+        """Gives the recording and its memory back; many more calls are wanted for the next one."""
+        self._graph, self._inputs, self._results, self._in_place = None, [], [], {}
+        self._calls, self._wanted = 1, self._wanted * _PATIENCE
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """One call. Raises ExecutionError for a failure of this call or an earlier one."""
@@ -78,7 +92,7 @@ class GraphRunner:
         try:
             if self._graph is None:
                 self._calls += 1
-                if self._calls == 2 and self._record:
+                if self._calls >= self._wanted and self._record:
                     self._capture(inputs)
                 if self._graph is None:
                     return self._step_by_step(inputs)
@@ -136,6 +150,9 @@ class GraphRunner:
                 self._results = self._steps(self._inputs)
         except (RuntimeError, ExecutionError) as error:
             self._inputs, self._results, self._record = [], [], False
+            if isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError)):
+                raise
+            self.reason = str(error)
             _log.warning("'%s' runs without a CUDA graph: %s", self._name, error)
             return
         torch.cuda.current_stream().wait_stream(side)
@@ -145,6 +162,19 @@ class GraphRunner:
             if _share(self._results[result], self._inputs[argument])
         }
         self._graph = graph
+
+
+class GraphLimit:
+    """Bounds the recordings of one function and arena; the least recently used goes first."""
+
+    def __init__(self, most: int = _MOST_GRAPHS) -> None:
+        self.most = most
+
+    def enforce(self, runners: Iterable[GraphRunner | None]) -> None:
+        """Drops what is over the bound. `runners`: the least recently used first."""
+        recorded = [r for r in runners if r is not None and r.recorded]
+        for runner in recorded[: max(0, len(recorded) - self.most)]:
+            runner.drop()
 
 
 def _is_aligned(x: Tensor) -> bool:

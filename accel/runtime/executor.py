@@ -11,11 +11,18 @@ Several threads may call a function at once: each call borrows a *lane*, which i
 closures that point into it. Results never lie in an arena, and never share memory with each other,
 with a weight, or with a later call's results; they share memory with an argument only where the
 function returns (a view of) it or the plan donates it.
+
+Where memory runs out, the arenas and recordings of all functions on the device that are not running
+are given back and the call is made once more, unless it may have changed state; then it is an
+OutOfMemoryError, and a smaller call can follow.
 """
 
 from __future__ import annotations
 
+import gc
 import threading
+import traceback
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from operator import length_hint
@@ -24,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.errors import AccelError, ExecutionError, InputError
+from accel.errors import AccelError, ExecutionError, InputError, OutOfMemoryError
 from accel.runtime.analysis import analyze
 from accel.runtime.binding import Binding, Sizes
-from accel.runtime.cuda_graph import GraphRunner
+from accel.runtime.cuda_graph import GraphLimit, GraphRunner
 from accel.runtime.interfaces import HostCode, Libraries
 from accel.runtime.plan import FunctionPlan, Step
 from accel.runtime.prepare import PreparedCalls, WeightSource, prepare
@@ -38,6 +45,9 @@ from accel.runtime.steps import Parts, StepBuilder, describe
 _CPU = torch.device("cpu")
 _MAX_LANES = 8  # arenas kept for concurrent calls
 _MAX_BOUND = 32  # sets of sizes that a lane keeps closures for
+_NO_MEMORY = (torch.OutOfMemoryError, OutOfMemoryError, MemoryError)
+_CPU_IS_FULL = "can't allocate memory"  # a RuntimeError of torch's without a type of its own
+_ALIVE: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
 
 
 class CompiledFunction:
@@ -73,12 +83,20 @@ class CompiledFunction:
         self._parts: Parts | None = None
         self._lock = threading.Lock()
         self._lanes: list[_Lane] = []
+        _ALIVE.add(self)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Runs the function on one tensor per argument; returns one tensor per result.
 
-        Raises InputError if the tensors do not fit, ExecutionError if a step fails.
+        Raises InputError if the tensors do not fit, ExecutionError if a step fails,
+        OutOfMemoryError if the device's memory does not do.
         """
+        try:
+            return self._call(inputs)
+        except _NO_MEMORY as error:
+            return self._call_with_less(inputs, error)
+
+    def _call(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         lanes = self._lanes
         try:
             lane = lanes.pop()
@@ -89,9 +107,48 @@ class CompiledFunction:
             if bound is None or not bound.accepts(inputs):
                 bound = self._bind(lane, inputs)
             return bound.run(inputs)
+        except _NO_MEMORY:
+            lane.clear()
+            raise
         finally:
             if len(lanes) < _MAX_LANES:
                 lanes.append(lane)
+
+    def _call_with_less(self, inputs: Sequence[Tensor], error: BaseException) -> list[Tensor]:
+        """Once more, after everything that idle functions keep was given back."""
+        traceback.clear_frames(error.__traceback__)  # they hold the failed call's tensors
+        release_memory(self.device)
+        if not self.plan.donates:
+            try:
+                return self._call(inputs)
+            except _NO_MEMORY as again:
+                traceback.clear_frames(again.__traceback__)
+                error = again
+                release_memory(self.device)
+        reason = str(getattr(error, "what", error)).partition(". ")[0]
+        raise OutOfMemoryError(
+            f"{self.device} has not enough memory for this call of '{self.plan.name}': {reason}",
+            where=getattr(error, "where", ""),
+            advice="call it with a smaller batch, or free memory that other tensors hold; the "
+            "process can go on",
+        ) from None
+
+    def release(self) -> None:
+        """Gives back the arenas and recordings that no call is using."""
+        while self._lanes:
+            try:
+                self._lanes.pop().clear()
+            except IndexError:  # another thread took the last one
+                return
+
+    def graphs(self) -> dict[str, Any]:
+        """CUDA graphs: how many sets of sizes are recorded, how many run step by step, and why a
+        recording failed ("" where none did)."""
+        runners = [b.graph for lane in list(self._lanes) for b in list(lane.bound.values())]
+        known = [r for r in runners if r is not None]
+        recorded = sum(r.recorded for r in known)
+        reason = next((r.reason for r in known if r.reason), "")
+        return {"recorded": recorded, "step_by_step": len(known) - recorded, "reason": reason}
 
     def prepare(self) -> None:
         """Checks and packs the weights now rather than in the first call."""
@@ -142,11 +199,12 @@ class CompiledFunction:
                 try:
                     bound = lane.add(key, self._parts, binding, inputs)
                 except (RuntimeError, MemoryError) as error:
-                    raise ExecutionError(
+                    raise OutOfMemoryError(
                         f"no memory for an arena of {binding.placement.total} bytes"
                     ) from error
         lane.bound.move_to_end(key)
         lane.current = bound
+        lane.limit.enforce(b.graph for b in lane.bound.values())
         return bound
 
     def _check_gradients(self, inputs: Sequence[Tensor]) -> None:
@@ -162,6 +220,16 @@ class CompiledFunction:
                 )
 
 
+def release_memory(device: torch.device) -> None:
+    """Gives back what all compiled functions on a device keep between calls, weights excepted."""
+    for function in list(_ALIVE):
+        if function.device == device:
+            function.release()
+    gc.collect()  # recordings that hang in cycles
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _nothing() -> None:
     return None
 
@@ -175,6 +243,17 @@ class _Lane:
         self.arena = torch.empty(0, dtype=torch.uint8)
         self.bound: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()
         self.current: _Bound | None = None
+        self.limit = GraphLimit()
+
+    def clear(self) -> None:
+        """Gives the arena and the recordings back."""
+        for bound in self.bound.values():
+            if bound.graph is not None:
+                bound.graph.drop()
+                bound.graph = None
+        self.bound.clear()
+        self.current, self.pool = None, None
+        self.arena = torch.empty(0, dtype=torch.uint8)
 
     def add(
         self, key: tuple[int, ...], parts: Parts, binding: Binding, inputs: Sequence[Tensor]
@@ -259,11 +338,12 @@ class _Bound:
                     run(values)
                     self._check(step, values)
                 self._checked = True
-        except AccelError:
+        except (AccelError, *_NO_MEMORY):
             raise
         except Exception as error:
             step = self._steps[len(self._runs) - length_hint(runs) - 1]
-            raise ExecutionError(
+            kind = OutOfMemoryError if _CPU_IS_FULL in str(error) else ExecutionError
+            raise kind(
                 f"{type(error).__name__}: {error}", where=describe(step) if step else ""
             ) from error
         results = [values[slot] for slot in self._results]
