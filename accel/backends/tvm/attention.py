@@ -20,7 +20,7 @@ import torch
 
 from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.phases import Phase, Planner
-from accel.backends.loops.survey import Survey
+from accel.backends.loops.places import find_place
 from accel.backends.loops.trace import Index
 from accel.backends.tvm import dtypes, math, scalar, tir
 from accel.backends.tvm.code import Emitter
@@ -35,7 +35,6 @@ KEYS = 64  # of one block
 QUERIES = 4  # of one task
 _LEAST_QUERIES = 16  # with fewer, copying keys and values costs more than it gains
 _LARGEST_HEAD = 256
-_MAX_ROUNDS = 8
 
 
 def reason(op: Op, least_queries: int = _LEAST_QUERIES) -> str | None:
@@ -84,21 +83,6 @@ def plan(planner: Planner, op: Op) -> None:
     planner.phases.append(phase)
 
 
-def find_place(planner: Planner, op: Op) -> tuple[tuple[Axis, ...], Index]:
-    """Axes of the region's result, and the result's place of each (b, h, i, e) of attention."""
-    result = planner.region.results[0]
-    for _ in range(_MAX_ROUNDS):
-        index, axes = planner.index_of(result.shape)
-        finder = _Finder(planner, op.result)
-        finder.element(result, index)
-        if planner.apply_splits():
-            continue
-        if finder.found is None or any(not _is_plain(i) for i in finder.found):
-            break
-        return axes, (*finder.found, planner.indexer.flatten(index, result.shape))
-    raise BackendError("the result of an attention kernel is not a view of it")
-
-
 def _padded(b: Builder, x: Value, axis: int) -> Value:
     """`axis` rounded up to whole blocks with zeros."""
     extent = x.shape[axis]
@@ -107,25 +91,6 @@ def _padded(b: Builder, x: Value, axis: int) -> Value:
     low = (0,) * x.type.rank
     padded: Value = b.pad(b.widen(x), low=low, high=tuple(high))
     return padded
-
-
-def _is_plain(index: Affine) -> bool:
-    return index == Affine() or index.single_axis is not None
-
-
-class _Finder(Survey):
-    """Walks from the result to the attention op and notes the index it arrives with."""
-
-    def __init__(self, planner: Planner, target: Value) -> None:
-        super().__init__(planner.indexer, {})
-        self.target = target
-        self.found: Index | None = None
-
-    def known_element(self, value: Value, index: Index) -> bool:
-        if value is self.target:
-            self.found = index
-            return False
-        return super().known_element(value, index)
 
 
 class AttentionNest:

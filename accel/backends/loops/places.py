@@ -1,0 +1,46 @@
+"""Where an op's result ends up in the region's, which is a view of it (heads merged, say)."""
+
+from __future__ import annotations
+
+from accel.backends.loops.index import Affine, Axis
+from accel.backends.loops.phases import Planner
+from accel.backends.loops.survey import Survey
+from accel.backends.loops.trace import Index
+from accel.errors import BackendError
+from accel.ir.module import Op, Value
+
+_MAX_ROUNDS = 8
+
+
+def find_place(planner: Planner, op: Op) -> tuple[tuple[Axis, ...], Index]:
+    """Axes of the region's result, and the result's place of each (b, h, i, e) of attention."""
+    result = planner.region.results[0]
+    for _ in range(_MAX_ROUNDS):
+        index, axes = planner.index_of(result.shape)
+        finder = _Finder(planner, op.result)
+        finder.element(result, index)
+        if planner.apply_splits():
+            continue
+        if finder.found is None or any(not _is_plain(i) for i in finder.found):
+            break
+        return axes, (*finder.found, planner.indexer.flatten(index, result.shape))
+    raise BackendError("the result of an attention kernel is not a view of it")
+
+
+def _is_plain(index: Affine) -> bool:
+    return index == Affine() or index.single_axis is not None
+
+
+class _Finder(Survey):
+    """Walks from the result to the attention op and notes the index it arrives with."""
+
+    def __init__(self, planner: Planner, target: Value) -> None:
+        super().__init__(planner.indexer, {})
+        self.target = target
+        self.found: Index | None = None
+
+    def known_element(self, value: Value, index: Index) -> bool:
+        if value is self.target:
+            self.found = index
+            return False
+        return super().known_element(value, index)
