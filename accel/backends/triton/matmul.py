@@ -24,8 +24,9 @@ from accel.backends.loops.survey import Survey
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import decompose, size_text
-from accel.backends.triton.emitter import Emitter, Scope
+from accel.backends.triton.emitter import Scope
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
+from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import next_power, parts_of
@@ -216,33 +217,13 @@ def plan(planner: Planner) -> Plan:
     raise BackendError("a matmul kernel whose index does not come to rest")
 
 
-class _Operands(Emitter):
-    """Loads dot's operands as they are stored, zeros beyond K; other values as ever."""
-
-    raw = False
-
-    def load(self, value: Value, index: Index) -> Expr:
-        if not self.raw:
-            return super().load(value, index)
-        self.used.setdefault(value)
-        flat = self.indexer.flatten(index, value.shape)
-        loaded = self.load_text(self.pointers[value], self.addresses.code(flat), flat.axes)
-        return Expr(loaded.text, "stored", loaded.dims)
-
-    def load_text(self, pointer: str, address: Expr, axes: frozenset[Axis]) -> Expr:
-        made = super().load_text(pointer, address, axes)
-        if self.raw and "mask=" in made.text:
-            return Expr(made.text.removesuffix(")") + ", other=0.0)", made.kind, made.dims)
-        return made
-
-
 # -- the code --------------------------------------------------------------------------------
 
 
 class MatmulWriter:
     """Writes the one program of a matmul kernel."""
 
-    def __init__(self, plan: Plan, emitter: _Operands, targets: Sequence[str], tile: MatmulTile):
+    def __init__(self, plan: Plan, emitter: StoredOperands, targets: Sequence[str], tile: MatmulTile):
         self.plan, self.emitter, self.targets, self.tile = plan, emitter, targets, tile
         self.rows: Dim = product(a.extent for a in plan.rows)
         self.columns = product(a.extent for a in plan.columns)
@@ -377,7 +358,7 @@ class MatmulGenerator(Generator):
         made = plan(self.planner)
         self.kind = index_kind(self.region, [])
         pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
-        emitter = _Operands(self.planner.indexer, pointers, set(), self.kind)
+        emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
         writes = [Slot("result", i) for i in range(len(made.stores))]
         rows, columns = made.op.result.shape[:-1], made.stores[0][0].shape[-1]
         depth, tiles = int(made.op.operands[0].shape[-1]), len(made.places)

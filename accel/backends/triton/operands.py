@@ -1,0 +1,29 @@
+"""Operands of `tl.dot`: elements as they are stored."""
+
+from __future__ import annotations
+
+from accel.backends.loops.index import Axis
+from accel.backends.loops.trace import Index
+from accel.backends.triton.emitter import Emitter
+from accel.backends.triton.text import Expr
+from accel.ir.module import Value
+
+
+class StoredOperands(Emitter):
+    """Loads dot's operands as they are stored, zeros beyond K; other values as ever."""
+
+    raw = False
+
+    def load(self, value: Value, index: Index) -> Expr:
+        if not self.raw:
+            return super().load(value, index)
+        self.used.setdefault(value)
+        flat = self.indexer.flatten(index, value.shape)
+        loaded = self.load_text(self.pointers[value], self.addresses.code(flat), flat.axes)
+        return Expr(loaded.text, "stored", loaded.dims)
+
+    def load_text(self, pointer: str, address: Expr, axes: frozenset[Axis]) -> Expr:
+        made = super().load_text(pointer, address, axes)
+        if self.raw and "mask=" in made.text:
+            return Expr(made.text.removesuffix(")") + ", other=0.0)", made.kind, made.dims)
+        return made
