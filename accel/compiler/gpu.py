@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from accel import __version__
@@ -15,6 +16,10 @@ from accel.compiler.targets import Target
 from accel.ir.capability import Library
 from accel.ir.module import Module, Op
 from accel.runtime.cuda_code import CudaKernel, pack, unpack
+
+# Instructions that only one architecture has, by PTX's manual.
+_ONE_ARCHITECTURE = ("wgmma.", "setmaxnreg.", "tcgen05.")
+_TARGET = re.compile(r"(\.target sm_\d+)[af]\b")
 
 KERNEL_PIPELINE = (
     "select_products",
@@ -52,6 +57,7 @@ def compile_launches(
     symbols: dict[str, KernelSymbol] = {}
     code: dict[str, tuple[CudaKernel, bytes]] = {}
     sources: dict[str, str] = {}
+    ptx: dict[str, bytes] = {}
     prints = {op: kernel_fingerprint(op) for op in kernels}
     for op in kernels:
         if prints[op] in symbols:
@@ -68,7 +74,8 @@ def compile_launches(
         sources |= header["sources"]
         unpacked = unpack(payload)
         code |= {n: (k, unpacked.cubin(n)) for n, k in unpacked.kernels.items()}
-    return {op: symbols[prints[op]] for op in kernels}, pack(backend.arch, code), sources
+        ptx |= {n: unpacked.ptx(n) for n in unpacked.kernels}
+    return {op: symbols[prints[op]] for op in kernels}, pack(backend.arch, code, ptx), sources
 
 
 def kernel_key(op: Op, backend: TritonBackend) -> str:
@@ -91,7 +98,8 @@ def _compile(op: Op, backend: TritonBackend) -> tuple[dict[str, Any], bytes]:
         "sources": compiled.sources | {f"{one.name}.ptx": one.binary.ptx for one in launches},
     }
     packed = {one.name: kernel_binary(one) for one in launches}
-    return header, pack(backend.arch, packed)
+    ptx = {one.name: portable(one.binary.ptx) for one in launches}
+    return header, pack(backend.arch, packed, ptx)
 
 
 def _launch(one: CompiledLaunch) -> dict[str, Any]:
@@ -118,6 +126,16 @@ def kernel_binary(one: CompiledLaunch) -> tuple[CudaKernel, bytes]:
         dependent=one.code.dependent,
     )
     return kernel, one.binary.cubin
+
+
+def portable(ptx: str) -> bytes:
+    """PTX that newer GPUs can be given; empty where it uses what one architecture alone has.
+
+    Triton names the target with its own features ("sm_90a") whether a kernel uses them or not.
+    """
+    if any(name in ptx for name in _ONE_ARCHITECTURE):
+        return b""
+    return _TARGET.sub(r"\1", ptx).encode()
 
 
 def _symbol(header: dict[str, Any]) -> KernelSymbol:

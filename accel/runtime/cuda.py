@@ -19,8 +19,14 @@ from typing import ClassVar
 
 import torch
 
-from accel.errors import ArtifactError, ExecutionError, MissingDependencyError
+from accel.errors import (
+    ArtifactError,
+    ExecutionError,
+    MissingDependencyError,
+    OutOfMemoryError,
+)
 from accel.runtime.cuda_code import CudaKernel, unpack
+from accel.runtime.cuda_load import image_for, load_module, no_portable_code
 from accel.runtime.interfaces import KernelFunction
 from accel.runtime.plan import evaluate_size
 
@@ -62,19 +68,20 @@ class Driver:
                                 *[ctypes.c_void_p] * 3]  # fmt: skip
         self.launch_with = library.cuLaunchKernelEx
         self.launch_with.argtypes = [ctypes.POINTER(_Config), *[ctypes.c_void_p] * 3]
-        self._library = library
+        self.library = library
 
     def call(self, name: str, *args: object) -> None:
         """Calls a function; ExecutionError if it fails."""
-        self.check(getattr(self._library, name)(*args), name)
+        self.check(getattr(self.library, name)(*args), name)
 
     def check(self, code: int, what: str) -> None:
         if code:
             text = ctypes.c_char_p()
-            self._library.cuGetErrorString(code, ctypes.byref(text))
+            self.library.cuGetErrorString(code, ctypes.byref(text))
             reason = text.value.decode() if text.value else f"error {code}"
-            advice = "free some GPU memory" if code == _OUT_OF_MEMORY else ""
-            raise ExecutionError(f"CUDA: {reason}", where=what, advice=advice)
+            if code == _OUT_OF_MEMORY:
+                raise OutOfMemoryError(f"CUDA: {reason}", where=what, advice="free GPU memory")
+            raise ExecutionError(f"CUDA: {reason}", where=what)
 
 
 @cache
@@ -85,7 +92,12 @@ def driver() -> Driver:
             library = ctypes.CDLL(name)
         except OSError:
             continue
-        return Driver(library)
+        try:
+            return Driver(library)
+        except AttributeError as error:
+            raise MissingDependencyError(
+                f"the NVIDIA driver is too old: {error}", advice="update it: CUDA 12 or later"
+            ) from error
     raise MissingDependencyError(
         "this machine has no CUDA driver (libcuda)", advice="run on a machine with an NVIDIA GPU"
     )
@@ -101,15 +113,9 @@ def require_device(device: torch.device) -> None:
 
 
 def check_device(arch: str, device: torch.device) -> None:
-    """Raises ArtifactError if machine code for `arch` does not run on the device."""
-    major, minor = torch.cuda.get_device_capability(device)
-    wanted = int(arch.removeprefix("sm_").rstrip("a"))
-    if major != wanted // 10 or minor < wanted % 10:
-        raise ArtifactError(
-            f"the kernels are for {arch}; {torch.cuda.get_device_name(device)} is "
-            f"sm_{major}{minor}",
-            advice="compile for this GPU's target",
-        )
+    """Raises ArtifactError if neither machine code for `arch` nor its PTX runs on the device."""
+    gpu = torch.cuda.get_device_name(device)
+    image_for(arch, torch.cuda.get_device_capability(device), gpu)
 
 
 class CudaLibrary:
@@ -158,10 +164,10 @@ class CudaLibrary:
         if name not in self.code.kernels:
             raise ArtifactError(f"the GPU code has no kernel '{name}'")
         kernel = self.code.kernels[name]
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        function = ctypes.c_void_p()
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().synchronize()  # makes sure of torch's context
-            self._driver.call("cuModuleLoadData", ctypes.byref(module), self.code.cubin(name))
+            module = load_module(self._driver.library, self._image(name), name)
             self._driver.call(
                 "cuModuleGetFunction", ctypes.byref(function), module, kernel.symbol.encode()
             )
@@ -171,6 +177,16 @@ class CudaLibrary:
                 )
         self._modules.append(module)
         return self._launcher(name, kernel, function)
+
+    def _image(self, name: str) -> bytes:
+        """Machine code, or PTX for a GPU that is newer than it."""
+        gpu = torch.cuda.get_device_name(self.device)
+        if image_for(self.code.arch, torch.cuda.get_device_capability(self.device), gpu) == "cubin":
+            return self.code.cubin(name)
+        text = self.code.ptx(name)
+        if not text:
+            raise no_portable_code(name, self.code.arch, gpu)
+        return text + b"\0"
 
     def _launcher(self, name: str, kernel: CudaKernel, function: ctypes.c_void_p) -> KernelFunction:
         check, device = self._driver.check, self.device
@@ -222,9 +238,7 @@ class CudaLibrary:
         launch = self._driver.launch_with
         configs: dict[tuple[int, int], _Config] = {}  # never changed once made: threads share them
 
-        def dependent(
-            programs: int, stream: int, parameters: ctypes.Array[ctypes.c_void_p]
-        ) -> int:
+        def dependent(programs: int, stream: int, parameters: ctypes.Array[ctypes.c_void_p]) -> int:
             config = configs.get((programs, stream))
             if config is None:
                 if len(configs) > _MOST_CONFIGS:

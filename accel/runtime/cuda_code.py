@@ -1,15 +1,16 @@
 """Generated GPU kernels as bytes: what a compiler writes into an artifact, and a runtime loads.
 
-    accel-cuda-1 \\n length \\n {"arch": "sm_90", "kernels": {name: {...}}} cubin, cubin, ...
+    accel-cuda-1 \\n length \\n {"arch": "sm_90", "kernels": {name: {...}}} cubin, PTX, cubin, ...
 
 The header is JSON: how to launch each kernel (warps, shared memory, how many programs as a size
-expression), and where its machine code lies. It is data; the machine code is native code, and is
-loaded only from files that the user trusts, as a CPU's is.
+expression), and where its machine code lies, and its PTX (zlib), which newer GPUs are given. It is
+data; the code is native code, and is loaded only from files that the user trusts, as a CPU's is.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -18,6 +19,7 @@ from accel.runtime.plan import SizeExpr
 
 MAGIC = b"accel-cuda-1\n"
 _LARGEST_HEADER = 64 << 20
+_LARGEST_PTX = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class CudaKernel:
     shared: int
     offset: int = 0
     length: int = 0
+    ptx_length: int = 0
     dependent: bool = False
 
 
@@ -60,21 +63,46 @@ class CudaCode:
         one = self.kernels[name]
         return bytes(self.machine_code[one.offset : one.offset + one.length])
 
+    def ptx(self, name: str) -> bytes:
+        """The kernel's PTX; empty if it has none. Raises ArtifactError for damaged data."""
+        one = self.kernels[name]
+        start = one.offset + one.length
+        packed = bytes(self.machine_code[start : start + one.ptx_length])
+        unpacker = zlib.decompressobj()
+        try:
+            text = unpacker.decompress(packed, _LARGEST_PTX) if packed else b""
+        except zlib.error as error:
+            raise ArtifactError(f"damaged GPU kernels: {error}", where=name) from error
+        if packed and not unpacker.eof:
+            raise ArtifactError("damaged GPU kernels: PTX is cut off or too long", where=name)
+        return text
+
 
 def is_cuda_code(data: bytes) -> bool:
     return data.startswith(MAGIC)
 
 
-def pack(arch: str, kernels: Mapping[str, tuple[CudaKernel, bytes]]) -> bytes:
-    """The bytes of kernels with their cubins. Equal input, equal bytes."""
+def pack(
+    arch: str,
+    kernels: Mapping[str, tuple[CudaKernel, bytes]],
+    ptx: Mapping[str, bytes] | None = None,
+) -> bytes:
+    """The bytes of kernels with their cubins, and PTX by name. Equal input, equal bytes."""
     header: dict[str, object] = {}
     parts: list[bytes] = []
     offset = 0
     for name in sorted(kernels):
         kernel, cubin = kernels[name]
-        header[name] = {**asdict(kernel), "offset": offset, "length": len(cubin)}
-        parts.append(cubin)
-        offset += len(cubin)
+        text = (ptx or {}).get(name, b"")
+        portable = zlib.compress(text) if text else b""
+        header[name] = {
+            **asdict(kernel),
+            "offset": offset,
+            "length": len(cubin),
+            "ptx_length": len(portable),
+        }
+        parts += [cubin, portable]
+        offset += len(cubin) + len(portable)
     text = json.dumps({"arch": arch, "kernels": header}, sort_keys=True).encode()
     return b"".join([MAGIC, f"{len(text)}\n".encode(), text, *parts])
 
@@ -100,14 +128,14 @@ def unpack(data: bytes) -> CudaCode:
 def _kernel(data: dict[str, object], room: int) -> CudaKernel:
     kernel = CudaKernel(**data)  # type: ignore[arg-type]
     numbers = (kernel.tensors, kernel.spare, kernel.warps, kernel.shared, kernel.offset,
-               kernel.length)  # fmt: skip
+               kernel.length, kernel.ptx_length)  # fmt: skip
     if not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError("a number is missing")
     if type(kernel.checks) is not bool or type(kernel.dependent) is not bool:
         raise ValueError("a truth value is missing")
     if kernel.warps not in (1, 2, 4, 8, 16, 32) or kernel.spare > 16 or kernel.tensors > 1024:
         raise ValueError("launch parameters out of range")
-    if kernel.offset + kernel.length > room:
+    if kernel.offset + kernel.length + kernel.ptx_length > room:
         raise ValueError("machine code is cut off")
     if not isinstance(kernel.symbol, str) or not isinstance(kernel.sizes, (list, tuple)):
         raise ValueError("no symbol")
