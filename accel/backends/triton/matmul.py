@@ -223,7 +223,9 @@ def plan(planner: Planner) -> Plan:
 class MatmulWriter:
     """Writes the one program of a matmul kernel."""
 
-    def __init__(self, plan: Plan, emitter: StoredOperands, targets: Sequence[str], tile: MatmulTile):
+    def __init__(
+        self, plan: Plan, emitter: StoredOperands, targets: Sequence[str], tile: MatmulTile
+    ):
         self.plan, self.emitter, self.targets, self.tile = plan, emitter, targets, tile
         self.rows: Dim = product(a.extent for a in plan.rows)
         self.columns = product(a.extent for a in plan.columns)
