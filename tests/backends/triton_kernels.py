@@ -28,12 +28,16 @@ class InterpretedKernels:
     """Functions as kernels, run by Triton's interpreter in another process."""
 
     def __init__(
-        self, functions: Sequence[Function], worker: Worker, kinds: Sequence[str] = ()
+        self,
+        functions: Sequence[Function],
+        worker: Worker,
+        kinds: Sequence[str] = (),
+        backend: TritonBackend = BACKEND,
     ) -> None:
         self.functions, self.worker = list(functions), worker
         kinds = kinds or ["pointwise"] * len(functions)
         kernels = [kernel_of(f, kind) for f, kind in zip(functions, kinds, strict=True)]
-        self.names, self.made = BACKEND.generate(kernels)
+        self.names, self.made = backend.generate(kernels)
 
     def source(self, number: int) -> str:
         return "\n".join(one.source for one in self.made[self.names[number]].launches)
@@ -53,8 +57,14 @@ class InterpretedKernels:
             memory[Slot("result", i)] = poisoned(shape, result.dtype)
         for i, size in enumerate(code.scratch):
             memory[Slot("scratch", i)] = poisoned([_value(size, symbols)], torch.uint8)
+        for i in code.zeroed:
+            memory[Slot("scratch", i)].zero_()
         for launch in code.launches:
+            for written, read in launch.updates:
+                memory[launch.writes[written]] = memory[launch.reads[read]].clone()
             self._launch(launch, memory, symbols)
+        for i in code.zeroed:
+            assert not memory[Slot("scratch", i)].any(), "a scratch buffer is left as it was found"
         return [memory[Slot("result", i)] for i in range(len(function.results))]
 
     def _launch(

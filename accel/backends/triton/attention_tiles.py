@@ -1,0 +1,41 @@
+"""Which tile an attention kernel takes, and whether a library is faster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accel.backends.triton.tiles import next_power
+from accel.ir.module import Op
+
+_SYMBOLIC_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Queries of one program, keys of one step, and how it is run."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 2
+
+
+def choose(op: Op, sms: int) -> AttentionTile:
+    """The tile of an attention kernel."""
+    q, k, v, _ = op.arguments()
+    size = max(int(q.shape[3]), int(v.shape[3]))
+    queries = q.shape[2] if isinstance(q.shape[2], int) else _SYMBOLIC_LENGTH
+    keys = k.shape[2] if isinstance(k.shape[2], int) else _SYMBOLIC_LENGTH
+    wide = q.dtype.itemsize > 2
+    if wide:
+        best = AttentionTile(32, 32, 4, 2) if size <= 128 else AttentionTile(16, 32, 4, 2)
+    elif size <= 64:
+        best = AttentionTile(128, 64, 4, 3)
+    elif size <= 128:
+        best = AttentionTile(128, 64, 8, 3)
+    else:
+        best = AttentionTile(64, 64, 8, 2)
+    rows = min(best.rows, max(16, next_power(queries)))
+    columns = min(best.columns, max(16, next_power(keys)))
+    warps = min(best.warps, 4) if rows < best.rows else best.warps
+    return AttentionTile(rows, columns, warps, best.stages)
