@@ -1,20 +1,22 @@
 """Decode equivalence: @prefill of n + 1 tokens is @prefill of n, then @decode of one.
 
 Checked with the interpreter, every float in float64, for several numbers of tokens and rows, up to
-the last position of the cache: logits, and the caches as far as they are written. Where @main is
+the last position of the cache and around the end of every ring: logits, and the state as far as it
+is written; so is @extend, where there is one. Where @main is
 there, the last token's logits are also @main's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from accel.errors import ContractError
 from accel.ir.interpret import interpret
-from accel.ir.module import Function, Module
+from accel.ir.module import Function, Module, Value
 from accel.ir.types import value_dtype
 
 TOLERANCE = 1e-9
@@ -37,10 +39,10 @@ def check_decode(
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     for batch in _batches(module.functions["prefill"], batches):
-        for first in _prompts(prompts, capacity, steps):
+        for first in _prompts(module, prompts, capacity, steps):
             count = min(first + steps, capacity)
             ids = torch.randint(0, vocabulary, (batch, count), generator=generator)
-            for error, where in _compare(module, ids, first):
+            for error, where in _compare(module, ids, first, generator):
                 worst = max(worst, error)
                 if not error <= TOLERANCE:
                     raise ContractError(
@@ -57,35 +59,98 @@ def _batches(prefill: Function, wanted: Sequence[int]) -> Sequence[int]:
     return (size,) if isinstance(size, int) else wanted
 
 
-def _prompts(wanted: Sequence[int], capacity: int, steps: int) -> list[int]:
-    ends = [n for n in wanted if n < capacity]
-    return sorted({*ends, max(capacity - steps, 1)})
+def _prompts(module: Module, wanted: Sequence[int], capacity: int, steps: int) -> list[int]:
+    """Lengths of prompts: the caller's, those that end a cache, and those that fill a ring."""
+    lengths = {n for n in wanted if n < capacity} | {max(capacity - steps, 1)}
+    for item, argument in _state(module):
+        if item.get("ring"):
+            slots = int(argument.shape[item["axis"]])
+            lengths |= {n for n in (slots - 1, slots + 1) if 0 < n < capacity}
+    return sorted(lengths)
 
 
-def _compare(module: Module, ids: Tensor, first: int) -> Iterator[tuple[float, str]]:
+def _state(module: Module) -> list[tuple[dict[str, Any], Value]]:
+    """The items of the state and their arguments of @prefill."""
+    items = module.metadata["kv_cache"]["state"]
+    arguments = module.functions["prefill"].args
+    return list(zip(items, arguments[len(arguments) - len(items) :]))
+
+
+def _compare(
+    module: Module, ids: Tensor, first: int, generator: torch.Generator
+) -> Iterator[tuple[float, str]]:
     """Errors of single decodes after a prompt of `first`, against prefills of every length."""
-    batch = ids.shape[0]
-    _, *caches = _run(module, "prefill", [ids[:, :first], *empty_caches(module, batch)])
-    for n in range(first, ids.shape[1]):
+    batch, total = ids.shape
+    others = _other_inputs(module, batch, generator)
+    fixed = _run(module, "encode", others) if "encode" in module.functions else []
+    empty = empty_state(module, batch)
+    _, *state = _run(module, "prefill", [ids[:, :first], *fixed, *empty])
+    told = f"after a prompt of {first}, {batch} rows"
+    if "extend" in module.functions:
+        yield from _compare_extend(module, ids, first, fixed, state, told)
+    for n in range(first, total):
         place = torch.tensor(n)
-        logits, *caches = _run(module, "decode", [ids[:, n : n + 1], place, *caches])
-        fresh = [ids[:, : n + 1], *empty_caches(module, batch)]
-        wanted, *filled = _run(module, "prefill", fresh)
-        where = f"@decode at position {n} after a prompt of {first}, {batch} rows"
+        logits, *state = _run(module, "decode", [ids[:, n : n + 1], place, *fixed, *state])
+        wanted, *filled = _run(module, "prefill", [ids[:, : n + 1], *fixed, *empty])
+        where = f"@decode at position {n} {told}"
         yield _error(wanted, logits), f"the logits of {where}"
-        for i, (old, new) in enumerate(zip(filled, caches)):
-            yield _error(old[:, :, : n + 1], new[:, :, : n + 1]), f"cache {i} of {where}"
+        yield from _compare_state(module, filled, state, n + 1, where)
         if "main" in module.functions and n > 1 and batch > 1:
-            whole = _run(module, "main", [ids[:, : n + 1]])[0]
+            whole = _run(module, "main", [*others, ids[:, : n + 1]])[0]
             yield _error(whole[:, -1:], logits), f"against @main, the logits of {where}"
 
 
-def empty_caches(module: Module, batch: int) -> list[Tensor]:
-    """Caches as @prefill takes them. What is never written must never be read: it is NaN."""
+def _compare_extend(
+    module: Module,
+    ids: Tensor,
+    first: int,
+    fixed: Sequence[Tensor],
+    state: Sequence[Tensor],
+    told: str,
+) -> Iterator[tuple[float, str]]:
+    """Several tokens at once, against prefills of every length."""
+    rest = ids[:, first : first + int(module.metadata["kv_cache"]["extend"])]
+    inputs = [rest, torch.tensor(first), *fixed, *state]
+    logits, *extended = _run(module, "extend", inputs)
+    empty = empty_state(module, ids.shape[0])
+    for i in range(rest.shape[1]):
+        tokens = ids[:, : first + i + 1]
+        wanted, *filled = _run(module, "prefill", [tokens, *fixed, *empty])
+        where = f"@extend at position {first + i} {told}"
+        yield _error(wanted, logits[:, i : i + 1]), f"the logits of {where}"
+    yield from _compare_state(module, filled, extended, first + rest.shape[1], where)
+
+
+def _compare_state(
+    module: Module, wanted: Sequence[Tensor], got: Sequence[Tensor], tokens: int, where: str
+) -> Iterator[tuple[float, str]]:
+    """The state after `tokens` tokens, as far as it is written."""
+    for (item, _), old, new in zip(_state(module), wanted, got):
+        if item["kind"] == "tokens":
+            written = min(tokens, old.shape[item["axis"]])
+            old, new = (x.narrow(item["axis"], 0, written) for x in (old, new))
+        yield _error(old, new), f"{item['name']} after {where}"
+
+
+def _other_inputs(module: Module, batch: int, generator: torch.Generator) -> list[Tensor]:
+    """Inputs of @encode: ids of a few tokens."""
+    if "encode" not in module.functions:
+        return []
+    high = int(module.metadata["kv_cache"]["vocabulary"])
     made = []
-    for argument in module.functions["prefill"].args[1:]:
+    for argument in module.functions["encode"].args:
+        shape = [batch, *(d if isinstance(d, int) else 7 for d in argument.shape[1:])]
+        made.append(torch.randint(0, high, shape, generator=generator, dtype=argument.dtype))
+    return made
+
+
+def empty_state(module: Module, batch: int) -> list[Tensor]:
+    """A state as @prefill takes it. What is never written must never be read: it is NaN."""
+    made = []
+    for _, argument in _state(module):
         shape = [batch if not isinstance(d, int) else d for d in argument.shape]
-        made.append(torch.full(shape, float("nan"), dtype=value_dtype(argument.dtype)))
+        value: float = float("nan") if argument.dtype.is_floating_point else 77
+        made.append(torch.full(shape, value, dtype=value_dtype(argument.dtype)))
     return made
 
 
@@ -96,6 +161,7 @@ def _run(module: Module, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
 def _error(wanted: Tensor, got: Tensor) -> float:
     if wanted.shape != got.shape:
         return float("inf")
+    wanted, got = wanted.double(), got.double()
     scale = max(float(wanted.abs().max()), 1e-6)
     difference = float((wanted - got).abs().max()) / scale
     return difference if difference == difference else float("inf")

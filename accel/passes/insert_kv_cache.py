@@ -1,12 +1,16 @@
-"""A causal language model becomes a generator: @prefill and @decode, with a key/value cache.
+"""A causal language model becomes a generator: @prefill and @decode, and the state between them.
 
 From @main, a forward over whole texts (ids [B, S] -> logits [B, S, V]) in which attention is
-`accel.attention`, the pass derives two functions. @prefill runs a prompt, writes keys and values
-into caches of `capacity` positions, and returns the logits of the last token. @decode runs one
-token at a run-time position: what it needs of every value of @main is that value at one position
-(`accel.passes.narrow`), so positions, rotary tables, masks and biases follow by themselves; keys
-and values are written into the caches and attention reads those. Caches are arguments and results,
-donated. An op that mixes tokens in any other way is an error with its name and its line.
+`accel.attention`, the pass derives functions. @decode runs one token at a run-time position: what
+it needs of every value of @main is that value at one position (`accel.passes.narrow`), so
+positions, rotary tables, masks and biases follow by themselves; keys and values are written into
+caches of `capacity` positions and attention reads those. A sliding window needs no more slots than
+it is long: its cache is a ring. Convolutions and shifts along the text keep their last operands,
+loops over the tokens (`accel.scan`) what they hand on (`accel.passes.recurrent`). @prefill runs a
+prompt and fills that state; @extend, if asked for, runs a few tokens and returns the logits of all.
+Of an encoder-decoder, @encode computes what every token reads and no token changes, once. The state
+is arguments and results, donated (`accel.passes.state`). An op that mixes tokens in any other way
+is an error with its name and its line.
 
 Contract: exact, and decode equivalence: prefill(n + 1) == prefill(n), decode(1), which `check`
 measures with the interpreter in float64. Before and after:
@@ -22,9 +26,8 @@ measures with the interpreter in float64. Before and after:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import sympy
 import torch
@@ -35,18 +38,24 @@ from accel.ir.module import Function, Module, Op, SymbolInfo, Value
 from accel.ir.types import Dim, TensorType, symbol_names
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.equivalence import check_decode
-from accel.passes.narrow import WHOLE
-from accel.passes.windows import LastToken, OneToken
+from accel.passes.narrow import WHOLE, Axes, depend_on, stored
+from accel.passes.state import Held, State
+from accel.passes.windows import LastToken, NextTokens
+
+_COUNT = sympy.Symbol("count", integer=True, positive=True)
+_ROUND = 16  # slots of a ring with room for several tokens are a multiple of this
 
 
 @register_pass
 @dataclass
 class InsertKvCache(Pass):
-    """Derives @prefill and @decode from @main.
+    """Derives @prefill and @decode from @main; @extend and @encode where there is a use for them.
 
     Options:
         capacity: positions of the cache: the longest text, prompt included.
         batch: rows of the functions; 0 leaves the number of rows as @main has it.
+        extend: the most tokens that @extend takes at a time; 0: there is no @extend.
+        rings: whether attention with a sliding window keeps no more tokens than it sees.
     """
 
     name: ClassVar[str] = "insert_kv_cache"
@@ -54,27 +63,41 @@ class InsertKvCache(Pass):
 
     capacity: int = 1024
     batch: int = 0
+    extend: int = 0
+    rings: bool = True
 
     def run(self, module: Module, context: Context) -> None:
-        main = module.main
         if self.capacity < 2:
             raise OptionError(f"insert_kv_cache: a cache of {self.capacity} positions")
-        model = _Model(main, self.capacity, self.batch)
+        if not 0 <= self.extend <= self.capacity:
+            raise OptionError(f"insert_kv_cache: extend = {self.extend}")
+        model = _Model(module.main, self)
         if not context.rewrite(self.name):
             return
-        prefill = _prefill(model)
-        decode = _decode(model)
-        module.add(prefill)
-        module.add(decode)
+        decode = model.next_tokens("decode", 1)
+        if not model.state.items:
+            raise CaptureError(
+                "the model has no attention over its tokens, so there is nothing to cache",
+                advice="run the exact passes first: raise_attention finds attention",
+            )
+        made = [model.prefill(), decode]
+        if self.extend:
+            made.append(model.next_tokens("extend", _COUNT))
+        if model.fixed:
+            made.append(model.encode())
         facts = {
             "capacity": self.capacity,
-            "caches": len(model.cached),
-            "vocabulary": _table_rows(main),
+            "caches": len(model.state),
+            "vocabulary": _table_rows(model.main, model.ids),
+            "state": [item.describe() for item in model.state.items],
+            "fixed": len(model.fixed),
+            "extend": self.extend,
         }
         module.metadata["kv_cache"] = facts
-        for function in (prefill, decode):
+        for function in made:
+            module.add(function)
             function.metadata["kv_cache"] = facts
-        context.notes["caches"] = len(model.cached)
+        context.notes["caches"] = len(model.state)
 
     def check(self, module: Module, seed: int) -> float:
         """Decode equivalence (`accel.passes.equivalence`)."""
@@ -82,91 +105,181 @@ class InsertKvCache(Pass):
 
 
 class _Model:
-    """What @main says: which argument holds the ids, its sizes, and what must be cached."""
+    """What @main says: which argument holds the ids, its sizes, and what must be kept."""
 
-    def __init__(self, main: Function, capacity: int, batch: int) -> None:
-        self.main, self.capacity = main, capacity
-        if len(main.args) != 1 or main.args[0].dtype not in (torch.int64, torch.int32):
-            names = ", ".join(a.name for a in main.args)
-            raise CaptureError(
-                f"a generator is derived from a forward over token ids alone; this one takes "
-                f"{names or 'nothing'}",
-                advice="capture the model with input_ids only, and with use_cache=False",
-            )
-        shape = main.args[0].shape
-        if len(shape) != 2 or not isinstance(shape[1], sympy.Symbol):
-            raise CaptureError(
-                f"the ids are {main.args[0].type}: the length of the text is no symbol",
-                advice='capture with dynamic_shapes={"input_ids": {1: Dim("length")}}',
-            )
-        self.length = shape[1]
-        if len(main.results) != 1 or not _has(main.results[0], self.length):
-            raise CaptureError(
-                "a generator needs one result, logits [batch, length, vocabulary]",
-                advice="return the logits alone, with use_cache=False",
-            )
+    def __init__(self, main: Function, options: InsertKvCache) -> None:
+        self.main, self.capacity, self.extend = main, options.capacity, options.extend
+        self.ids, self.length = _ids(main)
+        self.others = [a for a in main.args if a is not self.ids]
         limit = main.symbols[self.length.name].max
-        if limit is not None and capacity > limit:
+        if limit is not None and self.capacity > limit:
             raise OptionError(
-                f"insert_kv_cache: a cache of {capacity} positions, and the model takes {limit}"
+                f"insert_kv_cache: a cache of {self.capacity} positions, and the model takes "
+                f"{limit}"
             )
-        self.batch: Dim = batch or shape[0]
+        batch, rows = options.batch, self.ids.shape[0]
+        self.batch: Dim = batch or rows
         self.sizes: dict[str, Dim] = {}
-        if batch and isinstance(shape[0], sympy.Symbol):
-            self.sizes[shape[0].name] = batch
-        elif batch and shape[0] != batch:
-            raise OptionError(f"insert_kv_cache: batch = {batch}, captured with {shape[0]}")
-        # Keys and values, each once: layers may share them.
-        self.cached: list[Value] = list(dict.fromkeys(self._cached()))
+        if batch and isinstance(rows, sympy.Symbol):
+            self.sizes[rows.name] = batch
+        elif batch and rows != batch:
+            raise OptionError(f"insert_kv_cache: batch = {batch}, captured with {rows}")
+        self.state = State()
+        self.slots = self._slots(options.rings)
+        self.fixed = self._fixed()
 
-    def _cached(self) -> Iterator[Value]:
-        found = False
+    def _slots(self, rings: bool) -> dict[Value, int]:
+        """How many tokens' keys and values are kept. Layers may share them."""
+        found: dict[Value, int] = {}
         for op in self.main.ops:
             if op.name != "attention" or not _has(op.operands[1], self.length):
                 continue
-            found = True
             _check_causal(op)
-            yield from op.operands[1:3]
-        if not found:
-            raise CaptureError(
-                "the model has no attention over its tokens, so there is nothing to cache",
-                advice="run the exact passes first: raise_attention finds attention",
-            )
+            window = op.attribute("window")
+            slots = self.capacity
+            if window is not None and rings and len(op.operands) == 3:
+                slots = window if not self.extend else _rounded(window + self.extend - 1)
+            for value in (*stored(op.operands[1]), *stored(op.operands[2])):
+                found[value] = max(found.get(value, 0), min(slots, self.capacity))
+        return found
 
-    def function(self, name: str, count: Dim, position: bool) -> tuple[Function, dict[str, Any]]:
-        """An empty function with its arguments: ids, the position if wanted, caches."""
+    def _fixed(self) -> list[Value]:
+        """What the tokens read of the other arguments: an encoder's keys and values."""
+        tokens, others = depend_on([self.ids]), depend_on(self.others)
+        found: list[Value] = []
+        for op in self.main.ops:
+            if any(v in tokens for v in op.operands):
+                found += [v for v in op.operands if v in others and v not in tokens]
+        return list(dict.fromkeys(found))
+
+    def start(self, name: str, count: Dim) -> _Start:
+        """An empty function with its first arguments; the state's come after them."""
         function = Function(name)
-        ids = self.main.args[0]
-        arguments = [(TensorType((self.batch, count), ids.dtype), "input_ids")]
-        if position:
-            arguments.append((TensorType((), torch.int64), "position"))
-        for i, value in enumerate(self.cached):
-            shape = [_replaced(d, self.sizes) for d in value.shape]
-            shape[2] = self.capacity
-            kind = "values" if i % 2 else "keys"
-            arguments.append((TensorType(tuple(shape), value.dtype), f"{kind}.{i // 2}"))
-        made = [function.body.add_arg(t, label) for t, label in arguments]
+        add = function.body.add_arg
+        ids = add(TensorType((self.batch, count), self.ids.dtype), "input_ids")
+        position = None
+        if count is not self.length:
+            position = add(TensorType((), torch.int64), "position")
+        fixed = {v: add(self.here(v.type), f"fixed.{i}") for i, v in enumerate(self.fixed)}
+        held = Held(function)
+        for item in self.state.items:
+            held.argument(item)
+        return _Start(held, ids, position, {(v, WHOLE): a for v, a in fixed.items()})
+
+    def here(self, type_: TensorType) -> TensorType:
+        return TensorType(tuple(_replaced(d, self.sizes) for d in type_.shape), type_.dtype)
+
+    def finish(self, held: Held, logits: Value, b: Builder) -> Function:
+        """The return, and what the runtime must know."""
+        function, items = held.function, self.state.items
+        b.location = None
+        b.op("return", [logits, *(held.now(item) for item in items)])
+        self.describe(function, 1 + len(items))
+        first = len(function.args) - len(items)
+        function.donates = {1 + i: first + i for i in range(len(items))}
+        return function
+
+    def describe(self, function: Function, results: int) -> None:
+        given = {n for a in function.args for d in a.shape for n in _names(d)}
         function.symbols = {
-            n: SymbolInfo(1, s.max) for n, s in self.main.symbols.items() if n not in self.sizes
+            n: SymbolInfo(1, s.max) for n, s in self.main.symbols.items() if n in given
         }
-        first = 2 if position else 1
+        if _COUNT.name in given:
+            function.symbols[_COUNT.name] = SymbolInfo(1, self.extend)
         function.metadata = {
-            "arguments": [{"name": label, "kind": "input"} for _, label in arguments],
-            "results": [{"kind": "output"}] * (1 + len(self.cached)),
-            "guards": self.main.metadata.get("guards", []) if not position else [],
+            "arguments": [{"name": a.name, "kind": "input"} for a in function.args],
+            "results": [{"kind": "output"}] * results,
+            "guards": [],
         }
-        function.donates = {1 + i: first + i for i in range(len(self.cached))}
-        parts = {
-            "ids": made[0],
-            "position": made[1] if position else None,
-            "caches": dict(zip(self.cached, made[first:])),
-        }
-        return function, parts
+
+    def prefill(self) -> Function:
+        """@main over the prompt, and what the state is after it; the logits of one token."""
+        start = self.start("prefill", self.length)
+        held, function = start.held, start.held.function
+        b = Builder(function.body, made_by=InsertKvCache.name)
+        last = LastToken(self.main, self.ids, b, self.length, self.sizes, self.length)
+        last.made |= {(self.ids, WHOLE): start.ids} | start.fixed
+        for item in self.state.items:  # first: what is there whole is not computed for one token
+            last.build(item.value, WHOLE)
+        logits = last(self.main.results[0])
+        b.location = None
+        zero = b.scalar(0, torch.int64)
+        for item in self.state.items:
+            held.results[item] = last.state(item, held.argument(item), zero)
+        self.finish(held, logits, b)
+        info = function.symbols[self.length.name]
+        info.max = self.capacity if info.max is None else min(info.max, self.capacity)
+        function.metadata["guards"] = self.main.metadata.get("guards", [])
+        return function
+
+    def next_tokens(self, name: str, count: Dim) -> Function:
+        """`count` tokens from a position on: the logits of each."""
+        start = self.start(name, count)
+        b = Builder(start.held.function.body, made_by=InsertKvCache.name)
+        tokens = NextTokens(self.main, self.ids, b, self.length, self.sizes, self.capacity, count)
+        assert start.position is not None
+        tokens.start(start.position, start.ids, start.held, self.state, self.slots)
+        tokens.made |= start.fixed
+        logits = tokens(self.main.results[0])
+        return self.finish(start.held, logits, b)
+
+    def encode(self) -> Function:
+        """What is fixed, from the other arguments."""
+        function = Function("encode")
+        b = Builder(function.body, made_by=InsertKvCache.name)
+        whole = LastToken(self.main, self.ids, b, self.length, self.sizes, self.length)
+        for value in self.others:
+            whole.made[value, WHOLE] = function.body.add_arg(self.here(value.type), value.name)
+        made = [whole.build(value, WHOLE) for value in self.fixed]
+        b.location = None
+        b.op("return", made)
+        self.describe(function, len(made))
+        return function
 
 
-def _table_rows(main: Function) -> Dim:
+@dataclass(frozen=True)
+class _Start:
+    """A function's first arguments."""
+
+    held: Held
+    ids: Value
+    position: Value | None
+    fixed: dict[tuple[Value, Axes], Value]
+
+
+def _ids(main: Function) -> tuple[Value, sympy.Symbol]:
+    """The argument with the text's ids, and the symbol of its length."""
+    result = main.results[0] if len(main.results) == 1 else None
+    known = [a for a in main.args if a.dtype in (torch.int64, torch.int32)]
+    if len(known) != len(main.args) or not known:
+        names = ", ".join(a.name for a in main.args)
+        raise CaptureError(
+            f"a generator is derived from a forward over token ids alone; this one takes "
+            f"{names or 'nothing'}",
+            advice="capture the model with input_ids only, and with use_cache=False",
+        )
+    ids = known[-1]
+    shape = ids.shape
+    if len(shape) != 2 or not isinstance(shape[1], sympy.Symbol):
+        raise CaptureError(
+            f"the ids are {ids.type}: the length of the text is no symbol",
+            advice='capture with dynamic_shapes={"input_ids": {1: Dim("length")}}',
+        )
+    if result is None or not _has(result, shape[1]):
+        raise CaptureError(
+            "a generator needs one result, logits [batch, length, vocabulary]",
+            advice="return the logits alone, with use_cache=False",
+        )
+    return ids, shape[1]
+
+
+def _rounded(slots: int) -> int:
+    return -(-slots // _ROUND) * _ROUND
+
+
+def _table_rows(main: Function, ids: Value) -> Dim:
     """How many different token ids there are."""
-    tables = [u.operands[0] for u in main.args[0].users if u.name == "embedding"]
+    tables = [u.operands[0] for u in ids.users if u.name == "embedding"]
     return tables[0].shape[0] if tables else main.results[0].shape[-1]
 
 
@@ -180,6 +293,10 @@ def _check_causal(op: Op) -> None:
         )
 
 
+def _names(dim: Dim) -> tuple[str, ...]:
+    return () if isinstance(dim, int) else symbol_names(dim)
+
+
 def _has(value: Value, length: sympy.Symbol) -> bool:
     """Whether the value says something about every token."""
     return any(not isinstance(d, int) and length.name in symbol_names(d) for d in value.shape)
@@ -190,36 +307,3 @@ def _replaced(dim: Dim, sizes: dict[str, Dim]) -> Dim:
         return dim
     made = dim.subs({s: sizes[s.name] for s in dim.free_symbols if s.name in sizes})
     return int(made) if made.is_Integer else made
-
-
-def _prefill(model: _Model) -> Function:
-    """@main over the prompt, and writes into the caches; the result is narrowed to one token."""
-    function, parts = model.function("prefill", model.length, position=False)
-    info = function.symbols[model.length.name]
-    info.max = model.capacity if info.max is None else min(info.max, model.capacity)
-    b = Builder(function.body, made_by=InsertKvCache.name)
-    last = LastToken(model.main, b, model.length, model.sizes, model.length)
-    last.made[model.main.args[0], WHOLE] = parts["ids"]
-    whole = [last.build(v, WHOLE) for v in model.cached]
-    logits = last(model.main.results[0])
-    b.location = None
-    zero = b.scalar(0, torch.int64)
-    written = [
-        b.dynamic_update(parts["caches"][value], new, zero, axis=2)
-        for value, new in zip(model.cached, whole)
-    ]
-    b.op("return", [logits, *written])
-    return function
-
-
-def _decode(model: _Model) -> Function:
-    """One token at `position`."""
-    function, parts = model.function("decode", 1, position=True)
-    function.symbols.pop(model.length.name, None)
-    b = Builder(function.body, made_by=InsertKvCache.name)
-    one = OneToken(model.main, b, model.length, model.sizes, model.capacity)
-    one.start(parts["position"], parts["ids"], parts["caches"])
-    logits = one(model.main.results[0])
-    b.location = None
-    b.op("return", [logits, *(one.updated[v] for v in model.cached)])
-    return function

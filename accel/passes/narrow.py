@@ -1,7 +1,7 @@
 """What a program computes at one place of the sequence: a demand-driven dataflow rewrite.
 
 A value whose shape has the symbol `length` says something about every token. `Narrow` builds that
-value at a window of one token. It walks back from what is wanted: a *demand* is a value and the
+value at a window of a few tokens. It walks back from what is wanted: a *demand* is a value and the
 axes on which it is narrowed, and each op says what it needs of its operands for it:
 
     elementwise ops and views    the same axes, followed through the index map
@@ -11,7 +11,8 @@ axes on which it is narrowed, and each op says what it needs of its operands for
                                  evaluating its definition on whole and on narrowed data tells
 
 A demand without axes is the whole value. Two windows exist: the last token of a text that is there
-(`LastToken`), and one token after a text that is only in the caches (`OneToken`): see `windows`.
+(`LastToken`), and tokens after a text of which only the state is there (`NextTokens`): see
+`windows`.
 """
 
 from __future__ import annotations
@@ -49,24 +50,28 @@ class Narrow(ABC):
 
     Args:
         main: the function whose values are narrowed.
+        ids: its argument with the tokens.
         length: the symbol of its sequence axes.
         sizes: other symbols that have become numbers.
         total: what `length` becomes on axes that are not narrowed.
+        count: tokens of the window.
     """
 
     def __init__(
         self,
         main: Function,
+        ids: Value,
         b: Builder,
         length: sympy.Symbol,
         sizes: Mapping[str, Dim],
         total: Dim,
+        count: Dim = 1,
     ) -> None:
-        self.main, self.b, self.length = main, b, length
-        self.sizes, self.total = dict(sizes), total
+        self.main, self.ids, self.b, self.length = main, ids, b, length
+        self.sizes, self.total, self.count = dict(sizes), total, count
         self.made: dict[tuple[Value, Axes], Value] = {}
         self.plans: dict[tuple[Value, Axes], Plan] = {}
-        self.from_tokens = _depend_on(main.args)
+        self.from_tokens = depend_on([ids])
 
     def __call__(self, wanted: Value) -> Value:
         """The value narrowed on all its sequence axes."""
@@ -94,7 +99,7 @@ class Narrow(ABC):
 
     @abstractmethod
     def cut(self, b: Builder, x: Value, axis: int, offset: Dim) -> Value:
-        """The window of a whole value: one element of `axis`, `offset` after the token's place."""
+        """The window of a whole value along `axis`, `offset` after the first token's place."""
 
     @abstractmethod
     def line(self, op: Op) -> Emit:
@@ -106,7 +111,7 @@ class Narrow(ABC):
 
     @abstractmethod
     def attend(self, op: Op) -> Plan:
-        """Attention of the window's query."""
+        """Attention of the window's queries."""
 
     @abstractmethod
     def whole(self, value: Value) -> Plan:
@@ -129,7 +134,7 @@ class Narrow(ABC):
         if isinstance(dim, int):
             return dim
         known = {s: self.sizes[s.name] for s in dim.free_symbols if s.name in self.sizes}
-        known[self.length] = 1 if narrowed else self.total
+        known[self.length] = self.count if narrowed else self.total
         return simplify_dim(dim.subs(known))
 
     def shape(self, shape: Sequence[Dim], axes: Axes = WHOLE) -> tuple[Dim, ...]:
@@ -325,7 +330,7 @@ def made_by(value: Value) -> Op:
     return value.op
 
 
-def _depend_on(sources: Sequence[Value]) -> set[Value]:
+def depend_on(sources: Sequence[Value]) -> set[Value]:
     """All values that follow from these."""
     found: set[Value] = set()
     pending = list(sources)
@@ -335,3 +340,11 @@ def _depend_on(sources: Sequence[Value]) -> set[Value]:
             found.add(value)
             pending.extend(r for user in value.users for r in user.results)
     return found
+
+
+def stored(value: Value) -> list[Value]:
+    """What a value is decoded from (`Trait.DECODE`): the value itself if it is not."""
+    op = value.op
+    if op is None or not op.has(Trait.DECODE):
+        return [value]
+    return [leaf for operand in op.operands for leaf in stored(operand)]

@@ -1,16 +1,17 @@
-"""The two windows of `accel.passes.narrow`: the last token of a text, and one token after it."""
+"""The two windows of `accel.passes.narrow`: the last token of a text, and tokens after it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Value
-from accel.ir.types import Dim, same_dim, simplify_dim
-from accel.passes.narrow import WHOLE, Axes, Emit, Narrow, Plan, made_by
+from accel.ir.types import Dim, TensorType, same_dim, simplify_dim
+from accel.passes.narrow import WHOLE, Axes, Emit, Narrow, Plan, made_by, stored
+from accel.passes.state import Held, Item, State
 from accel.passes.token_wise import is_prefix_stable
 
 
@@ -68,6 +69,22 @@ class LastToken(Narrow):
 
         return Plan([(value, WHOLE)], emit)
 
+    def state(self, item: Item, before: Value, zero: Value) -> Value:
+        """An item of the state after the text; its value is there, whole."""
+        b, whole = self.b, self.made[item.value, WHOLE]
+        made = whole
+        if item.kind == "tokens":
+            made = b.dynamic_update(before, whole, zero, axis=item.axis, ring=item.ring)
+        elif item.kind == "window":
+            kept, none = before.shape[item.axis], [0] * len(before.shape)
+            low = [kept if i == item.axis else 0 for i in range(len(none))]
+            padded = b.pad(whole, low=low, high=none)
+            stop = simplify_dim(self.length + kept)
+            made = b.slice(padded, axis=item.axis, start=self.length, stop=stop)
+        elif item.kind == "sum":
+            made = self.cut(b, whole, item.axis, 0)
+        return made
+
     def _plan(self, value: Value, axes: Axes) -> Plan:
         there = (value, WHOLE) in self.made
         if axes and there and all(same_dim(value.shape[a], self.length) for a in axes):
@@ -75,17 +92,21 @@ class LastToken(Narrow):
         return super()._plan(value, axes)
 
 
-class OneToken(Narrow):
-    """One token at a run-time position. `caches` maps keys and values to their caches so far."""
+class NextTokens(Narrow):
+    """`count` tokens from a run-time position on. Keys and values of attention are in `caches`."""
 
     position: Value
-    caches: dict[Value, Value]
+    held: Held
+    items: State
+    slots: Mapping[Value, int]
 
-    def start(self, position: Value, ids: Value, caches: Mapping[Value, Value]) -> None:
-        self.position, self.caches = position, dict(caches)
-        self.updated: dict[Value, Value] = {}
-        source = self.main.args[0]
-        self.made[source, self.sequence_axes(source)] = ids
+    def start(
+        self, position: Value, ids: Value, held: Held, items: State, slots: Mapping[Value, int]
+    ) -> None:
+        """`slots`: how many tokens are kept of each value that attention reads."""
+        self.position, self.held, self.items, self.slots = position, held, items, slots
+        self._places: dict[tuple[str, Dim], Value] = {}
+        self.made[self.ids, self.sequence_axes(self.ids)] = ids
 
     def place(self, b: Builder, dtype: torch.dtype, offset: Dim = 0) -> Value:
         at = b.cast_to(self.position, dtype)
@@ -96,11 +117,12 @@ class OneToken(Narrow):
 
     def cut(self, b: Builder, x: Value, axis: int, offset: Dim) -> Value:
         start = self.place(b, torch.int64, offset)
-        made: Value = b.dynamic_slice(x, start, axis=axis, size=1)
+        made: Value = b.dynamic_slice(x, start, axis=axis, size=self.count)
         return made
 
     def line(self, op: Op) -> Emit:
         shape = self.shape(op.result.shape, self.sequence_axes(op.result))
+        axis = op.attribute("axis") % len(shape)
         start, step, dtype = (op.attribute(n) for n in ("start", "step", "dtype"))
 
         def emit(b: Builder, values: Sequence[Value]) -> Sequence[Value]:
@@ -109,7 +131,9 @@ class OneToken(Narrow):
                 at = b.mul(at, b.size_like(step, dtype))
             if not same_dim(self.size(start), 0):
                 at = b.add(at, b.size_like(self.size(start), dtype))
-            return [b.broadcast_to(at, shape=shape)]
+            if same_dim(self.count, 1):
+                return [b.broadcast_to(at, shape=shape)]
+            return [b.add(b.iota(shape=shape, axis=axis, dtype=dtype, step=step), at)]
 
         return emit
 
@@ -119,6 +143,9 @@ class OneToken(Narrow):
 
         def emit(b: Builder, values: Sequence[Value]) -> Sequence[Value]:
             column = b.iota(shape=(1, columns), axis=1, dtype=torch.int64)
+            if not same_dim(self.count, 1):  # the distance from each row
+                row = b.iota(shape=(self.count, 1), axis=0, dtype=torch.int64)
+                column = b.sub(column, row)
             keep = b.le(column, self.place(b, torch.int64, self.size(diagonal)))
             if lower is not None:
                 after = b.gt(column, self.place(b, torch.int64, self.size(lower)))
@@ -130,25 +157,81 @@ class OneToken(Narrow):
     def attend(self, op: Op) -> Plan:
         q, k, v, mask = op.arguments()
         row = frozenset((2,))
-        needs = [(x, row) for x in (q, k, v)]
-        if mask is not None:
-            needs.append((mask, self._aligned(mask, op.result, row)))
-        attributes = {n: op.attribute(n) for n in ("scale", "window", "softcap")}
+        rows = [(q, row)]
+        masks = [] if mask is None else [(mask, self._aligned(mask, op.result, row))]
+        if not self.is_sequence(k.shape[2]):  # keys of something else, such as an encoder
+            return Plan([*rows, (k, WHOLE), (v, WHOLE), *masks], self.clone(op))
+        leaves = list(dict.fromkeys((*stored(k), *stored(v))))
+        axes = [row if self.is_sequence(leaf.shape[2]) else WHOLE for leaf in leaves]
 
         def emit(b: Builder, values: Sequence[Value]) -> Sequence[Value]:
-            query, *new = values[:3]
-            caches = [self.write(b, old, x) for old, x in zip((k, v), new)]
-            operands = [query, *caches, self.position, *values[3:]]
+            new = dict(zip(leaves, values[1:]))
+            ring = any([self.write(b, x, new[x], role) for role, x in self._roles(k, v)])
+            attributes = {n: op.attribute(n) for n in ("scale", "window", "softcap")}
+            keys, values_ = (self.read(b, x, new) for x in (k, v))
+            place, slots = self.position, keys.shape[2]
+            if ring and same_dim(self.count, 1) and same_dim(slots, op.attribute("window")):
+                # All that is there is seen, in whatever order: no more than a full cache.
+                place, attributes["window"] = self.slot(b, "newest", slots), None
+            elif ring:
+                attributes["ring"] = True
+            operands = [values[0], keys, values_, place, *values[1 + len(leaves) :]]
             return b.op("cached_attention", operands, attributes).results
 
-        return Plan(needs, emit)
+        return Plan([*rows, *zip(leaves, axes), *masks], emit)
 
-    def write(self, b: Builder, value: Value, new: Value) -> Value:
-        """The cache of keys or values with this token's, written once."""
-        if value not in self.updated:
-            cache = self.caches[value]
-            self.updated[value] = b.dynamic_update(cache, new, self.position, axis=2)
-        return self.updated[value]
+    def _roles(self, k: Value, v: Value) -> Iterator[tuple[str, Value]]:
+        """The values that are kept between tokens, and what for."""
+        for role, value in (("keys", k), ("values", v)):
+            for leaf in stored(value):
+                if self.is_sequence(leaf.shape[2]):
+                    yield role, leaf
+
+    def write(self, b: Builder, value: Value, new: Value, role: str) -> bool:
+        """Writes these tokens' into the cache, once; whether that is a ring."""
+        item = self.items.find("tokens", value)
+        if item is None:
+            shape = list(self.shape(value.shape))
+            shape[2] = self.slots[value]
+            type_ = TensorType(tuple(shape), value.dtype)
+            ring = not same_dim(shape[2], self.total)
+            item = Item(self.items.name(role), "tokens", value, type_, 2, ring)
+            self.items.add(item)
+        if item not in self.held.results:
+            cache = self.held.argument(item)
+            if not item.ring:
+                made = b.dynamic_update(cache, new, self.position, axis=2)
+            elif same_dim(self.count, 1):
+                place = self.slot(b, "next", cache.shape[2])
+                made = b.dynamic_update(cache, new, place, axis=2)
+            else:
+                made = b.dynamic_update(cache, new, self.position, axis=2, ring=True)
+            self.held.results[item] = made
+        return item.ring
+
+    def read(self, b: Builder, value: Value, new: Mapping[Value, Value]) -> Value:
+        """Keys or values of all tokens, decoded from their caches."""
+        item = self.items.find("tokens", value)
+        if item is not None:
+            return self.held.now(item)
+        if value in new:
+            return new[value]
+        if (value, WHOLE) not in self.made:
+            op = made_by(value)
+            operands = [self.read(b, x, new) for x in op.operands]
+            self.made[value, WHOLE] = b.op(op.name, operands, self.attributes(op)).result
+        return self.made[value, WHOLE]
+
+    def slot(self, b: Builder, which: str, slots: Dim) -> Value:
+        """Of one token: the "next" slot of a ring to write, or its "newest", counting upwards."""
+        if (which, slots) not in self._places:
+            dtype = self.position.dtype
+            if which == "next":
+                made = b.remainder(self.position, b.size_like(slots, dtype))
+            else:
+                made = b.minimum(self.position, b.size_like(simplify_dim(slots - 1), dtype))
+            self._places[which, slots] = made
+        return self._places[which, slots]
 
     def whole(self, value: Value) -> Plan:
         """Only what no token has a say in, and what a longer text would not change."""

@@ -158,6 +158,9 @@ def _(d: Sizes, dtype: torch.dtype) -> Cases:
     yield sample([*several, None], scale=0.35, window=3, softcap=2.5)
     yield sample([*several, t(dtype, 4, 1, 6)], scale=0.2)
     yield sample([*grouped, t(BOOL, d.b, 1, 1, 1)], scale=0.35)
+    late = t(torch.int64, kind="index:40")
+    yield sample([*grouped[:3], late, None], scale=0.35, window=6, ring=True)
+    yield sample([*several[:3], late, None], scale=0.35, window=3, softcap=2.5, ring=True)
 
 
 @samples("flash_attention")

@@ -258,6 +258,9 @@ def _(d: Sizes, dtype: torch.dtype) -> Cases:
 def _(d: Sizes, dtype: torch.dtype) -> Cases:
     yield sample([t(dtype, d.b, 8), t(dtype, d.b, 3), t(I64, kind="index:6")], axis=1)
     yield sample([t(dtype, d.n + 4), t(dtype, d.n), t(I32, kind="index:5")], axis=-1)
+    late = t(I64, kind="index:40")
+    yield sample([t(dtype, d.b, 5), t(dtype, d.b, 3), late], axis=1, ring=True)
+    yield sample([t(dtype, d.b, 3), t(dtype, d.b, 8), late], axis=1, ring=True)
 
 
 @samples("tri_mask", dtypes=frozenset({torch.float32}))

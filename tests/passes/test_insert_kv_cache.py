@@ -21,9 +21,11 @@ pytest.importorskip("transformers")
 CAPACITY = 12  # more than the sliding windows
 
 
-def inserted(family: str, attention: str = "sdpa", capacity: int = CAPACITY) -> Module:
+def inserted(
+    family: str, attention: str = "sdpa", capacity: int = CAPACITY, options: str = ""
+) -> Module:
     module = captured(tiny(family, attention))
-    run_pipeline(module, f"insert_kv_cache{{capacity={capacity}}}")
+    run_pipeline(module, f"insert_kv_cache{{capacity={capacity}{options}}}")
     return module
 
 
@@ -100,21 +102,69 @@ def widen_the_window(module: Module) -> None:
     op.attributes["window"] = op.attributes["window"] + 1
 
 
+def turn_the_ring_too_late(module: Module) -> None:
+    """Slots are counted modulo one more than there are, as far as there are any."""
+    op = _ops(module, "remainder")[0]
+    b = Builder(before=op)
+    slots = op.operands[1]
+    more = b.remainder(op.operands[0], b.add(slots, b.scalar(1, torch.int64)))
+    op.set_operand(0, b.minimum(more, b.sub(slots, b.scalar(1, torch.int64))))
+
+
+def see_one_slot_too_few(module: Module) -> None:
+    op = _ops(module, "minimum")[0]
+    b = Builder(before=op)
+    op.set_operand(1, b.sub(op.operands[1], b.scalar(1, torch.int64)))
+
+
+def see_the_ring_one_too_late(module: Module) -> None:
+    """With room for several tokens: the slots' positions are one off."""
+    op = _ops(module, "cached_attention")[0]
+    b = Builder(before=op)
+    op.set_operand(3, b.add(op.operands[3], b.scalar(1, torch.int64)))
+
+
+RING = ",extend=3"
+WHOLE_TEXT = ",rings=false"
+
+
 @pytest.mark.parametrize(
-    ("family", "plant"),
+    ("family", "plant", "options"),
     [
-        ("llama", write_one_too_late),
-        ("llama", see_one_too_few),
-        ("llama", turn_by_the_wrong_angle),
-        ("mistral", widen_the_window),
+        ("llama", write_one_too_late, ""),
+        ("llama", see_one_too_few, ""),
+        ("llama", turn_by_the_wrong_angle, ""),
+        ("mistral", widen_the_window, WHOLE_TEXT),
+        ("mistral", write_one_too_late, ""),
+        ("mistral", turn_the_ring_too_late, ""),
+        ("mistral", see_one_slot_too_few, ""),
+        ("mistral", see_the_ring_one_too_late, RING),
+        ("mistral", widen_the_window, RING),
     ],
 )
-def test_planted_mistakes_are_caught(family: str, plant: Callable[[Module], None]):
-    module = inserted(family)
+def test_planted_mistakes_are_caught(
+    family: str, plant: Callable[[Module], None], options: str
+) -> None:
+    module = inserted(family, capacity=20, options=options)
     plant(module)
     verify(module)
     with pytest.raises(ContractError, match="decode equivalence"):
         check_decode(module, prompts=(4,), batches=(2,), steps=2)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "bloom", "mixtral"])
+def test_several_tokens_at_once(family):
+    """@extend, after prompts of which the last few leave the ring."""
+    module = inserted(family, capacity=24, options=RING)
+    assert check_decode(module, prompts=(1, 4), batches=(2,), steps=3) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("options", "slots"), [("", {8, 20}), (RING, {16, 20}), (WHOLE_TEXT, {20})]
+)
+def test_local_layers_keep_no_more_than_their_window(options: str, slots: set[int]) -> None:
+    module = inserted("gemma3", capacity=20, options=options)
+    assert {a.shape[2] for a in module.functions["decode"].args[2:]} == slots
 
 
 class Mixing(nn.Module):

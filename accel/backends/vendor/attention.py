@@ -42,7 +42,8 @@ class CachedAttention:
         if op.name != "cached_attention" or op.result.dtype not in self.dtypes:
             return None
         ops = with_head_merge(op)
-        options = tuple((name, op.attribute(name)) for name in ("scale", "window", "softcap"))
+        names = ("scale", "window", "softcap", "ring")
+        options = tuple((name, op.attribute(name)) for name in names)
         merge = ("none", "permute", "merge")[len(ops) - 1]
         return LibraryMatch(self.name, ops, (*options, ("heads", merge)))
 
@@ -55,9 +56,8 @@ class Update:
     def match(self, op: Op) -> LibraryMatch | None:
         if op.name != "dynamic_update":
             return None
-        return LibraryMatch(
-            self.name, [op], (("axis", op.attribute("axis") % op.result.type.rank),)
-        )
+        axis = op.attribute("axis") % op.result.type.rank
+        return LibraryMatch(self.name, [op], (("axis", axis), ("ring", op.attribute("ring"))))
 
 
 def with_head_merge(op: Op) -> list[Op]:

@@ -11,7 +11,16 @@ from accel.errors import TypeInferenceError
 from accel.ir.op import Trait, define
 from accel.ir.ops.contract import CONTRACTION
 from accel.ir.ops.elementwise import check_dtype
-from accel.ir.types import Dim, TensorType, broadcast_shapes, format_shape, same_dim, same_shape
+from accel.ir.types import (
+    Dim,
+    TensorType,
+    at_least,
+    broadcast_shapes,
+    format_shape,
+    same_dim,
+    same_shape,
+    simplify_dim,
+)
 
 if TYPE_CHECKING:
     from accel.ir.builder import Builder
@@ -147,7 +156,9 @@ class CachedAttention:
     q [B, H, S, D], k [B, G, C, D], v [B, G, C, E], position 0-d int64 or int32: query i stands at
     `position` + i and sees keys j <= position + i; with `window`, only j > position + i - window.
     What the cache holds behind that is not read. `mask` broadcasts to [B, H, S, C], as in
-    `attention`; so do `scale` and `softcap` mean the same.
+    `attention`; so do `scale` and `softcap` mean the same. In a `ring` the key of position j is in
+    slot j mod C, and the newest key is the last query's; it takes a window of at most C - S + 1,
+    and no mask.
     """
 
     @staticmethod
@@ -161,11 +172,19 @@ class CachedAttention:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        ring: bool = False,
     ) -> TensorType:
         if position.rank or position.dtype not in (torch.int64, torch.int32):
             raise TypeInferenceError(f"accel.cached_attention: the position is {position}")
         if window is not None and window < 1:
             raise TypeInferenceError(f"accel.cached_attention: window = {window}")
+        if ring:
+            rows, slots = q.shape[2], k.shape[2]
+            fits = window is not None and at_least(slots, simplify_dim(window + rows - 1))
+            if mask is not None or window is None or not (fits or not isinstance(rows, int)):
+                raise TypeInferenceError(
+                    f"accel.cached_attention: a ring of {slots}, {rows} queries, window {window}"
+                )
         return Attention.infer(q, k, v, mask, scale=scale)
 
     @staticmethod
@@ -179,9 +198,14 @@ class CachedAttention:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        ring: bool = False,
     ) -> Tensor:
         first, rows = int(position), q.shape[2]
         seen = min(max(first + rows, 0), k.shape[2])
+        if ring:
+            keep = _ring_keep(first, rows, seen, k.shape[2], window)
+            keys, values = k[:, :, :seen], v[:, :, :seen]
+            return Attention.evaluate(q, keys, values, keep, scale=scale, softcap=softcap)
         mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., :seen]
         return Attention.evaluate(
             q,
@@ -207,11 +231,18 @@ class CachedAttention:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        ring: bool = False,
     ) -> Value:
         rows, columns = q.shape[2], k.shape[2]
         row = b.add(b.iota(shape=(rows, 1), axis=0, dtype=position.dtype), position)
         column = b.iota(shape=(1, columns), axis=1, dtype=position.dtype)
+        if ring:  # the position in each slot: the last one that is congruent
+            last = b.add(position, b.size_like(simplify_dim(rows - 1), position.dtype))
+            back = b.remainder(b.sub(last, column), b.size_like(columns, position.dtype))
+            column = b.sub(last, back)
         keep = b.le(column, row)
+        if ring:
+            keep = b.logical_and(keep, b.ge(column, b.scalar(0, position.dtype)))
         if window is not None:
             after = b.gt(column, b.sub(row, b.scalar(window, position.dtype)))
             keep = b.logical_and(keep, after)
@@ -221,6 +252,15 @@ class CachedAttention:
             keep = b.where(keep, mask, b.scalar(float("-inf"), mask.dtype))
         made: Value = b.attention(q, k, v, keep, scale=scale, softcap=softcap)
         return made
+
+
+def _ring_keep(first: int, rows: int, seen: int, slots: int, window: int | None) -> Tensor:
+    """Which of the first `seen` slots each query sees, [rows, seen]."""
+    last = first + rows - 1
+    row = torch.arange(first, last + 1)[:, None]
+    column = last - (last - torch.arange(seen)) % slots
+    keep = column <= row
+    return keep if window is None else keep & (column > row - window)
 
 
 def _attention_keep(

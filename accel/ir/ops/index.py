@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -291,11 +292,15 @@ class DynamicSlice:
 class DynamicUpdate:
     """x with `source` written at run-time position `start` (0-d integer) along `axis`.
 
-    The write of a KV cache. Unlike XLA's, the position is not clamped: it must fit.
+    The write of a KV cache. Unlike XLA's, the position is not clamped: it must fit. In a `ring`
+    positions are taken modulo the size of the axis; `source` may be longer than x, and its last
+    elements win.
     """
 
     @staticmethod
-    def infer(x: TensorType, source: TensorType, start: TensorType, *, axis: int) -> TensorType:
+    def infer(
+        x: TensorType, source: TensorType, start: TensorType, *, axis: int, ring: bool = False
+    ) -> TensorType:
         _check_index("dynamic_update", start)
         _check_update("dynamic_update", x, source, axis)
         if start.rank != 0:
@@ -303,16 +308,36 @@ class DynamicUpdate:
         return x
 
     @staticmethod
-    def evaluate(x: Tensor, source: Tensor, start: Tensor, *, axis: int) -> Tensor:
+    def evaluate(
+        x: Tensor, source: Tensor, start: Tensor, *, axis: int, ring: bool = False
+    ) -> Tensor:
         result = x.clone()
-        result.narrow(axis, int(start), source.shape[axis]).copy_(source)
+        first, count = int(start), source.shape[axis]
+        if not ring:
+            result.narrow(axis, first, count).copy_(source)
+            return result
+        size = x.shape[axis]
+        for i in range(max(count - size, 0), count):
+            place = (first + i) % size
+            result.narrow(axis, place, 1).copy_(source.narrow(axis, i, 1))
         return result
 
     @staticmethod
-    def decompose(b: Builder, x: Value, source: Value, start: Value, *, axis: int) -> Value:
+    def decompose(
+        b: Builder, x: Value, source: Value, start: Value, *, axis: int, ring: bool = False
+    ) -> Value:
         axis = normalize_axis(axis, len(x.shape))
-        line = b.iota(shape=(source.shape[axis],), axis=0, dtype=start.dtype)
-        return b.index_put(x, source, b.add(line, start), axes=(axis,))
+        count, size = source.shape[axis], x.shape[axis]
+        if ring and not at_least(size, count):
+            kept = simplify_dim(sympy.Min(count, size))
+            first = simplify_dim(count - kept)
+            source = b.slice(source, axis=axis, start=first, stop=count)
+            start = b.add(start, b.size_like(first, start.dtype))
+            count = kept
+        line = b.add(b.iota(shape=(count,), axis=0, dtype=start.dtype), start)
+        if ring:
+            line = b.remainder(line, b.size_like(size, start.dtype))
+        return b.index_put(x, source, line, axes=(axis,))
 
 
 @define("tri_mask", Trait.PURE)

@@ -28,14 +28,15 @@ class Update:
         fixed = [o.weight if o is not None else None for o in operands]
         if fixed[0] is not None or fixed[1] is not None:
             raise ArtifactError("update: x and source are no weights")
-        return _Update(axis, fixed[2])
+        return _Update(axis, fixed[2], options.get("ring") is True)
 
 
 class _Update:
     """The call. `in_place` writes into x itself, which the plan must donate."""
 
-    def __init__(self, axis: int, start: Tensor | None) -> None:
+    def __init__(self, axis: int, start: Tensor | None, ring: bool) -> None:
         self.axis, self.start = axis, None if start is None else int(start)
+        self.ring = ring
 
     def __call__(self, x: Tensor, source: Tensor, start: Tensor | None = None) -> Tensor:
         return self.in_place(x.clone(), source, start)
@@ -44,12 +45,28 @@ class _Update:
         first = int(start) if start is not None else self.start
         assert first is not None
         count = source.shape[self.axis]
+        if self.ring:
+            return self._around(x, source, first, count)
         if not 0 <= first <= x.shape[self.axis] - count:
             raise InputError(
                 f"{count} positions from {first} on do not fit a cache of {x.shape[self.axis]}",
                 advice="compile with a larger capacity",
             )
         x.narrow(self.axis, first, count).copy_(source)
+        return x
+
+    def _around(self, x: Tensor, source: Tensor, first: int, count: int) -> Tensor:
+        """Writes the last elements of the source, as many as x has, in one or two pieces."""
+        size = x.shape[self.axis]
+        if first < 0:
+            raise InputError(f"position {first} of a ring")
+        skipped = max(count - size, 0)
+        place, left = (first + skipped) % size, count - skipped
+        piece = min(left, size - place)
+        x.narrow(self.axis, place, piece).copy_(source.narrow(self.axis, skipped, piece))
+        if left > piece:
+            rest = source.narrow(self.axis, skipped + piece, left - piece)
+            x.narrow(self.axis, 0, left - piece).copy_(rest)
         return x
 
 
@@ -72,6 +89,9 @@ class CachedAttention:
         if not (cap is None or isinstance(cap, float)):
             raise ArtifactError(f"cached_attention: softcap is {cap!r}")
         heads = choice(options, "heads", ("none", "permute", "merge"))
+        ring = options.get("ring") is True
+        if ring and (window is None or operands[4] is not None):
+            raise ArtifactError("cached_attention: a ring takes a window and no mask")
         stored = operands[4].weight if operands[4] is not None else None
 
         def run(
@@ -79,7 +99,8 @@ class CachedAttention:
         ) -> Tensor:
             first = int(position)
             mask = mask if stored is None else stored
-            out = _attend(q, k, v, first, mask, scale, window, cap)
+            attend = _attend_ring if ring else _attend
+            out = attend(q, k, v, first, mask, scale, window, cap)
             if heads == "none":
                 return out
             out = out.transpose(1, 2)
@@ -98,8 +119,7 @@ def _attend(
     window: int | None,
     cap: float | None,
 ) -> Tensor:
-    batch, heads, rows, _ = q.shape
-    groups = k.shape[1]
+    rows = q.shape[2]
     begin = 0 if window is None else max(first - window + 1, 0)
     end = first + rows
     if not 0 < end <= k.shape[2]:
@@ -108,13 +128,43 @@ def _attend(
         mask = mask[..., begin:end]
     if rows > 1:
         mask = _banded(mask, rows, begin, end, first, window, q)
-    k, v = k[:, :, begin:end], v[:, :, begin:end]
+    return _grouped(q, k[:, :, begin:end], v[:, :, begin:end], mask, scale, cap)
+
+
+def _attend_ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: int,
+    mask: Tensor | None,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+) -> Tensor:
+    """Slot s holds the last position that is s modulo the number of slots."""
+    rows, slots = q.shape[2], k.shape[2]
+    last = first + rows - 1
+    if first < 0 or window is None or window + rows - 1 > slots:
+        raise InputError(f"{rows} queries from {first} on, a window of {window}, {slots} slots")
+    seen = min(last + 1, slots)
+    row = torch.arange(first, last + 1, device=q.device)[:, None]
+    column = last - (last - torch.arange(seen, device=q.device)) % slots
+    keep = (column <= row) & (column > row - window)
+    return _grouped(q, k[:, :, :seen], v[:, :, :seen], keep, scale, cap)
+
+
+def _grouped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None
+) -> Tensor:
+    """Attention over keys that are all there; a mask broadcasts to [B, H, S, T]."""
+    batch, heads, rows, _ = q.shape
+    groups, seen = k.shape[1], k.shape[2]
     share = heads // groups
     # Heads that read the same keys are queries of one head, so that no key is repeated.
     q = q.reshape(batch, groups, share * rows, q.shape[3])
     if mask is not None:
-        mask = mask.expand(batch, heads, rows, end - begin)
-        mask = mask.reshape(batch, groups, share * rows, end - begin)
+        mask = mask.expand(batch, heads, rows, seen)
+        mask = mask.reshape(batch, groups, share * rows, seen)
     if cap is None:
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     else:
