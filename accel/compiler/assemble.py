@@ -27,8 +27,8 @@ from accel.tree import class_named
 HOST_CODE = {"cpu": "kernels.so", "cuda": "kernels.cuda"}
 
 
-def to_model(program: Program) -> CompiledModel:
-    """The program, ready to be called in this process."""
+def to_model(program: Program, files: Mapping[str, bytes] | None = None) -> CompiledModel:
+    """The program, ready to be called in this process. `files`: what its artifact carries along."""
     device = device_of(program.target.kind)
     weights = weights_on(device, program.weights)
     host = load_code(program.library, device) if program.library else None
@@ -48,6 +48,7 @@ def to_model(program: Program) -> CompiledModel:
         stages={name: partial(str, text) for name, text in program.stages.items()},
         ledger=program.ledger.to_json(),
         report=report(program),
+        files={name: partial(bytes, data) for name, data in (files or {}).items()},
     )
 
 
@@ -79,7 +80,11 @@ def weights_on(device: torch.device, store: WeightStore) -> WeightSource:
     return tensors if device.type == "cpu" else DeviceWeights(tensors, device)
 
 
-def to_contents(program: Program, golden: Sequence[GoldenCase] = ()) -> Contents:
+def to_contents(
+    program: Program,
+    golden: Sequence[GoldenCase] = (),
+    files: Mapping[str, bytes] | None = None,
+) -> Contents:
     """What `accel.runtime.artifact.write_artifact` stores."""
     weights: dict[str, StoredWeight] = {}
     for name in program.weights.names():
@@ -105,6 +110,7 @@ def to_contents(program: Program, golden: Sequence[GoldenCase] = ()) -> Contents
         kernels=kernels,
         host_code=host_code,
         golden=golden,
+        files=files or {},
         ledger=program.ledger.to_json(),
         report=report(program),
     )

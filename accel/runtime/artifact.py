@@ -6,6 +6,7 @@
     ir/*.mlir             the program after each stage that matters
     kernels/*             generated kernels: shared object and sources
     golden/*              inputs and outputs to replay (golden.py)
+    text/*                of language models: tokenizer, chat format (text.py)
 
 Reading is data only. What is read is checked first: the archive's form (archive.py), the manifest
 (schema.py), and each file's hash when the file is used.
@@ -46,6 +47,8 @@ from accel.runtime.weights import (
 )
 
 _MANIFEST, _SIGNATURE, _WEIGHTS = "manifest.json", "signature.json", "weights.safetensors"
+# The function of golden cases that replay a whole generation: prompt, then token by token.
+GENERATE = "generate"
 _MAX_MANIFEST = 64 << 20
 _MAX_SIGNATURE = 4096
 _MAX_FILE = 4 << 30
@@ -66,7 +69,8 @@ class Contents:
     """All that goes into an artifact.
 
     `ir` maps stage names to text, `kernels` file names to bytes (sources and the shared object);
-    `host_code` is the name of the shared object among them, "" if there is none.
+    `host_code` is the name of the shared object among them, "" if there is none. `files` are
+    further files by their whole name.
     """
 
     functions: Mapping[str, FunctionPlan]
@@ -77,6 +81,7 @@ class Contents:
     kernels: Mapping[str, bytes] = field(default_factory=dict)
     host_code: str = ""
     golden: Sequence[GoldenCase] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
     ledger: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
@@ -135,6 +140,8 @@ class _Packer:
             self._add(f"ir/{stage}.mlir", [text.encode()])
         for name, data in c.kernels.items():
             self._add(f"kernels/{name}", [data])
+        for name, data in c.files.items():
+            self._add(name, [data])
         golden = [self._pack_golden(i, case) for i, case in enumerate(c.golden)]
         manifest = Manifest(
             FORMAT_VERSION,
@@ -275,7 +282,10 @@ class Artifact:
             if name not in manifest.blobs:
                 raise self.archive.fail(f"'{name}' is missing")
         for g in manifest.golden:
-            if g.function not in manifest.functions or len(g.tolerances) != len(g.outputs):
+            known = g.function in manifest.functions
+            if g.function == GENERATE:
+                known = {"prefill", "decode"} <= manifest.functions.keys()
+            if not known or len(g.tolerances) != len(g.outputs):
                 raise self.archive.fail(f"'{g.file}' belongs to no function")
 
     def _read_signature(self) -> Signature | None:

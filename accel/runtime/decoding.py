@@ -121,7 +121,7 @@ class TokenLoop:
                         return
                 if step + 1 == limits.new:
                     return
-                if sampling.repetition_penalty is not None:
+                if sampling.reads_text:
                     ids = torch.cat([ids, tokens[:, None]], dim=1)
                 logits, state = self.decode(tokens, position, state)
                 position += 1

@@ -5,21 +5,26 @@
 
 A prompt runs through @prefill once, which fills the caches; each further token is one @decode,
 which writes its keys and values into them in place (`accel.runtime.decoding`). Caches belong to
-the call, so that several threads may generate with one model.
+the call, so that several threads may generate with one model. Speculation, which lets one call of
+the model check several tokens, is in `accel.runtime.speculation`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from accel.errors import InputError, OptionError
+from accel.errors import OptionError
 from accel.runtime.decoding import Limits, Run, TokenLoop
+from accel.runtime.generation_options import GenerationOptions
 from accel.runtime.plan import FunctionPlan
-from accel.runtime.sampling import Sampling
+from accel.runtime.prompts import Prompts
+from accel.runtime.sampling import Choice, Processor, Recording, Sampling
+from accel.runtime.text import TextStream, Words
 
 
 class Streamer(Protocol):
@@ -28,6 +33,35 @@ class Streamer(Protocol):
     def put(self, value: Tensor) -> None: ...
 
     def end(self) -> None: ...
+
+
+@dataclass
+class Generated:
+    """What a call made, and how.
+
+    Attributes:
+        sequences: int64 [B, n + new]: prompts, what follows, padding.
+        lengths: new tokens of each row.
+        logprobs: log probabilities of the new tokens, float32 [B, new], 0 where padded; if asked
+            for. So are `top_ids` and `top_logprobs`: the most probable tokens, [B, new, k].
+        statistics: of speculation: how many tokens were proposed, and how many accepted.
+    """
+
+    sequences: Tensor
+    lengths: list[int]
+    logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    statistics: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Row:
+    """What a group of rows made: tokens [B, count], and for each step what they came from."""
+
+    tokens: Tensor
+    lengths: list[int]
+    choices: list[Choice]
 
 
 class Generator:
@@ -54,30 +88,23 @@ class Generator:
         input_ids: Tensor | Sequence[Sequence[int]],
         *,
         attention_mask: Tensor | None = None,
-        max_new_tokens: int | None = None,
-        max_length: int | None = None,
-        eos_token_id: int | Collection[int] | None = None,
-        pad_token_id: int | None = None,
-        do_sample: bool = False,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
+        generation_config: Any = None,
         streamer: Streamer | None = None,
-    ) -> Tensor:
+        tokenizer: Words | None = None,
+        logits_processor: Sequence[Processor] = (),
+        **options: Any,
+    ) -> Tensor | Generated:
         """Prompts and what follows them: int64 [B, n + new], padded on the right.
 
         Args:
             input_ids: int64 [B, n]; or prompts of unequal lengths as lists, which come back padded
                 on the left.
             attention_mask: [B, n], 0 where a prompt is padded; prompts end in the last column.
-            max_new_tokens, max_length: how long a text may get; one of them.
-            eos_token_id: a token, or several, that ends a text; the text keeps it.
-            pad_token_id: fills ended texts; by default the first of `eos_token_id`, else 0.
+            generation_config: of `transformers`, or a mapping: what `options` leave open.
             streamer: `put` gets the prompts, then each new token; `end` is called at last.
-            others: see `accel.runtime.sampling.Sampling`.
+            tokenizer: needed for `stop_strings`.
+            logits_processor: functions of ids [B, n] and scores [B, V] to scores.
+            options: see `accel.runtime.generation_options.GenerationOptions`.
 
         Rows of equal length run together if the model was compiled for any number of rows, else
         one after the other; each row's text is what it would be alone.
@@ -85,112 +112,156 @@ class Generator:
         Raises InputError for empty or too long prompts and ids out of range, OptionError for
         options that contradict each other.
         """
-        sampling = Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        stops = _stops(eos_token_id, self.vocabulary)
-        pad = pad_token_id if pad_token_id is not None else next(iter(stops), 0)
-        ids, lengths = self._prompts(input_ids, attention_mask, pad)
-        new = _new_tokens(max_new_tokens, max_length, ids.shape[1])
-        self._check(ids, lengths, new)
-        if streamer is not None and ids.shape[0] > 1:
-            raise OptionError(f"a streamer follows one text, and {ids.shape[0]} were given")
+        chosen = GenerationOptions.of(options, generation_config)
+        stops = chosen.stops()
+        pad = chosen.pad_token_id if chosen.pad_token_id is not None else next(iter(stops), 0)
+        prompts = Prompts.of(input_ids, attention_mask, pad, self.device)
+        new = chosen.new_tokens(prompts.ids.shape[1])
+        prompts.check(new, self.capacity, self.vocabulary)
+        if streamer is not None and len(prompts.lengths) > 1:
+            raise OptionError(f"a streamer follows one text, and {len(prompts.lengths)} were given")
+        call = _Call(
+            self,
+            chosen,
+            Limits(new, frozenset(stops), pad),
+            tokenizer=tokenizer,
+            processors=tuple(logits_processor),
+        )
         if streamer is not None:
-            streamer.put(ids.cpu())
-        limits = Limits(new, frozenset(stops), pad)
-        generator = sampling.generator(self.device)
-        made = torch.full((ids.shape[0], new), pad, dtype=ids.dtype, device=self.device)
-        longest = 0
-        for rows in self._groups(lengths):
-            text = ids[rows, ids.shape[1] - lengths[rows[0]] :]
-            put = None if streamer is None else streamer.put
-            new_tokens = self.loop.text(text, limits, sampling, generator, put)
-            count = new_tokens.shape[1]
-            made[rows, :count] = new_tokens
-            longest = max(longest, count)
+            streamer.put(prompts.ids.cpu())
+        groups = prompts.groups(self.rows)
+        made = [call.run(prompts, rows, streamer) for rows in groups]
         if streamer is not None:
             streamer.end()
-        return torch.cat([ids, made[:, :longest]], dim=1)
+        result = call.result(prompts, groups, made)
+        return result if chosen.return_dict_in_generate or call.records else result.sequences
 
-    def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Rows that run together."""
-        if self.rows == 1:
-            return [[i] for i in range(len(lengths))]
-        groups: dict[int, list[int]] = {}
-        for i, n in enumerate(lengths):
-            groups.setdefault(n, []).append(i)
-        if self.rows is not None and any(len(g) != self.rows for g in groups.values()):
-            raise InputError(
-                f"the model was compiled for {self.rows} prompts of one length at a time",
-                advice="compile with batch=0 for any number",
+    def logits(self, ids: Tensor, count: int) -> Tensor:
+        """Logits [count, V] of the last `count` tokens of a text [1, n], on the CPU.
+
+        The text before them runs through @prefill, they through @decode one after the other.
+        """
+        with torch.no_grad():
+            ids = ids.to(self.device)
+            first = ids.shape[1] - count + 1
+            logits, state = self.loop.prefill(ids[:, :first], self.loop.empty(1))
+            rows = [logits.cpu()]
+            for at in range(first, ids.shape[1]):
+                position = torch.tensor(at, device=self.device)
+                logits, state = self.loop.decode(ids[:, at], position, state)
+                rows.append(logits.cpu())
+        return torch.cat(rows)
+
+
+class _Call:
+    """One call of `generate`: how its tokens are chosen and when its texts end."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        options: GenerationOptions,
+        limits: Limits,
+        *,
+        tokenizer: Words | None,
+        processors: tuple[Processor, ...],
+    ) -> None:
+        self.generator, self.options, self.limits = generator, options, limits
+        self.words, self.strings = tokenizer, options.strings()
+        if self.strings and tokenizer is None:
+            raise OptionError(
+                "stop_strings need a tokenizer", advice="pass tokenizer=, or eos_token_id instead"
             )
-        return list(groups.values())
+        self.processors = processors
+        self.plain = options.sampling()
+        self.records = options.logprobs is not None
+        self.random = self.plain.generator(generator.device)
 
-    def _prompts(self, given: Any, mask: Tensor | None, pad: int) -> tuple[Tensor, list[int]]:
-        """Prompts in the last columns of [B, n], and their lengths."""
-        if not isinstance(given, Tensor):
-            if mask is not None:
-                raise OptionError("an attention mask, and prompts that are lists")
-            rows = [torch.as_tensor(p, dtype=torch.int64).reshape(-1) for p in given]
-            if not rows:
-                raise InputError("no prompt was given")
-            width = max(r.numel() for r in rows)
-            ids = torch.full((len(rows), width), pad, dtype=torch.int64)
-            for row, prompt in zip(ids, rows):
-                row[width - prompt.numel() :] = prompt
-            return ids.to(self.device), [r.numel() for r in rows]
-        if given.dim() != 2 or given.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"prompts are int64 [B, n]; got {given.dtype} {list(given.shape)}")
-        ids = given.to(self.device, torch.int64)
-        if mask is None:
-            return ids, [ids.shape[1]] * ids.shape[0]
-        if mask.shape != ids.shape:
-            raise InputError(f"a mask {list(mask.shape)} for prompts {list(ids.shape)}")
-        kept = mask.to(torch.bool).cpu()
-        lengths = kept.sum(1)
-        width = ids.shape[1]
-        if not torch.equal(kept, torch.arange(width) >= (width - lengths)[:, None]):
-            raise InputError(
-                "the attention mask hides tokens inside or after a prompt",
-                advice="pad on the left",
-            )
-        return ids, [int(n) for n in lengths]
+    def sampling(self, prompt: int) -> Sampling:
+        """How the tokens after a prompt of this length are chosen."""
+        least = self.options.min_new_tokens or 0
+        if not (self.records or self.processors or least):
+            return self.plain
+        return Recording(
+            **vars(self.plain),
+            least=least,
+            stops=tuple(sorted(self.limits.stops)),
+            processors=self.processors,
+            top=self.options.logprobs,
+            prompt=prompt,
+        )
 
-    def _check(self, ids: Tensor, lengths: Sequence[int], new: int) -> None:
-        if not lengths or min(lengths) == 0:
-            raise InputError("a prompt is empty", advice="begin with the model's first token")
-        longest = max(lengths)
-        if longest > self.capacity:
-            raise InputError(
-                f"a prompt of {longest} tokens, and the cache has {self.capacity} positions",
-                advice="compile with a larger capacity",
-            )
-        if longest + new - 1 > self.capacity:
-            raise InputError(
-                f"{longest} tokens and {new} new ones do not fit the cache's {self.capacity} "
-                "positions",
-                advice=f"ask for {self.capacity - longest + 1} tokens, or compile with a larger "
-                "capacity",
-            )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.vocabulary:
-            wrong = low if low < 0 else high
-            raise InputError(f"token id {wrong} is outside of the vocabulary of {self.vocabulary}")
+    def run(self, prompts: Prompts, rows: list[int], streamer: Streamer | None) -> _Row:
+        """The texts of rows of equal length."""
+        length = prompts.lengths[rows[0]]
+        text = prompts.ids[rows, prompts.ids.shape[1] - length :]
+        sampling = self.sampling(length)
+        streams = []
+        if self.words is not None and self.strings:
+            streams = [TextStream(self.words, self.strings) for _ in rows]
+        put = self._put(streamer, streams)
+        tokens = self.generator.loop.text(text, self.limits, sampling, self.random, put)
+        lengths = [self._length(row) for row in tokens]
+        for i, stream in enumerate(streams):
+            lengths[i] = min(lengths[i], stream.count)
+            tokens[i, lengths[i] :] = self.limits.pad
+        return _Row(tokens, lengths, sampling.choices if isinstance(sampling, Recording) else [])
 
+    def _put(
+        self, streamer: Streamer | None, streams: list[TextStream]
+    ) -> Callable[[Tensor], bool] | None:
+        """Gets each column of tokens; says whether every text has had one of its stop strings."""
+        if streamer is None and not streams:
+            return None
+        stops = self.limits.stops
+        ended = [False] * len(streams)
 
-def _stops(given: int | Collection[int] | None, vocabulary: int) -> list[int]:
-    stops = [] if given is None else [given] if isinstance(given, int) else list(given)
-    for stop in stops:
-        if type(stop) is not int or stop < 0:
-            raise OptionError(f"eos_token_id is {stop!r}, not a token id")
-    return stops
+        def put(column: Tensor) -> bool:
+            if streamer is not None:
+                streamer.put(column)
+            for i, (token, stream) in enumerate(zip(column.tolist(), streams)):
+                if not ended[i]:
+                    stream.push(token)
+                    ended[i] = bool(stream.stopped) or token in stops
+            return bool(streams) and all(ended)
 
+        return put
 
-def _new_tokens(new: int | None, length: int | None, prompt: int) -> int:
-    if new is not None and length is not None:
-        raise OptionError("max_new_tokens and max_length contradict each other", advice="pass one")
-    if length is not None:
-        new = length - prompt
-    if new is None:
-        raise OptionError("how long the text may get is not said", advice="pass max_new_tokens")
-    if type(new) is not int or new < 0:
-        raise OptionError(f"{new} new tokens were asked for")
-    return new
+    def result(self, prompts: Prompts, groups: list[list[int]], made: list[_Row]) -> Generated:
+        """All rows side by side."""
+        pad, longest = self.limits.pad, max(m.tokens.shape[1] for m in made)
+        count = len(prompts.lengths)
+        new = torch.full((count, longest), pad, dtype=torch.int64, device=prompts.ids.device)
+        for rows, part in zip(groups, made):
+            new[rows, : part.tokens.shape[1]] = part.tokens
+        lengths = [0] * count
+        for rows, part in zip(groups, made):
+            for row, length in zip(rows, part.lengths):
+                lengths[row] = length
+        result = Generated(torch.cat([prompts.ids, new], dim=1), lengths)
+        if self.records:
+            self._add_logprobs(result, groups, made, longest)
+        return result
+
+    def _add_logprobs(
+        self, result: Generated, groups: list[list[int]], made: list[_Row], longest: int
+    ) -> None:
+        top = min(self.options.logprobs or 0, self.generator.vocabulary)
+        rows = len(result.lengths)
+        logprobs = torch.zeros(rows, longest)
+        top_ids = torch.zeros(rows, longest, top, dtype=torch.int64)
+        top_logprobs = torch.zeros(rows, longest, top)
+        for members, part in zip(groups, made):
+            for step, choice in enumerate(part.choices):
+                for i, row in enumerate(members):
+                    if step < part.lengths[i]:
+                        logprobs[row, step] = choice.logprobs[i]
+                        top_ids[row, step] = choice.top_ids[i]
+                        top_logprobs[row, step] = choice.top_logprobs[i]
+        result.logprobs, result.top_ids, result.top_logprobs = logprobs, top_ids, top_logprobs
+
+    def _length(self, tokens: Tensor) -> int:
+        """New tokens of a row without its padding."""
+        for i, token in enumerate(tokens.tolist()):
+            if token in self.limits.stops:
+                return i + 1
+        return tokens.shape[0]

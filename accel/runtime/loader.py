@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -166,4 +167,11 @@ def assemble(
         "versions": manifest.versions,
         "bytes": {name: blob.bytes for name, blob in manifest.blobs.items()},
     }
-    return CompiledModel(entries, state, stages=stages, ledger=manifest.ledger, report=report)
+    return CompiledModel(
+        entries,
+        state,
+        stages=stages,
+        ledger=manifest.ledger,
+        report=report,
+        files={name: partial(artifact.read, name) for name in manifest.blobs},
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from accel.runtime.convention import Convention
 from accel.runtime.executor import CompiledFunction
 from accel.runtime.generator import Generator
 from accel.runtime.report import explain
+from accel.runtime.text import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
 
 
 class State:
@@ -99,11 +101,13 @@ class CompiledModel:
         stages: Mapping[str, Callable[[], str]],
         ledger: Mapping[str, Any],
         report: Mapping[str, Any],
+        files: Mapping[str, Callable[[], bytes]] | None = None,
     ) -> None:
         self.entry_points = dict(entry_points)
         self._main = next(iter(self.entry_points.values()))
         self._state, self._stages, self._ledger, self._report = state, stages, ledger, report
         self._generator: Generator | None = None
+        self._files = dict(files or {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._main(*args, **kwargs)
@@ -129,8 +133,20 @@ class CompiledModel:
             )
         return self._generator
 
-    def generate(self, input_ids: Any, **options: Any) -> Tensor:
-        """Prompts and what follows them: see `accel.runtime.generator.Generator.generate`."""
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Text to token ids and back; None if the model carries no tokenizer."""
+        if TOKENIZER_FILE not in self._files or SETTINGS_FILE not in self._files:
+            return None
+        return Tokenizer.of_files(lambda name: self._files[name]())
+
+    def generate(self, input_ids: Any, **options: Any) -> Any:
+        """Prompts and what follows them: see `accel.runtime.generator.Generator.generate`.
+
+        Stop strings use the model's own tokenizer, if it carries one and none is passed.
+        """
+        if options.get("stop_strings") and "tokenizer" not in options:
+            options["tokenizer"] = self.tokenizer
         return self.generator.generate(input_ids, **options)
 
     def report(self) -> dict[str, Any]:

@@ -1,19 +1,24 @@
 """Choosing the next token from logits: greedily, or by chance under limits.
 
-The order is that of `transformers`: repetition penalty, temperature, top-k, top-p, min-p; then the
-most probable token, or one drawn. With a seed the draws are those of `torch.multinomial` after
-`torch.manual_seed(seed)`.
+The order is that of `transformers`: repetition penalty, least length, the caller's own processors;
+temperature, top-k, top-p, min-p; then the most probable token, or one drawn. With a seed the draws
+are those of `torch.multinomial` after `torch.manual_seed(seed)`. `Recording` also keeps the log
+probabilities of what it chose.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from accel.errors import OptionError
+
+# Text so far [B, n] and scores [B, V] to scores: what `transformers` calls a logits processor.
+Processor = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,16 @@ class Sampling:
         """The source of chance for one text or batch."""
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the choice depends on the tokens before."""
+        return self.repetition_penalty not in (None, 1.0)
+
+    @property
+    def recordable(self) -> bool:
+        """Whether `choose` is a fixed sequence of tensor operations, such as a graph records."""
+        return True
+
     def scores(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Logits [B, V] after all limits, float32; tokens that are out are minus infinity.
 
@@ -72,8 +87,10 @@ class Sampling:
             penalty = float(self.repetition_penalty or 1.0)
             found = torch.where(found < 0, found * penalty, found / penalty)
             scores = scores.scatter(1, ids, found)
-        if not self.do_sample:
-            return scores
+        return self.limited(scores) if self.do_sample else scores
+
+    def limited(self, scores: Tensor) -> Tensor:
+        """Scores [B, V] after temperature, top-k, top-p and min-p."""
         if self.temperature not in (None, 1.0):
             scores = scores / self.temperature
         if self.top_k is not None:
@@ -89,12 +106,76 @@ class Sampling:
 
     def choose(self, logits: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
         """The next token of each row: int64 [B]."""
-        if not self.do_sample and self.repetition_penalty in (None, 1.0):
+        if not self.do_sample and not self.reads_text:
             return logits.argmax(-1)
         scores = self.scores(logits, ids)
         if not self.do_sample:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@dataclass
+class Choice:
+    """One step of all rows: log probabilities, and the `top` most probable tokens with theirs."""
+
+    logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+
+@dataclass(frozen=True)
+class Recording(Sampling):
+    """Sampling that also keeps log probabilities, and applies more than the usual limits.
+
+    Attributes:
+        least: tokens before one of `stops` may come.
+        processors: applied after penalties and before temperature.
+        top: how many most probable tokens a step keeps with their log probabilities; None records
+            nothing. Log probabilities are the model's own: of its logits before any limit.
+        choices: what was recorded, a step at a time.
+    """
+
+    least: int = 0
+    stops: tuple[int, ...] = ()
+    processors: tuple[Processor, ...] = ()
+    top: int | None = None
+    prompt: int = 0
+    choices: list[Choice] = field(default_factory=list)
+
+    @property
+    def reads_text(self) -> bool:
+        return True
+
+    @property
+    def recordable(self) -> bool:
+        return False
+
+    def scores(self, logits: Tensor, ids: Tensor) -> Tensor:
+        plain = Sampling(repetition_penalty=self.repetition_penalty)
+        scores = plain.scores(logits, ids)
+        if self.stops and ids.shape[1] < self.prompt + self.least:
+            scores = scores.index_fill(1, torch.tensor(self.stops, device=ids.device), -math.inf)
+        for process in self.processors:
+            scores = process(ids, scores)
+        return self.limited(scores) if self.do_sample else scores
+
+    def choose(self, logits: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
+        scores = self.scores(logits, ids)
+        if self.do_sample:
+            tokens = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            tokens = scores.argmax(-1)
+        self.record(logits, tokens)
+        return tokens
+
+    def record(self, logits: Tensor, tokens: Tensor) -> None:
+        """Keeps what `tokens` [B] were chosen from."""
+        if self.top is None:
+            return
+        logs = logits.float().log_softmax(-1)
+        best = logs.topk(min(self.top, logs.shape[1]), dim=-1)
+        own = logs.gather(1, tokens[:, None])[:, 0]
+        self.choices.append(Choice(own, best.indices, best.values))
 
 
 def _top_p(scores: Tensor, limit: float) -> Tensor:
