@@ -15,7 +15,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,6 +29,7 @@ from accel.runtime.cuda_code import CudaKernel, unpack
 from accel.runtime.cuda_load import image_for, load_module, no_portable_code
 from accel.runtime.interfaces import KernelFunction
 from accel.runtime.plan import evaluate_size
+from accel.runtime.tensor_map import Encoded, Encoder
 
 _ALIGNMENT = 16
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -54,6 +55,9 @@ class _Config(ctypes.Structure):
                           ("attributes", ctypes.POINTER(_Attribute)),
                           ("count", ctypes.c_uint)]  # fmt: skip
 
+
+# Pointers to the values of a kernel's parameters, and what some of these lie in.
+_Parameters = tuple[ctypes.Array[ctypes.c_void_p], list[Encoded]]
 
 # Constant, and kept alive for the configurations that point to it.
 _DEPENDENT = _Attribute(_SERIALIZATION, b"", 1)
@@ -191,27 +195,17 @@ class CudaLibrary:
     def _launcher(self, name: str, kernel: CudaKernel, function: ctypes.c_void_p) -> KernelFunction:
         check, device = self._driver.check, self.device
         count = kernel.tensors + len(kernel.sizes)
-        status = ctypes.c_int64(self._status.data_ptr())
-        null = ctypes.c_int64(0)
-        extra = [ctypes.addressof(status)] if kernel.checks else []
-        extra += [ctypes.addressof(null)] * kernel.spare
         launch = self._driver_launch(kernel, function)
         fixed = kernel.programs if isinstance(kernel.programs, int) else None
-        pointers: dict[int, ctypes.Array[ctypes.c_void_p]] = {}
+        parameters_of = self._parameters(kernel)
 
-        def run(address: int, keep: object = (status, null)) -> None:
-            parameters = pointers.get(address)
-            if parameters is None:
-                places = [address + 8 * i for i in range(count)] + extra
-                parameters = (ctypes.c_void_p * len(places))(*places)
-                if len(pointers) > 4096:
-                    pointers.clear()
-                pointers[address] = parameters
+        def run(address: int) -> None:
             words = (ctypes.c_int64 * count).from_address(address)
             for word in words[: kernel.tensors]:
                 if word % _ALIGNMENT:
                     raise ExecutionError(f"a tensor's address is no multiple of {_ALIGNMENT}",
                                          where=name)  # fmt: skip
+            parameters, _maps = parameters_of(address, words)  # maps live until the launch
             programs = fixed
             if programs is None:
                 sizes = dict(zip(kernel.sizes, words[kernel.tensors :]))
@@ -224,6 +218,30 @@ class CudaLibrary:
                 check(code, name)
 
         return run
+
+    def _parameters(self, kernel: CudaKernel) -> Callable[[int, Any], _Parameters]:
+        """(address of the argument words, the words) -> pointers to all parameters."""
+        count = kernel.tensors + len(kernel.sizes)
+        status = ctypes.c_int64(self._status.data_ptr())
+        null = ctypes.c_int64(0)
+        first = [ctypes.addressof(status)] if kernel.checks else []
+        last = [ctypes.addressof(null)] * kernel.spare
+        encoder = Encoder(self._driver.library, kernel.maps, kernel.sizes, kernel.tensors)
+        made: dict[Any, _Parameters] = {}
+
+        def parameters(address: int, words: Any, keep: object = (status, null)) -> _Parameters:
+            key = (address, *encoder.key(words)) if kernel.maps else address
+            found = made.get(key)
+            if found is None:
+                maps = encoder.encoded(words) if kernel.maps else []
+                places = [address + 8 * i for i in range(count)] + first
+                places += [place for one in maps for place in one.places] + last
+                if len(made) > 4096:
+                    made.clear()
+                made[key] = found = (ctypes.c_void_p * len(places))(*places), maps
+            return found
+
+        return parameters
 
     def _driver_launch(
         self, kernel: CudaKernel, function: ctypes.c_void_p

@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass
 
 from accel.errors import ArtifactError
 from accel.runtime.plan import SizeExpr
+from accel.runtime.tensor_map import TensorMap, tensor_map
 
 MAGIC = b"accel-cuda-1\n"
 _LARGEST_HEADER = 64 << 20
 _LARGEST_PTX = 64 << 20
+_MOST_MAPS = 16
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class CudaKernel:
         programs: the grid's size, from `sizes`.
         shared: bytes of dynamic shared memory.
         dependent: it may be launched while earlier kernels run: it waits for them itself.
+        maps: tensor maps, which it takes after the status word (`accel.runtime.tensor_map`).
     """
 
     symbol: str
@@ -49,6 +52,7 @@ class CudaKernel:
     length: int = 0
     ptx_length: int = 0
     dependent: bool = False
+    maps: tuple[TensorMap, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def _kernel(data: dict[str, object], room: int) -> CudaKernel:
         raise ValueError("a number is missing")
     if type(kernel.checks) is not bool or type(kernel.dependent) is not bool:
         raise ValueError("a truth value is missing")
-    if kernel.warps not in (1, 2, 4, 8, 16, 32) or kernel.spare > 16 or kernel.tensors > 1024:
+    if not 0 < kernel.warps <= 32 or kernel.spare > 16 or kernel.tensors > 1024:
         raise ValueError("launch parameters out of range")
     if kernel.offset + kernel.length + kernel.ptx_length > room:
         raise ValueError("machine code is cut off")
@@ -141,4 +145,8 @@ def _kernel(data: dict[str, object], room: int) -> CudaKernel:
         raise ValueError("no symbol")
     if not all(isinstance(s, str) for s in kernel.sizes):
         raise ValueError("bad sizes")
-    return CudaKernel(**{**data, "sizes": tuple(kernel.sizes)})  # type: ignore[arg-type]
+    if not isinstance(kernel.maps, (list, tuple)) or len(kernel.maps) > _MOST_MAPS:
+        raise ValueError("bad tensor maps")
+    maps = tuple(tensor_map(dict(m), kernel.tensors) for m in kernel.maps)  # type: ignore[call-overload]
+    made = {**data, "sizes": tuple(kernel.sizes), "maps": maps}
+    return CudaKernel(**made)  # type: ignore[arg-type]
