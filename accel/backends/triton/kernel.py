@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from accel.backends.loops.phases import Phase, Planner, Store, region_symbols
 from accel.backends.triton import dtypes
 from accel.backends.triton.emitter import Emitter
+from accel.backends.triton.maps import MapCode
 from accel.backends.triton.program import Program, ProgramWriter
 from accel.backends.triton.split import (
     PartialWriter,
@@ -54,8 +55,12 @@ class LaunchCode:
         signature: Triton's types of all its parameters, block sizes ("constexpr") included.
         programs: how many programs the grid has.
         inplace: pairs (position in writes, position in reads) that may be the same memory.
+        maps: matrices it copies a tile at a time; parameters of their own, before block sizes.
+        gluon: its language is Gluon, not Triton.
         dependent: it may start before earlier kernels have ended, and waits for them itself
             (`accel.backends.triton.dependent`).
+        updates: pairs like these whose result starts as a copy of what is read, or is that very
+            memory: the launch writes a part of it and reads it as the result.
     """
 
     name: str
@@ -70,15 +75,22 @@ class LaunchCode:
     warps: int
     inplace: list[tuple[int, int]] = field(default_factory=list)
     dependent: bool = False
+    maps: tuple[MapCode, ...] = ()
+    gluon: bool = False
+    updates: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
 class KernelCode:
-    """All launches of one kernel, in order, and the bytes of its scratch buffers."""
+    """All launches of one kernel, in order, and the bytes of its scratch buffers.
+
+    The scratch buffers of `zeroed` are zeros before the first launch and after the last one.
+    """
 
     name: str
     launches: list[LaunchCode]
     scratch: list[Dim]
+    zeroed: list[int] = field(default_factory=list)
 
 
 def generate(
@@ -166,6 +178,7 @@ class Generator:
         signature.update(dict.fromkeys(symbols, "i64"))
         if program.checks:
             signature["status"] = "*i32"
+        signature.update({one.name: one.type for one in program.maps})
         signature.update(dict.fromkeys(program.constants, "constexpr"))
         source = _source(name, program, signature, self.comment)
         self.launches.append(
@@ -181,6 +194,8 @@ class Generator:
                 program.programs,
                 program.warps,
                 inplace,
+                maps=program.maps,
+                gluon=program.gluon,
             )
         )
 

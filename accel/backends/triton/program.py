@@ -20,6 +20,7 @@ from accel.backends.loops.survey import Survey
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import Group, decompose, size_text
 from accel.backends.triton.emitter import Emitter, Scope
+from accel.backends.triton.maps import MapCode
 from accel.backends.triton.reductions import HELPERS, Reduction, Tile
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import (
@@ -45,6 +46,8 @@ class Program:
         programs: how many programs to launch.
         reads: values it reads, in order; writes: positions in the phase's stores.
         checks: it reports indices out of range.
+        maps: matrices that it copies a tile at a time.
+        gluon: it is written in Gluon, Triton's dialect with layouts and barriers in sight.
     """
 
     lines: str
@@ -54,6 +57,8 @@ class Program:
     warps: int
     reads: list[Value]
     checks: bool
+    maps: tuple[MapCode, ...] = ()
+    gluon: bool = False
 
 
 @dataclass

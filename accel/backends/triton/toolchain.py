@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from accel.backends.triton.maps import PARAMETERS, MapLayout, map_layouts
 from accel.errors import BackendError, MissingDependencyError
 
 _ALIGNMENT = 16  # of every pointer: what vector loads need
@@ -36,6 +37,8 @@ class Binary:
         shared: bytes of dynamic shared memory.
         spare: parameters after the source's own, that Triton adds for scratch memory it does not
             need here; they get null.
+        warps: of a program, those included that Triton adds for work of their own.
+        maps: how the matrices that it copies lie in shared memory.
     """
 
     symbol: str
@@ -44,6 +47,7 @@ class Binary:
     warps: int
     shared: int
     spare: int
+    maps: tuple[MapLayout, ...] = ()
 
 
 def _triton() -> Any:
@@ -108,14 +112,17 @@ def compile_source(
     constants: Mapping[str, int],
     warps: int,
     arch: str,
+    *,
+    gluon: bool = False,
 ) -> Binary:
-    """Machine code of the function `name` for an architecture such as "sm_90".
+    """Machine code of the function `name`, Triton's or Gluon's, for an architecture ("sm_90").
 
     Raises BackendError with Triton's message if it does not compile.
     """
     triton = _triton()
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     aligned = {
         (position,): [["tt.divisibility", _ALIGNMENT]]
@@ -126,14 +133,16 @@ def compile_source(
     if "enable_reflect_ftz" in _option_names():
         options["enable_reflect_ftz"] = False  # subnormal numbers are numbers, as in eager
     with loaded(source, name) as module:
-        unit = ASTSource(getattr(module, name), dict(signature), dict(constants), aligned)
+        kind = GluonASTSource if gluon else ASTSource
+        unit = kind(getattr(module, name), dict(signature), dict(constants), aligned)
+        target = GPUTarget("cuda", capability(arch), 32)
         try:
-            made = triton.compile(unit, target=GPUTarget("cuda", capability(arch), 32), options=options)
+            made = triton.compile(unit, target=target, options=options)
         except Exception as error:
             raise BackendError(f"Triton does not compile {name}: {error}\n{source}") from error
     ptx = str(made.asm["ptx"])
     metadata = made.metadata
-    own = sum(t != "constexpr" for t in signature.values())
+    own = sum(_count(t) for t in signature.values())
     return Binary(
         symbol=str(metadata.name),
         cubin=bytes(made.asm["cubin"]),
@@ -141,7 +150,15 @@ def compile_source(
         warps=int(metadata.num_warps),
         shared=int(metadata.shared),
         spare=_parameters(ptx, str(metadata.name)) - own,
+        maps=map_layouts(getattr(metadata, "tensordesc_meta", None)),
     )
+
+
+def _count(type_: str) -> int:
+    """Parameters of the compiled function for one of the source."""
+    if type_ == "constexpr":
+        return 0
+    return PARAMETERS if type_.startswith("tensordesc") else 1
 
 
 @cache
