@@ -7,6 +7,7 @@ from typing import Any
 
 from accel import __version__
 from accel.backends.triton import CompiledLaunch, TritonBackend, kernel_fingerprint
+from accel.backends.triton.maps import MapCode, MapLayout
 from accel.backends.vendor import CudaAttention, CudnnConv, TorchLinear
 from accel.compiler.cache import CompileCache, cache_key
 from accel.compiler.lower import KernelSymbol, Launch
@@ -16,6 +17,7 @@ from accel.compiler.targets import Target
 from accel.ir.capability import Library
 from accel.ir.module import Module, Op
 from accel.runtime.cuda_code import CudaKernel, pack, unpack
+from accel.runtime.tensor_map import TensorMap
 
 # Instructions that only one architecture has, by PTX's manual.
 _ONE_ARCHITECTURE = ("wgmma.", "setmaxnreg.", "tcgen05.")
@@ -124,8 +126,22 @@ def kernel_binary(one: CompiledLaunch) -> tuple[CudaKernel, bytes]:
         warps=one.binary.warps,
         shared=one.binary.shared,
         dependent=one.code.dependent,
+        maps=tuple(_tensor_map(one, *m) for m in zip(one.code.maps, one.binary.maps, strict=True)),
     )
     return kernel, one.binary.cubin
+
+
+def _tensor_map(one: CompiledLaunch, code: MapCode, layout: MapLayout) -> TensorMap:
+    names = [slot.name for slot in (*one.reads, *one.writes)]
+    return TensorMap(
+        tensor=names.index(code.pointer),
+        shape=(size_expr(code.rows), code.columns),
+        stride=code.stride,
+        box=layout.box,
+        width=layout.width,
+        element=layout.element,
+        swizzle=layout.swizzle,
+    )
 
 
 def portable(ptx: str) -> bytes:

@@ -238,8 +238,9 @@ def kernel_fingerprint(kernel: Op) -> str:
 
 def _compile(launch: LaunchCode, arch: str) -> Binary:
     return compile_source(
-        launch.source, launch.name, launch.signature, launch.constants, launch.warps, arch
-    )
+        launch.source, launch.name, launch.signature, launch.constants, launch.warps, arch,
+        gluon=launch.gluon,
+    )  # fmt: skip
 
 
 def _has_own_code(op: Op) -> bool:
