@@ -67,7 +67,7 @@ def compile_launches(
         key = kernel_key(op, backend)
         entry = cache.get(key) if options.cache else None
         if entry is None:
-            header, payload = _compile(op, backend)
+            header, payload = compile_kernel(op, backend)
             if options.cache:
                 cache.put(key, header, payload)
         else:
@@ -88,7 +88,7 @@ def kernel_key(op: Op, backend: TritonBackend) -> str:
     )
 
 
-def _compile(op: Op, backend: TritonBackend) -> tuple[dict[str, Any], bytes]:
+def compile_kernel(op: Op, backend: TritonBackend) -> tuple[dict[str, Any], bytes]:
     """One kernel as JSON (how its launches are called) and machine code."""
     compiled = backend.compile([op])
     (name,) = compiled.names
