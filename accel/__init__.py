@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accel.compiler.targets import Target as Target
     from accel.compiler.targets import list_targets as list_targets
     from accel.errors import AccelError as AccelError
+    from accel.loading import generate as generate
     from accel.loading import load as load
     from accel.runtime.model import CompiledModel as CompiledModel
 
@@ -37,6 +38,7 @@ _WHERE = {
     "Target": "accel.compiler.targets",
     "compile": "accel.compiler.api",
     "compile_generator": "accel.compiler.language",
+    "generate": "accel.loading",
     "list_options": "accel.compiler.options",
     "list_targets": "accel.compiler.targets",
     "load": "accel.loading",

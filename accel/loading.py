@@ -1,11 +1,17 @@
-"""`accel.load`: runs an artifact. The compiler is only imported to rebuild code not trusted."""
+"""`accel.load` runs an artifact; `accel.generate` makes text with one, or with a model.
+
+The compiler is only imported to rebuild code that is not trusted, and to compile a model.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
+from typing import Any
 
 from accel.runtime.artifact import Artifact
+from accel.runtime.completion import Prompt, complete
 from accel.runtime.loader import Rebuilt
 from accel.runtime.loader import load as _load
 from accel.runtime.model import CompiledModel
@@ -23,6 +29,41 @@ def load(
     Raises ArtifactError for a damaged or foreign file, TrustError for untrusted native code.
     """
     return _load(path, trust, rebuild=_rebuild if rebuild else None)
+
+
+def generate(
+    model: Any,
+    prompt: Prompt | list[str],
+    *,
+    chat: bool = False,
+    tokenizer: Any = None,
+    stream: Callable[[str], Any] | None = None,
+    **options: Any,
+) -> str | list[str]:
+    """The text that follows a prompt.
+
+    Args:
+        model: an artifact's path, a loaded or compiled model that generates, or a causal model of
+            `transformers`, which is compiled first (compile it once yourself for several calls).
+        prompt: text, or the messages of a conversation; a list of texts gives a list.
+        chat: prompts are messages of the user's, in the model's chat format.
+        tokenizer: of `transformers`, for a model that is compiled here and has none.
+        stream: gets each piece of text as soon as it is certain: `stream=sys.stdout.write`.
+        options: what `transformers` takes: max_new_tokens, do_sample, temperature, stop_strings...
+
+    Raises what `load`, `compile_generator` and `CompiledModel.generate` raise.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        model = load(model)
+    elif not isinstance(model, CompiledModel):
+        compiler = importlib.import_module("accel.compiler.language")
+        capacity = compiler.default_capacity(model)
+        model = compiler.compile_generator(model, capacity=capacity, tokenizer=tokenizer)
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+        texts = [p for p in prompt if isinstance(p, str)]
+        return [complete(model, p, chat=chat, stream=stream, **options).text for p in texts]
+    one: Any = prompt
+    return complete(model, one, chat=chat, stream=stream, **options).text
 
 
 def _rebuild(artifact: Artifact) -> Rebuilt:

@@ -15,6 +15,7 @@ from accel.cli.models import load_model
 from accel.cli.output import Json, emit, facts, format_bytes, format_seconds, progress
 from accel.cli.plugins import Load, load_all_passes
 from accel.errors import OptionError
+from accel.frontends.checkpoints import has_tokenizer, load_tokenizer
 from accel.passes.ledger import Ledger
 from accel.runtime.artifact import Artifact
 
@@ -103,10 +104,18 @@ def _generator(
 ) -> None:
     with progress(f"loading {model}", as_json):
         named = load_model(model)
+        tokenizer = None
+        if named.checkpoint is not None and has_tokenizer(named.checkpoint):
+            tokenizer = load_tokenizer(named.checkpoint)
     start = time.perf_counter()
     with progress(f"compiling {named.name}", as_json):
         accel.package_generator(
-            named.model, path=path, capacity=capacity, target=target, options=options
+            named.model,
+            path=path,
+            capacity=capacity,
+            target=target,
+            options=options,
+            tokenizer=tokenizer,
         )
     report(path, time.perf_counter() - start, as_json)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,24 +13,31 @@ from torch import Tensor
 
 import accel
 from accel.cli.calls import Trust
-from accel.cli.output import Json, emit, emit_text, progress
+from accel.cli.output import Json, emit, emit_text, progress, tell
+from accel.compiler.text import text_files
 from accel.errors import OptionError
 from accel.frontends.checkpoints import PACKAGED, find_checkpoint, load_tokenizer
+from accel.runtime.completion import Completion, complete
+from accel.runtime.model import CompiledModel
+from accel.runtime.text import Tokenizer
 
 app = typer.Typer()
 
 
 @app.command()
 def generate(
-    artifact: Annotated[Path, typer.Argument(help="An .accel file with @prefill and @decode.")],
-    prompt: Annotated[str, typer.Option("--prompt", help="Text; needs --tokenizer.")] = "",
-    ids: Annotated[str, typer.Option("--ids", help='Token ids instead: "1,4093,198".')] = "",
+    artifact: Annotated[Path, typer.Argument(help="An .accel file of a language model.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")] = None,
+    ids: Annotated[str | None, typer.Option("--ids", help='Token ids: "1,4093,198".')] = None,
     tokenizer: Annotated[
-        str, typer.Option("--tokenizer", help="A package, GGUF file or checkpoint folder.")
+        str, typer.Option("--tokenizer", help="A package, GGUF file or folder with another one.")
     ] = "",
-    chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat format.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat format.")] = False,
     new: Annotated[int, typer.Option("--new", help="How many tokens at most.")] = 128,
-    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Ends the text. Repeatable.")
+    ] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens.")] = False,
     temperature: Annotated[float | None, typer.Option(help="With --sample.")] = None,
     top_k: Annotated[int | None, typer.Option(help="With --sample.")] = None,
@@ -39,91 +45,85 @@ def generate(
     min_p: Annotated[float | None, typer.Option(help="With --sample.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: log probabilities, and the N likeliest tokens.")
+    ] = None,
+    lookup: Annotated[
+        int | None, typer.Option(help="Speculate with N tokens from earlier in the text.")
+    ] = None,
+    chunk: Annotated[int | None, typer.Option(help="Run the prompt N tokens at a time.")] = None,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Generate text with an artifact of a language model."""
-    if bool(prompt) == bool(ids):
+    if (prompt is None) == (ids is None):
         raise OptionError("give one of --prompt and --ids")
-    if prompt and not tokenizer:
-        raise OptionError("--prompt needs --tokenizer", advice=f"one of {', '.join(PACKAGED)}")
-    words = _tokenizer(tokenizer) if tokenizer else None
-    given = _numbers(ids) if ids else _encoded(words, prompt, chat)
+    if logprobs is not None and not as_json:
+        raise OptionError("--logprobs needs --json")
     with progress("loading", as_json):
         model = accel.load(artifact, trust=trust)
         model.prepare()
-    printer = _Printer(words) if stream and not as_json else None
-    start = time.perf_counter()
-    made = model.generate(
-        given,
-        max_new_tokens=new,
-        eos_token_id=getattr(words, "eos_token_id", None),
-        do_sample=sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        streamer=printer,
+        words = _tokenizer(tokenizer) if tokenizer else model.tokenizer
+    options: dict[str, Any] = {
+        "max_new_tokens": new,
+        "do_sample": sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "logprobs": logprobs,
+        "prompt_lookup_num_tokens": lookup,
+        "prefill_chunk_size": chunk,
+        "stop_strings": stop,
+    }
+    given = {k: v for k, v in options.items() if v is not None}
+    if ids is not None and words is None:
+        _print_ids(model, _numbers(ids), given, as_json)
+        return
+    shown = stream and not as_json
+    start: Any = prompt if prompt is not None else _numbers(ids or "")[0].tolist()
+    done = complete(
+        model, start, chat=chat, tokenizer=words, stream=_show if shown else None, **given
     )
-    seconds = time.perf_counter() - start
-    tokens: list[int] = made[0, given.shape[1] :].tolist()
-    text = words.decode(tokens, skip_special_tokens=True) if words is not None else ""
-    data = {"tokens": tokens, "text": text, "seconds": seconds}
     if as_json:
-        emit(data, as_json)
-    elif printer is None:
-        emit_text(text or json.dumps(tokens))
-    rate = len(tokens) / seconds if seconds else 0.0
-    print(f"{len(tokens)} tokens, {rate:.1f} a second, prompt included", file=sys.stderr)
-
-
-class _Printer:
-    """Prints what each token adds to the text."""
-
-    def __init__(self, words: Any) -> None:
-        self.words, self.shown = words, ""
-        self.tokens: list[int] = []
-        self.first = True
-
-    def put(self, value: Tensor) -> None:
-        if self.first:  # the prompt
-            self.first = False
-            return
-        self.tokens += value.reshape(-1).tolist()
-        if self.words is None:
-            sys.stdout.write(f"{self.tokens[-1]} ")
-        else:
-            text = self.words.decode(self.tokens, skip_special_tokens=True)
-            if text.endswith("\ufffd"):  # the middle of a character
-                return
-            sys.stdout.write(text[len(self.shown) :])
-            self.shown = text
-        sys.stdout.flush()
-
-    def end(self) -> None:
-        sys.stdout.write("\n")
-
-
-def _tokenizer(spec: str) -> Any:
-    return load_tokenizer(find_checkpoint(spec) if spec in PACKAGED else spec)
-
-
-def _encoded(words: Any, prompt: str, chat: bool) -> Tensor:
-    if not chat:
-        found = words(prompt, return_tensors="pt")
+        emit(asdict(done), as_json)
     else:
-        messages = [{"role": "user", "content": prompt}]
-        found = words.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    ids: Tensor = found["input_ids"]
-    return ids
+        emit_text("" if shown else done.text)
+    _summary(done, as_json)
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _summary(done: Completion, as_json: bool) -> None:
+    rate = len(done.tokens) / done.seconds if done.seconds else 0.0
+    line = f"{len(done.tokens)} tokens, {rate:.1f} a second, prompt included"
+    if done.statistics:
+        line += f"; {done.statistics['accepted']} of {done.statistics['proposed']} proposals taken"
+    tell(line, as_json)
+
+
+def _print_ids(model: CompiledModel, ids: Tensor, options: dict[str, Any], as_json: bool) -> None:
+    """Numbers in, numbers out: for a model without a tokenizer."""
+    made = model.generate(ids, **options | {"return_dict_in_generate": True})
+    tokens = made.sequences[0, ids.shape[1] :].tolist()
+    logprobs = None if made.logprobs is None else made.logprobs[0].tolist()
+    emit({"tokens": tokens, "logprobs": logprobs}, as_json, ",".join(map(str, tokens)))
+
+
+def _tokenizer(spec: str) -> Tokenizer:
+    found = load_tokenizer(find_checkpoint(spec) if spec in PACKAGED else spec)
+    return Tokenizer.of_files(text_files(found).__getitem__)
 
 
 def _numbers(text: str) -> Tensor:
     try:
-        return torch.tensor([[int(part) for part in text.split(",")]])
+        return torch.tensor(
+            [[int(part) for part in text.split(",") if part.strip()]], dtype=torch.int64
+        )
     except ValueError:
         raise OptionError(f"--ids '{text}' are no numbers between commas") from None

@@ -26,11 +26,12 @@ _FORMS = '"module:callable", "file.py:callable", a checkpoint, or one of '
 
 @dataclass
 class NamedModel:
-    """A model and, where its builder gave them, example inputs."""
+    """A model and, where its builder gave them, example inputs, or the file it was read from."""
 
     name: str
     model: nn.Module
     inputs: tuple[Any, ...] | None = None
+    checkpoint: Path | None = None
 
 
 def load_model(spec: str) -> NamedModel:
@@ -39,18 +40,19 @@ def load_model(spec: str) -> NamedModel:
     Raises OptionError for a spec that names nothing; whatever the user's own code raises passes on.
     """
     if spec in PACKAGED:
-        return NamedModel(spec, load_checkpoint(find_checkpoint(spec)))
+        found = find_checkpoint(spec)
+        return NamedModel(spec, load_checkpoint(found), checkpoint=found)
     if Path(spec).exists():
-        return NamedModel(Path(spec).stem, load_checkpoint(spec))
+        return NamedModel(Path(spec).stem, load_checkpoint(spec), checkpoint=Path(spec))
     place, colon, attribute = spec.rpartition(":")
     if not colon or not place or not attribute:
         raise OptionError(
             f"'{spec}' names no model", advice=f"give {_FORMS}{', '.join(sorted(PACKAGED))}"
         )
-    found = getattr(import_module_or_file(place), attribute, None)
-    if found is None:
+    builder = getattr(import_module_or_file(place), attribute, None)
+    if builder is None:
         raise OptionError(f"'{place}' has no '{attribute}'")
-    made = found if isinstance(found, nn.Module) or not callable(found) else found()
+    made = builder if isinstance(builder, nn.Module) or not callable(builder) else builder()
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise OptionError(

@@ -23,6 +23,7 @@ from accel.compiler.assemble import to_contents, to_model
 from accel.compiler.options import Options
 from accel.compiler.pipeline import Program, compile_module
 from accel.compiler.targets import Target, get_target
+from accel.compiler.text import text_files
 from accel.errors import CaptureError, OptionError
 from accel.frontends.checkpoints import LanguageModel
 from accel.frontends.export import capture
@@ -32,13 +33,16 @@ from accel.passes.insert_kv_cache import InsertKvCache
 from accel.passes.manager import PassManager
 from accel.passes.pipelines import CLEAN_PIPELINE
 from accel.passes.registry import load_passes
-from accel.runtime.artifact import write_artifact
+from accel.runtime.artifact import GENERATE, GoldenCase, write_artifact
+from accel.runtime.golden import golden_case
 from accel.runtime.memory import collection_paused
 from accel.runtime.model import CompiledModel
 
 _EXAMPLE_TOKENS = 8
 _EXAMPLE_ROWS = 2
 _LARGEST_DEFAULT = 2048
+_GOLDEN_TOKENS = 12
+_GOLDEN_LOGITS = 4
 
 
 def default_capacity(model: Any) -> int:
@@ -58,6 +62,7 @@ def compile_generator(
     batch: int = 1,
     target: str | Target = "cpu",
     options: Options | Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> CompiledModel:
     """Compiles a causal language model to generate text.
 
@@ -68,11 +73,13 @@ def compile_generator(
         batch: texts that one call generates at a time; 0 for any number.
         target, options: as for `accel.compile`; techniques in `options.passes` apply to both
             functions.
+        tokenizer: of `transformers`; carried along, so that the model takes and gives text.
 
     Raises CaptureError for a model whose tokens look at each other other than by causal attention,
     with the op and the line, and what `accel.compile` raises.
     """
-    return to_model(_compile(model, capacity, batch, target, options))
+    files = text_files(tokenizer, model) if tokenizer is not None else {}
+    return to_model(_compile(model, capacity, batch, target, options), files)
 
 
 def package_generator(
@@ -83,11 +90,33 @@ def package_generator(
     batch: int = 1,
     target: str | Target = "cpu",
     options: Options | Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> CompiledModel:
-    """Like `compile_generator`, into an artifact at `path`: `accel.load(path).generate(...)`."""
+    """Like `compile_generator`, into an artifact at `path`: `accel.load(path).generate(...)`.
+
+    The artifact carries the tokenizer, and a text with its logits that `accel verify` replays.
+    """
+    files = text_files(tokenizer, model) if tokenizer is not None else {}
     program = _compile(model, capacity, batch, target, options)
-    write_artifact(path, to_contents(program))
-    return to_model(program)
+    made = to_model(program, files)
+    golden = [_golden(model, made)] if Options.of(options).golden else []
+    write_artifact(path, to_contents(program, golden, files))
+    return made
+
+
+def _golden(model: Any, made: CompiledModel) -> GoldenCase:
+    """Logits of the last tokens of a random text: by the program, where its device is here."""
+    generator = made.generator
+    length = min(_GOLDEN_TOKENS, generator.capacity)
+    count = min(_GOLDEN_LOGITS, length)
+    chance = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, generator.vocabulary, (1, length), generator=chance)
+    if generator.device.type == "cpu" or torch.cuda.is_available():
+        logits = generator.logits(ids, count)
+    else:
+        with torch.no_grad():
+            logits = _plain(model)(ids)[0, -count:].cpu()
+    return golden_case(GENERATE, [ids], [logits])
 
 
 def _compile(

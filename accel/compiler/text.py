@@ -43,7 +43,8 @@ def text_files(tokenizer: Any, model: Any = None) -> Mapping[str, bytes]:
 def _ends(tokenizer: Any, model: Any) -> list[int]:
     """Tokens that end a text: the generation config's, then the tokenizer's."""
     found: list[int] = []
-    config = getattr(model, "generation_config", None)
+    inner = getattr(model, "model", None)  # a frontend's wrapper
+    config = getattr(model, "generation_config", getattr(inner, "generation_config", None))
     for value in (getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         found += [value] if isinstance(value, int) else list(value or ())
     return list(dict.fromkeys(int(v) for v in found))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.errors import InputError, MissingDependencyError
+from accel.frontends.gguf import read_gguf
 from accel.frontends.gguf_model import load_gguf_model
 from accel.names import near
 
@@ -113,15 +114,33 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.
     return (VisionModel(model) if vision else TextEncoder(model)).eval()
 
 
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a checkpoint holds a tokenizer."""
+    path = Path(path)
+    if path.is_file():
+        return "tokenizer.ggml.tokens" in read_gguf(path).metadata
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt")
+    return any((path / name).is_file() for name in names)
+
+
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer that lies beside the model of `load_checkpoint(path)`."""
+    """The tokenizer that lies beside the model of `load_checkpoint(path)`.
+
+    Raises InputError where there is none, or a damaged one.
+    """
     path = Path(path)
     transformers = _transformers()
+    folder, options = path, {}
     if path.is_file():
-        return transformers.AutoTokenizer.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True
-        )
-    return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        read_gguf(path)  # a damaged file ends here
+        folder, options = path.parent, {"gguf_file": path.name}
+    try:
+        with _quiet():
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, **options
+            )
+    except Exception as error:  # whatever damaged files make of foreign code
+        raise InputError(f"the tokenizer does not load: {error}", where=str(path)) from error
 
 
 def _transformers() -> Any:
