@@ -39,3 +39,29 @@ def choose(op: Op, sms: int) -> AttentionTile:
     columns = min(best.columns, max(16, next_power(keys)))
     warps = min(best.warps, 4) if rows < best.rows else best.warps
     return AttentionTile(rows, columns, warps, best.stages)
+
+
+def candidates(kernel: Op, sms: int) -> list[AttentionTile]:
+    """Tiles worth timing for a kernel."""
+    op = next(op for op in kernel.regions[0].ops if op.name == "attention")
+    q, k, v, _ = op.arguments()
+    size = max(int(q.shape[3]), int(v.shape[3]))
+    tallest = next_power(q.shape[2]) if isinstance(q.shape[2], int) else _SYMBOLIC_LENGTH
+    widest = next_power(k.shape[2]) if isinstance(k.shape[2], int) else _SYMBOLIC_LENGTH
+    held = 224 << 10
+    return [
+        AttentionTile(rows, columns, warps, stages)
+        for rows, columns, warps, stages in _WORTH_TIMING
+        if rows <= max(16, tallest)
+        and columns <= max(16, widest)
+        and next_power(size) * q.dtype.itemsize * (rows + 2 * stages * columns) <= held
+        and rows * (next_power(size) + columns) <= warps * 32 * 160
+    ]
+
+
+# rows, columns, warps, stages
+_WORTH_TIMING = (
+    (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2),
+    (128, 64, 8, 2), (128, 128, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 4, 3),
+    (32, 64, 4, 3), (32, 64, 2, 2), (64, 128, 4, 3), (16, 64, 2, 3), (128, 128, 4, 2),
+)  # fmt: skip

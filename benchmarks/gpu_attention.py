@@ -1,0 +1,424 @@
+"""Generated attention beside cuDNN, FlashAttention-2 and flex_attention on one GPU.
+
+    python -m benchmarks.gpu_attention [--names causal_8k,...] [--sweep] [--out FILE]
+
+Queries, keys and values lie in memory as a projection leaves them ([B, S, H, D]), and so does the
+result. A figure is the median time of a CUDA graph's replays. FLOPs are those of the pairs of query
+and key that the mask lets through, 4 a pair and element of the head. Every system's result is
+compared with float64 on some of its rows first. `--sweep` times other tiles than the chosen one.
+`--compile FOLDER` only compiles, without touching the GPU; `--compiled FOLDER` takes it from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from accel.backends.triton import TritonBackend
+from accel.backends.triton.attention_tiles import AttentionTile, candidates
+from accel.compiler.gpu import kernel_binary
+from accel.ir import Builder, Op, TensorType, definition
+from accel.ir.module import Region, Value
+from accel.runtime.cuda import CudaLibrary
+from accel.runtime.cuda_code import pack
+from benchmarks.measure import RESULTS, machine
+
+BF16, FP16 = torch.bfloat16, torch.float16
+CHECKED_ROWS = 48
+REPLAYS = 11
+LIBRARIES = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention: `groups` key heads; `mask` is "", "keys" (padding) or "alibi"."""
+
+    name: str
+    batch: int
+    heads: int
+    length: int
+    size: int
+    groups: int = 0
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    mask: str = ""
+    dtype: torch.dtype = BF16
+
+    @property
+    def scale(self) -> float:
+        return self.size**-0.5
+
+    @property
+    def plain(self) -> bool:
+        """Whether PyTorch's libraries take it without a mask of all pairs."""
+        return self.window is None and self.softcap is None and self.mask != "alibi"
+
+    @property
+    def flops(self) -> float:
+        pairs = self.length**2
+        if self.causal:
+            pairs = self.length * (self.length + 1) // 2
+        if self.window is not None:
+            pairs -= (self.length - self.window) * (self.length - self.window + 1) // 2
+        return 4 * pairs * self.size * self.heads * self.batch
+
+    def types(self) -> list[TensorType]:
+        groups = self.groups or self.heads
+        shapes = [(self.batch, self.length, n * self.size) for n in (self.heads, groups, groups)]
+        types = [TensorType(s, self.dtype) for s in shapes]
+        if self.mask == "keys":
+            types.append(TensorType((self.batch, self.length), torch.bool))
+        return types
+
+    def inputs(self, seed: int) -> list[Tensor]:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        made = [
+            torch.randn(t.shape, generator=generator, device="cuda", dtype=self.dtype)
+            for t in self.types()[:3]
+        ]
+        if self.mask == "keys":
+            shape, half = (self.batch, 1), self.length // 2
+            lengths = torch.randint(half, self.length, shape, generator=generator, device="cuda")
+            made.append(torch.arange(self.length, device="cuda") < lengths)
+        return made
+
+    def build(self, b: Any, q: Value, k: Value, v: Value, keys: Value | None = None) -> Value:
+        def split(x: Value) -> Value:
+            four = (self.batch, self.length, x.shape[2] // self.size, self.size)
+            return b.permute(b.reshape(x, shape=four), axes=(0, 2, 1, 3))  # type: ignore[no-any-return]
+
+        mask = None
+        if keys is not None:
+            mask = b.reshape(keys, shape=(self.batch, 1, 1, self.length))
+        elif self.mask == "alibi":
+            mask = self._alibi(b)
+        y = b.attention(split(q), split(k), split(v), mask, scale=self.scale, causal=self.causal,
+                        window=self.window, softcap=self.softcap)  # fmt: skip
+        merged = (self.batch, self.length, self.heads * self.size)
+        return b.reshape(b.permute(y, axes=(0, 2, 1, 3)), shape=merged)  # type: ignore[no-any-return]
+
+    def _alibi(self, b: Any) -> Value:
+        """slope(head) * (key - query), in the region."""
+        f32, n = torch.float32, self.length
+        head = b.iota(shape=(1, self.heads, 1, 1), axis=1, dtype=f32)
+        slope = b.exp2(b.mul(b.add(head, b.scalar(1.0, f32)), b.scalar(-8.0 / self.heads, f32)))
+        key = b.iota(shape=(1, 1, 1, n), axis=3, dtype=f32)
+        query = b.iota(shape=(1, 1, n, 1), axis=2, dtype=f32)
+        return b.cast(b.mul(slope, b.sub(key, query)), dtype=self.dtype)  # type: ignore[no-any-return]
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(self.batch, self.length, -1, self.size).transpose(1, 2)
+
+    def exact(self, inputs: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """Rows of the last batch's result in float64, [rows, heads * size]."""
+        q, k, v = (self.split(x)[-1].double() for x in inputs[:3])
+        share = self.heads // k.shape[0]
+        k, v = k.repeat_interleave(share, 0), v.repeat_interleave(share, 0)
+        scores = q[:, rows] @ k.transpose(1, 2) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        column = torch.arange(self.length, device="cuda")
+        distance = column - rows[:, None]
+        if self.mask == "alibi":
+            slopes = self.slopes().double()
+            scores = scores + (slopes[:, None, None] * distance).to(self.dtype).double()
+        keep = torch.ones_like(distance, dtype=torch.bool)
+        keep &= (distance <= 0) if self.causal else keep
+        keep &= (distance > -self.window) if self.window is not None else keep
+        keep &= inputs[3][-1] if self.mask == "keys" else keep
+        weights = torch.softmax(scores.masked_fill(~keep, -math.inf), -1)
+        return (weights @ v).transpose(0, 1).reshape(len(rows), -1)
+
+    def slopes(self) -> Tensor:
+        return torch.exp2(-8.0 / self.heads * torch.arange(1, self.heads + 1, device="cuda"))
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("causal_8k", 2, 16, 8192, 128),
+        Case("causal_16k", 2, 16, 16384, 128),
+        Case("causal_8k_d64", 2, 32, 8192, 64),
+        Case("causal_4k_d256", 2, 8, 4096, 256),
+        Case("full_8k", 2, 16, 8192, 128, causal=False),
+        Case("window_16k", 1, 16, 16384, 128, window=4096),
+        Case("softcap_8k", 2, 16, 8192, 128, softcap=50.0),
+        Case("alibi_8k", 2, 16, 8192, 128, mask="alibi"),
+        Case("llama_8b_2k", 1, 32, 2048, 128, groups=8),
+        Case("llama_1b_2k", 1, 32, 2048, 64, groups=8),
+        Case("gpt2_b8", 8, 12, 1024, 64),
+        Case("bert_b1", 1, 12, 128, 64, causal=False, dtype=FP16),
+        Case("bert_b32", 32, 12, 128, 64, causal=False, dtype=FP16),
+        Case("bert_b32_keys", 32, 12, 128, 64, causal=False, mask="keys", dtype=FP16),
+        Case("vit_b1", 1, 12, 197, 64, causal=False, dtype=FP16),
+        Case("vit_b64", 64, 12, 197, 64, causal=False, dtype=FP16),
+    )
+}
+
+
+def kernel_of(case: Case) -> Op:
+    region = Region(case.types())
+    made = case.build(Builder(region), *region.args)
+    Builder(region).op("yield", [made])
+    outer = Region(case.types())
+    attributes = {"backend": "triton", "kind": "attention"}
+    return Op(definition("kernel"), outer.args, attributes, [made.type], regions=[region])
+
+
+# -- compiling -------------------------------------------------------------------------------
+
+
+@dataclass
+class Compiled:
+    case: str
+    tile: str  # "" is the one that the compiler chooses
+    symbol: str
+    reads: list[int]
+    code: bytes
+
+
+def compile_one(name: str, tile: AttentionTile | None, arch: str) -> Compiled | str:
+    """Machine code of a case, or why there is none."""
+    backend = TritonBackend(arch, tile=tile)
+    try:
+        compiled = backend.compile([kernel_of(CASES[name])])
+    except Exception as error:
+        return f"{name} {tile}: {type(error).__name__} {str(error).splitlines()[0]}"
+    (launch,) = compiled.launches[compiled.names[0]]
+    code = pack(arch, {launch.name: kernel_binary(launch)})
+    reads = [slot.number for slot in launch.reads]
+    return Compiled(name, "" if tile is None else str(tile), launch.name, reads, code)
+
+
+def compile_all(
+    names: Sequence[str], sweep: bool, arch: str, workers: int, folder: Path | None = None
+) -> list[Compiled]:
+    """All kernels; each is stored in `folder` as soon as there is one."""
+    jobs: list[tuple[str, AttentionTile | None]] = [(name, None) for name in names]
+    if sweep:
+        jobs += [(n, tile) for n in names for tile in candidates(kernel_of(CASES[n]), 132)]
+    context = multiprocessing.get_context("spawn")
+    made: list[Compiled] = []
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        pending = [pool.submit(compile_one, name, tile, arch) for name, tile in jobs]
+        for future in as_completed(pending):
+            one = future.result()
+            if isinstance(one, str):
+                print("does not compile:", one[:300], flush=True)
+                continue
+            made.append(one)
+            if folder is not None:
+                store(one, folder, len(made))
+    return made
+
+
+def store(one: Compiled, folder: Path, number: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{number}.bin").write_bytes(one.code)
+    facts = {k: v for k, v in asdict(one).items() if k != "code"}
+    (folder / f"{number}.json").write_text(json.dumps(facts))
+
+
+def load(folder: Path) -> list[Compiled]:
+    return [
+        Compiled(**json.loads(path.read_text()), code=path.with_suffix(".bin").read_bytes())
+        for path in sorted(folder.glob("*.json"))
+    ]
+
+
+# -- timing ----------------------------------------------------------------------------------
+
+
+def graph_time(call: Callable[[], Any], flops: float) -> float:
+    """Seconds of a call, of graphs that run for some milliseconds."""
+    count = max(1, min(40, int(1.5e-3 / (flops / 3e14 + 4e-6))))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            call()
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        graph.replay()
+        last.record()
+        torch.cuda.synchronize()
+        times.append(first.elapsed_time(last))
+    return statistics.median(times) / count * 1e-3
+
+
+def bound(made: Compiled, inputs: Sequence[Tensor], out: Tensor) -> Callable[[], None]:
+    library = CudaLibrary(made.code, torch.device("cuda", 0))
+    function = library.function(made.symbol)
+    words = [inputs[i].data_ptr() for i in made.reads] + [out.data_ptr()]
+    array = (ctypes.c_int64 * len(words))(*words)
+    return lambda: function(ctypes.addressof(array))
+
+
+def library_call(case: Case, name: str, inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
+    q, k, v = (case.split(x) for x in inputs[:3])
+    mask = inputs[3][:, None, None] if case.mask == "keys" else None
+
+    def call() -> Tensor:
+        with sdpa_kernel(LIBRARIES[name]):
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=case.causal, enable_gqa=k.shape[1] != q.shape[1]
+            )
+
+    return call
+
+
+def flex_call(case: Case, inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k, v = (case.split(x) for x in inputs[:3])
+    slopes = case.slopes()
+
+    def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        far = case.window if case.window is not None else case.length
+        return (i >= j) & (i - j < far)
+
+    def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if case.softcap is not None:
+            s = case.softcap * torch.tanh(s / case.softcap)
+        return s + slopes[h] * (j - i) if case.mask == "alibi" else s
+
+    changed = score if case.softcap is not None or case.mask == "alibi" else None
+    blocks = None
+    if case.causal:
+        blocks = create_block_mask(keep, None, None, case.length, case.length, device="cuda")
+    run = torch.compile(flex_attention, dynamic=False)
+    grouped = k.shape[1] != q.shape[1]
+    return lambda: run(q, k, v, score_mod=changed, block_mask=blocks, enable_gqa=grouped)
+
+
+class Bench:
+    """All systems on one case."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.inputs = case.inputs(0)
+        generator = torch.Generator("cuda").manual_seed(1)
+        rows = torch.randint(case.length, (CHECKED_ROWS,), generator=generator, device="cuda")
+        self.rows = rows
+        self.want = case.exact(self.inputs, rows)
+        self.row: dict[str, Any] = {"case": case.name, "flops": case.flops, "systems": {},
+                                    "tiles": [], "refused": {}}  # fmt: skip
+
+    def error(self, got: Tensor) -> float:
+        """Relative to the largest value; `got` is [B, S, H * D] or [B, H, S, D]."""
+        flat = got if got.dim() == 3 else got.transpose(1, 2).flatten(2)
+        off = (flat[-1, self.rows].double() - self.want).abs().max() / self.want.abs().max()
+        return float(off)
+
+    def kernel(self, made: Compiled) -> None:
+        out = torch.full_like(self.inputs[0], torch.nan)
+        call = bound(made, self.inputs, out)
+        call()
+        torch.cuda.synchronize()
+        error = self.error(out)
+        seconds = graph_time(call, self.case.flops)
+        if not error < 2e-2:
+            print(f"WRONG: {self.case.name} {made.tile or 'chosen'} is off by {error}", flush=True)
+            seconds = math.nan
+        if made.tile:
+            self.row["tiles"].append([seconds, made.tile, error])
+        else:
+            self.row["systems"]["accel"] = {"seconds": seconds, "error": error}
+
+    def peer(self, name: str, call: Callable[[], Tensor]) -> None:
+        try:
+            error = self.error(call())
+            seconds = graph_time(call, self.case.flops)
+        except RuntimeError as problem:
+            self.row["refused"][name] = str(problem).splitlines()[0][:200]
+            return
+        self.row["systems"][name] = {"seconds": seconds, "error": error}
+
+    def show(self, most: int = 5) -> None:
+        flops = self.case.flops
+        parts = [
+            f"{name} {1e6 * one['seconds']:.1f} us {flops / one['seconds'] / 1e12:.0f} TF "
+            f"(error {one['error']:.0e})"
+            for name, one in self.row["systems"].items()
+        ]
+        print(f"{self.case.name:15} " + " | ".join(parts), flush=True)
+        for seconds, tile, error in sorted(self.row["tiles"])[:most]:
+            speed = flops / seconds / 1e12
+            print(f"    {1e6 * seconds:8.1f} us {speed:4.0f} TF {tile} {error:.0e}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--names", default=",".join(CASES))
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--no-flex", action="store_true")
+    parser.add_argument("--compile", default="")
+    parser.add_argument("--compiled", default="")
+    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--out", default=str(RESULTS / "gpu_attention.json"))
+    chosen = parser.parse_args()
+    names, begin = chosen.names.split(","), time.monotonic()
+    if chosen.compile:
+        folder = Path(chosen.compile)
+        made = compile_all(names, chosen.sweep, chosen.arch, chosen.workers, folder)
+        print(f"{len(made)} kernels in {time.monotonic() - begin:.1f} s")
+        return
+    made = (
+        load(Path(chosen.compiled))
+        if chosen.compiled
+        else compile_all(names, chosen.sweep, chosen.arch, chosen.workers)
+    )
+    rows: list[dict[str, Any]] = []
+    facts = {**machine(), "gpu": torch.cuda.get_device_name()}
+    for name in names:
+        if time.monotonic() - begin > chosen.seconds:
+            break
+        case = CASES[name]
+        with torch.no_grad():
+            bench = Bench(case)
+            for one in made:
+                if one.case == name:
+                    bench.kernel(one)
+            if not chosen.no_peers and case.plain:
+                for library in LIBRARIES:
+                    bench.peer(library, library_call(case, library, bench.inputs))
+            if not chosen.no_peers and not chosen.no_flex and case.mask != "keys":
+                bench.peer("flex", flex_call(case, bench.inputs))
+        bench.show()
+        rows.append(bench.row)
+        Path(chosen.out).write_text(json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n")
+        del bench
+
+
+if __name__ == "__main__":
+    main()
