@@ -25,6 +25,8 @@ _TARGET = re.compile(r"(\.target sm_\d+)[af]\b")
 
 KERNEL_PIPELINE = (
     "select_products",
+    "select_cached",
+    "flash_layout",
     "select_libraries",
     "decompose",
     "cse",
@@ -97,6 +99,7 @@ def compile_kernel(op: Op, backend: TritonBackend) -> tuple[dict[str, Any], byte
         "name": name,
         "launches": [_launch(one) for one in launches],
         "scratch": [size_expr(size) for size in compiled.scratch[name]],
+        "zeroed": compiled.zeroed[name],
         "sources": compiled.sources | {f"{one.name}.ptx": one.binary.ptx for one in launches},
     }
     packed = {one.name: kernel_binary(one) for one in launches}
@@ -111,6 +114,7 @@ def _launch(one: CompiledLaunch) -> dict[str, Any]:
         "writes": [[s.kind, s.number] for s in one.writes],
         "sizes": list(one.code.sizes),
         "inplace": [list(pair) for pair in one.code.inplace],
+        "updates": [list(pair) for pair in one.code.updates],
     }
 
 
@@ -162,7 +166,9 @@ def _symbol(header: dict[str, Any]) -> KernelSymbol:
             tuple((kind, number) for kind, number in one["writes"]),
             tuple(one["sizes"]),
             tuple((result, operand) for result, operand in one["inplace"]),
+            tuple((result, operand) for result, operand in one["updates"]),
         )
         for one in header["launches"]
     )
-    return KernelSymbol(header["name"], launches=launches, scratch=tuple(header["scratch"]))
+    return KernelSymbol(header["name"], launches=launches, scratch=tuple(header["scratch"]),
+                        zeroed=tuple(header["zeroed"]))  # fmt: skip

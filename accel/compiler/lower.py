@@ -28,7 +28,8 @@ class KernelSymbol:
     """Where a kernel op's code is: its symbol and the sizes to pass after the buffers.
 
     `inplace` has pairs (result, input) where the result may overwrite the input. A GPU kernel may
-    be several launches, each a step of its own, with buffers of `scratch` bytes between them.
+    be several launches, each a step of its own, with buffers of `scratch` bytes between them, of
+    which those in `zeroed` are zeros at the start.
     """
 
     symbol: str
@@ -36,13 +37,15 @@ class KernelSymbol:
     inplace: tuple[tuple[int, int], ...] = ()
     launches: tuple[Launch, ...] = ()
     scratch: tuple[SizeExpr, ...] = ()
+    zeroed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Launch:
     """One launch: ("input" | "result" | "scratch", number) of what it reads and writes, in order.
 
-    `inplace` has pairs (position in `writes`, position in `reads`).
+    `inplace` has pairs (position in `writes`, position in `reads`). So has `updates`, where what is
+    written starts as a copy of what is read, or is the same memory.
     """
 
     symbol: str
@@ -50,6 +53,7 @@ class Launch:
     writes: tuple[tuple[str, int], ...]
     sizes: tuple[str, ...]
     inplace: tuple[tuple[int, int], ...] = ()
+    updates: tuple[tuple[int, int], ...] = ()
 
 
 def lower_function(
@@ -172,8 +176,13 @@ class _Lowering:
         for i, size in enumerate(kernel.scratch):
             self.values.append(ValueSpec("buffer", "uint8", [size], "scratch"))
             places["scratch", i] = len(self.values) - 1
+        zeroed = {("scratch", i) for i in kernel.zeroed}
         for launch in kernel.launches:
-            options = {"inplace": [list(p) for p in launch.inplace]} if launch.inplace else {}
+            pairs = {"inplace": launch.inplace, "updates": launch.updates}
+            options: dict[str, Any] = {k: [list(p) for p in v] for k, v in pairs.items() if v}
+            fresh = [i for i, slot in enumerate(launch.writes) if slot in zeroed]
+            if fresh:
+                options["zeroed"] = fresh
             self.steps.append(
                 Step(
                     "kernel",

@@ -56,8 +56,8 @@ class SelectAttention(Pass):
             return
         if not context.rewrite(self.name, op):
             return
-        ops = [op, *_views_after(op, generator)]
-        views = sorted(_views_before(op, generator), key=order.__getitem__)
+        ops = [op, *views_after(op, generator)]
+        views = sorted(views_before(op, generator), key=order.__getitem__)
         attributes = {"backend": generator.name, "kind": op.name}
         kernel = outline(ops, "kernel", attributes, self.name, duplicate=views)
         last = ops[-1]
@@ -70,7 +70,7 @@ def _is_view(op: Op | None, generator: KernelGenerator) -> bool:
     return op is not None and op.has(Trait.VIEW) and generator.supports(op) is None
 
 
-def _views_before(op: Op, generator: KernelGenerator) -> set[Op]:
+def views_before(op: Op, generator: KernelGenerator) -> set[Op]:
     """VIEW ops that the operands are read through. They stay for whoever else uses them."""
     found: set[Op] = set()
     pending = list(op.operands)
@@ -82,7 +82,7 @@ def _views_before(op: Op, generator: KernelGenerator) -> set[Op]:
     return found
 
 
-def _views_after(op: Op, generator: KernelGenerator) -> list[Op]:
+def views_after(op: Op, generator: KernelGenerator) -> list[Op]:
     """The head merge: permutes and reshapes that nothing else comes between."""
     found: list[Op] = []
     user = op.result.single_user

@@ -30,7 +30,8 @@ class Analysis:
     `first` is the step that defines a value (-1 for inputs and weights). `last` is the last step
     that reads the memory of a root (the number of steps for results). `slot_last` is the last step
     that names the value itself. `arena` are the buffers that live in the arena, `fresh` those that
-    are results and are allocated by each call. `in_place` maps a buffer to the roots that its
+    are results and are allocated by each call, `zeroed` those that keep memory of their own between
+    calls, zeros at first. `in_place` maps a buffer to the roots that its
     kernel may write it over, `donated` a fresh buffer to the argument whose memory it may take.
     """
 
@@ -40,6 +41,7 @@ class Analysis:
     slot_last: list[int]
     arena: list[int] = field(default_factory=list)
     fresh: list[int] = field(default_factory=list)
+    zeroed: list[int] = field(default_factory=list)
     in_place: dict[int, list[int]] = field(default_factory=dict)
     donated: dict[int, int] = field(default_factory=dict)
 
@@ -169,8 +171,15 @@ def _roots(
 def _sort_buffers(plan: FunctionPlan, a: Analysis) -> None:
     """Memory that a result reads is never in the arena, where the next call would overwrite it."""
     results = {root for value in plan.outputs for root in a.roots[value]}
+    for step in plan.steps:
+        for position in step.options.get("zeroed", []) if step.kind == "kernel" else []:
+            if not isinstance(position, int) or not 0 <= position < len(step.outputs):
+                raise _fail(plan, f"no output {position!r} to set to zero", step)
+            a.zeroed.append(step.outputs[position])
+    if results & set(a.zeroed):
+        raise _fail(plan, "a result that keeps its memory between calls")
     for number, spec in enumerate(plan.values):
-        if spec.kind == "buffer" and a.first[number] >= 0:
+        if spec.kind == "buffer" and a.first[number] >= 0 and number not in a.zeroed:
             (a.fresh if number in results else a.arena).append(number)
     a.arena.sort(key=lambda value: a.first[value])
 
@@ -181,6 +190,8 @@ def _find_in_place(plan: FunctionPlan, a: Analysis) -> None:
     sources = {s.outputs[0]: s for s in plan.steps if s.kind == "view"}
     for number, step in enumerate(plan.steps):
         pairs = step.options.get("inplace", []) if step.kind in ("kernel", "library") else []
+        for pair in step.options.get("updates", []) if step.kind == "kernel" else []:
+            _pair(plan, step, pair)
         for pair in pairs:
             output, operand = _pair(plan, step, pair)
             roots = a.roots[operand]

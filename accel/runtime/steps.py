@@ -56,6 +56,9 @@ class StepBuilder:
             self.static[value] = tensor
         for value, offset in binding.placement.offsets.items():
             self.static[value] = self._arena_view(arena, value, offset)
+        for value in parts.analysis.zeroed:
+            shape, dtype = binding.shapes[value], parts.dtypes[value]
+            self.static[value] = torch.zeros(shape, dtype=dtype, device=arena.device)
         self.keep: list[Any] = []  # memory whose addresses are in argument words
 
     def build(self) -> list[tuple[Run, Step | None]]:
@@ -113,9 +116,12 @@ class StepBuilder:
             else:
                 words[i] = tensor.data_ptr()
         made: list[tuple[int, int, Callable[[list[Any]], Tensor]]] = []
+        updates = {step.outputs[o]: step.inputs[i] for o, i in step.options.get("updates", [])}
         for i, value in enumerate(step.outputs, len(step.inputs)):
             static = self.static[value]
-            if static is None:
+            if value in updates and not self._is_same(value, updates[value]):
+                made.append((i, self.parts.slots[value], self._copier(value, updates[value])))
+            elif static is None:
                 made.append((i, self.parts.slots[value], self._maker(value)))
             else:
                 words[i] = static.data_ptr()
@@ -151,6 +157,28 @@ class StepBuilder:
         if self.parts.dtypes[source] == dtype:
             return lambda values: values[slot].contiguous()
         return lambda values: values[slot].contiguous().view(dtype)
+
+    def _is_same(self, value: int, source: int) -> bool:
+        """Whether a buffer is written over this very operand."""
+        one, other = self.static[value], self.static[source]
+        if one is not None:
+            return other is not None and one.data_ptr() == other.data_ptr()
+        if self.binding.placement.taken_over.get(value) == source:
+            return True
+        argument = self.parts.analysis.donated.get(value)
+        return argument is not None and self.plan.inputs[argument] == source
+
+    def _copier(self, value: int, source: int) -> Callable[[list[Any]], Tensor]:
+        """A kernel's output that starts as a copy of an operand."""
+        static, slot, fixed = self.static[value], self.parts.slots[source], self.static[source]
+
+        def copy(values: list[Any]) -> Tensor:
+            given: Tensor = values[slot] if fixed is None else fixed
+            if static is None:
+                return given.clone(memory_format=torch.contiguous_format)
+            return static.copy_(given)
+
+        return copy
 
     def _library(self, step: Step, call: LibraryCall) -> Run:
         operands: list[int] = []

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accel.backends.triton import attention, gemv, matmul
+from accel.backends.triton import attention, cached, gemv, matmul, updates
 from accel.backends.triton.kernel import KernelCode, generate
 from accel.backends.triton.tiles import KERNEL_TILES
 from accel.ir.module import Op, Region
@@ -42,6 +42,10 @@ class Anchor:
 ANCHORS: dict[str, Anchor] = {
     "gemv": Anchor(("linear",), gemv.reason, gemv.generate, gemv.candidates),
     "matmul": Anchor(("linear",), matmul.reason, matmul.generate, matmul.candidates),
+    "cached_attention": Anchor(
+        ("cached_attention",), cached.reason, cached.generate, cached.candidates
+    ),
+    "update": Anchor(("dynamic_update",), updates.reason, updates.generate),
     "attention": Anchor(("attention",), attention.reason, attention.generate),
 }
 
@@ -57,7 +61,9 @@ def reason(op: Op, kind: str) -> str | None:
 
 
 def neighbour_reason(op: Op, neighbour: Op) -> str | None:
-    """None if a linear's kernel may hold this op too, else the reason why not."""
+    """None if the kernel of a linear or of cached attention may hold this op too, else why not."""
+    if op.name == "cached_attention":
+        return cached.neighbour_reason(op, neighbour)
     if neighbour.name == "slice":
         axis = int(neighbour.attribute("axis")) % op.result.type.rank
         halves = neighbour.result.shape[axis] * 2 == op.result.shape[axis]

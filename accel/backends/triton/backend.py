@@ -57,11 +57,13 @@ class CompiledLaunches:
         names: the kernel of each op that was asked for, in order; equal ones share one.
         launches: by kernel name, what to launch, in order.
         scratch: by kernel name, the bytes of each scratch buffer.
+        zeroed: by kernel name, the scratch buffers that start as zeros.
     """
 
     names: list[str]
     launches: dict[str, list[CompiledLaunch]] = field(default_factory=dict)
     scratch: dict[str, list[Dim]] = field(default_factory=dict)
+    zeroed: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def sources(self) -> dict[str, str]:
@@ -119,8 +121,8 @@ class TritonBackend:
             return _index_reason(op)
         if op.name in REDUCTIONS:
             return _reduction_reason(op)
-        if op.has(Trait.ELEMENTWISE):
-            return self._elementwise_reason(op)
+        if op.has(Trait.ELEMENTWISE) or op.name == "rope":
+            return self._composite_reason(op)
         return f"accel.{op.name} has no generated code"
 
     def supports_product(self, op: Op) -> str | None:
@@ -145,7 +147,7 @@ class TritonBackend:
     def matmul_columns(self, op: Op) -> int:
         raise BackendError(f"accel.{op.name} has no generated code on GPUs")
 
-    def _elementwise_reason(self, op: Op) -> str | None:
+    def _composite_reason(self, op: Op) -> str | None:
         reason = scalar.supports(op)
         if reason is None or op.definition.decompose is None:
             return reason
@@ -179,6 +181,7 @@ class TritonBackend:
                 CompiledLaunch(launch, _compile(launch, self.arch)) for launch in code.launches
             ]
             result.scratch[name] = code.scratch
+            result.zeroed[name] = code.zeroed
         return result
 
     def _generate(self, name: str, kernel: Op) -> KernelCode:

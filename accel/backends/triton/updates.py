@@ -1,0 +1,87 @@
+"""Kernels of kind "update": new rows written into state where it is (`dynamic_update`).
+
+The loops are over the new rows, and the state's memory is the result's (or a copy of it, which the
+runtime makes where the caller keeps the state), so that the rest of it is neither read nor written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from accel.backends.loops.index import Affine
+from accel.backends.loops.phases import Phase, Place, Store
+from accel.backends.triton.emitter import Emitter
+from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
+from accel.backends.triton.program import ProgramWriter
+from accel.errors import BackendError
+from accel.ir.module import Op, Region, Value
+
+
+def reason(op: Op) -> str | None:
+    """None if a kernel of kind "update" may hold this op, else the reason why not."""
+    if op.result.dtype != op.operands[1].dtype:
+        return "an update of another dtype"
+    return None
+
+
+class _UpdateWriter(ProgramWriter):
+    """Stores each source at its place in the state."""
+
+    def __init__(
+        self,
+        phase: Phase,
+        emitter: Emitter,
+        targets: Sequence[str],
+        sms: int,
+        updates: dict[int, Op],
+    ) -> None:
+        self.updates = updates
+        super().__init__(phase, emitter, targets, sms)
+
+    def _address(self, store: Store) -> Affine:
+        op = self.updates[store.place.number]
+        state, source, start = op.operands
+        axis = int(op.attribute("axis")) % len(state.shape)
+        room = state.shape[axis] - source.shape[axis]
+        first = self.emitter.lookup(start, (), 0, room, wrap=0, clamp=False)
+        index = list(store.index)
+        index[axis] = index[axis].plus(first)
+        return self.indexer.flatten(index, state.shape)
+
+
+class UpdateGenerator(Generator):
+    """One launch for all updates of a region."""
+
+    def run(self) -> KernelCode:
+        updates: dict[int, Op] = {}
+        for number, value in enumerate(self.region.results):
+            op = value.op
+            if op is None or op.name != "dynamic_update" or op.operands[0].op is not None:
+                raise BackendError("an update kernel whose results are no updates of arguments")
+            updates[number] = op
+            self.planner._plan(op.operands[1], Place("result", number))
+        if len(self.planner.phases) != 1:
+            raise BackendError("an update kernel of several launches")
+        (phase,) = self.planner.phases
+        self.kind = index_kind(self.region, [])
+        pointers: dict[Value, str] = {v: f"x{i}" for i, v in enumerate(self.region.args)}
+        emitter = Emitter(self.planner.indexer, pointers, set(), self.kind)
+        writes = [Slot("result", s.place.number) for s in phase.stores]
+        targets = [w.name for w in writes]
+        writer = _UpdateWriter(phase, emitter, targets, self.sms, updates)
+        reads, program = self._finish(phase, writer.write())
+        states = [Slot("input", self.region.args.index(op.operands[0])) for op in updates.values()]
+        reads = [*(r for r in reads if r not in states), *dict.fromkeys(states)]
+        pairs = [
+            (writes.index(Slot("result", number)), reads.index(state))
+            for number, state in zip(updates, states)
+        ]
+        self._launch(program, reads, writes, pairs)
+        self.launches[0].updates = pairs
+        return KernelCode(self.name, self.launches, [])
+
+
+def generate(name: str, region: Region, comment: str, sms: int, tile: Any = None) -> KernelCode:
+    """The source of a region of updates. Raises BackendError for what has none."""
+    return UpdateGenerator(name, region, comment, sms).run()

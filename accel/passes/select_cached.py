@@ -1,0 +1,181 @@
+"""Gives attention over a cache to the kernel generator, and with it what a token does to the cache.
+
+A step of decoding writes one row of keys and values for each layer and reads the cache: small work
+in many small kernels, whose launches cost more than the work. The generator's kernel takes the
+whole of it, if it says so (`supports_neighbour`): the rotary embedding of the new query and key,
+the two updates, attention, the merge of its heads. Updates that stay (a prompt's keys and values)
+become kernels of kind "update", which write the new rows alone, those of a layer together.
+Contract: exact (the kernel's region is the ops it replaces).
+
+    %1 = "accel.rope"(%q, %cos, %sin)                  %5, %6, %7 = "accel.kernel"(%qkv, ...) ({
+    %2 = "accel.rope"(%k, %cos, %sin)                    rope, rope, dynamic_update,
+    %3 = "accel.dynamic_update"(%keys, %2, %at)    ->    dynamic_update, cached_attention
+    %4 = "accel.dynamic_update"(%values, %v, %at)      }) {kind = "cached_attention"}
+    %5 = "accel.cached_attention"(%1, %3, %4, %at)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from accel.ir.capability import KernelGenerator
+from accel.ir.module import Function, Module, Op, Value
+from accel.ir.op import Trait
+from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
+from accel.passes.outline import finish_outline, is_full, outline
+from accel.passes.select_attention import views_after, views_before
+
+
+@register_pass
+@dataclass
+class SelectCached(Pass):
+    """Outlines attention over caches, and updates. `most` bounds the ops computed before it."""
+
+    name: ClassVar[str] = "select_cached"
+    contract: ClassVar[Contract] = EXACT
+
+    most: int = 16
+
+    def run(self, module: Module, context: Context) -> None:
+        if context.generator is None:
+            return
+        for function in module.functions.values():
+            order = {op: i for i, op in enumerate(function.ops)}
+            for op in function.ops:
+                if op.name == "cached_attention":
+                    self._select(op, function, context, context.generator, order)
+            self._updates(function, context, context.generator, order)
+
+    def _select(
+        self,
+        op: Op,
+        function: Function,
+        context: Context,
+        generator: KernelGenerator,
+        order: dict[Op, int],
+    ) -> None:
+        reason = generator.supports_anchor(op, op.name)
+        if reason is not None:
+            context.miss(self.name, op, reason)
+            return
+        updates = _updates_of(op, context, generator, order)
+        inside = {op, *updates}
+        inside |= self._before(inside, op, generator)
+        ops = sorted(inside, key=order.__getitem__)
+        after = views_after(op, generator)
+        if not context.rewrite(self.name, op):
+            return
+        views = {v for o in ops for v in views_before(o, generator)} - inside
+        attributes = {"backend": generator.name, "kind": op.name}
+        ops += after
+        kernel = outline(
+            ops,
+            "kernel",
+            attributes,
+            self.name,
+            duplicate=sorted(views, key=order.__getitem__),
+            inline=is_full,
+        )
+        last = ops[-1]
+        function.body.insert_before(kernel, last)
+        order[kernel] = order[last]
+        finish_outline(kernel, ops)
+
+    def _before(self, inside: set[Op], op: Op, generator: KernelGenerator) -> set[Op]:
+        """Pointwise ops that nothing but the kernel needs: they compute its query and new rows."""
+        found: set[Op] = set()
+        values = [op.operands[0], *(u.operands[1] for u in inside if u is not op)]
+        pending = [v.op for v in values]
+        while pending and len(found) < self.most:
+            made = pending.pop()
+            if made is None or made in found or not _is_pointwise(made, generator):
+                continue
+            if any(user not in found and user not in inside for user in made.result.users):
+                if not made.has(Trait.VIEW):
+                    continue
+            else:
+                found.add(made)
+            pending.extend(v.op for v in made.operands)
+        return found
+
+    def _updates(
+        self,
+        function: Function,
+        context: Context,
+        generator: KernelGenerator,
+        order: dict[Op, int],
+    ) -> None:
+        """Updates that no attention took; two of one shape at one place share a kernel."""
+        left: list[Op] = []
+        for op in function.ops:
+            if op.name != "dynamic_update":
+                continue
+            reason = generator.supports_anchor(op, "update")
+            if reason is not None:
+                context.miss(self.name, op, reason)
+            elif op.operands[0].op is None:
+                left.append(op)
+        while left:
+            group = [left.pop(0)]
+            if left and _alike(group[0], left[0], order):
+                group.append(left.pop(0))
+            if not context.rewrite(self.name, group[0]):
+                return
+            views = {v for o in group for v in views_before(o, generator)}
+            kernel = outline(
+                group,
+                "kernel",
+                {"backend": generator.name, "kind": "update"},
+                self.name,
+                duplicate=sorted(views, key=order.__getitem__),
+                inline=is_full,
+            )
+            function.body.insert_before(kernel, group[-1])
+            order[kernel] = order[group[-1]]
+            finish_outline(kernel, group)
+
+
+def _is_pointwise(op: Op, generator: KernelGenerator) -> bool:
+    plain = op.has(Trait.ELEMENTWISE) or op.has(Trait.VIEW) or op.name == "rope"
+    return plain and len(op.results) == 1 and generator.supports(op) is None
+
+
+def _updates_of(
+    op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
+) -> list[Op]:
+    """The updates of its keys and values, if the kernel takes both."""
+    found = [v.op for v in op.operands[1:3]]
+    updates = [u for u in found if u is not None and u.name == "dynamic_update"]
+    if len(set(updates)) != 2:
+        return []
+    for update in updates:
+        reason = generator.supports_neighbour(op, update)
+        if reason is None and any(_is_early(u, op, order) for u in update.result.users):
+            reason = "the updated cache is read before"
+        if reason is not None:
+            context.miss("select_cached", update, reason)
+            return []
+    return updates
+
+
+def _is_early(user: Op, op: Op, order: dict[Op, int]) -> bool:
+    """Whether an op comes before the kernel around `op` would."""
+    return user is not op and not user.has(Trait.TERMINATOR) and order[user] < order[op]
+
+
+def _alike(one: Op, other: Op, order: dict[Op, int]) -> bool:
+    """Whether both write as many rows at the same place, and neither waits for the other."""
+
+    def place(op: Op) -> Value | object:
+        start = op.operands[2]
+        made = start.op
+        return made.attribute("value") if made is not None and made.name == "full" else start
+
+    early = [u for u in one.result.users if not u.has(Trait.TERMINATOR)]
+    return (
+        one.operands[1].shape == other.operands[1].shape
+        and one.attribute("axis") == other.attribute("axis")
+        and place(one) == place(other)
+        and all(order[u] > order[other] for u in early)
+    )

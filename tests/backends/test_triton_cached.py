@@ -1,0 +1,184 @@
+"""Attention over a cache as a generated GPU kernel, through Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from accel.backends.triton import TritonBackend, cached
+from accel.backends.triton.cached import CachedTile
+from accel.ir import Builder, Function, TensorType, Value, interpret
+from tests.backends.kernels import function_of
+from tests.backends.triton_kernels import BACKEND, IndexFailure, InterpretedKernels
+from tests.backends.triton_worker import Worker
+
+_SMALL = CachedTile(16, 4)
+BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel: sizes, what it masks, and whether it writes the new tokens' keys and values."""
+
+    batch: int = 1
+    heads: int = 4
+    groups: int = 2
+    tokens: int = 1
+    capacity: int = 80
+    size: int = 32
+    width: int = 32
+    dtype: torch.dtype = torch.float32
+    window: int | None = None
+    softcap: float | None = None
+    mask: str = ""
+    update: bool = True
+    tile: CachedTile = _SMALL
+
+    def function(self) -> Function:
+        c = self
+        t = c.tokens
+        qkv = (c.heads + c.groups) * c.size + c.groups * c.width
+        types = [
+            TensorType((c.batch, t, qkv), c.dtype),
+            TensorType((1, t, c.size), c.dtype),
+            TensorType((1, t, c.size), c.dtype),
+            TensorType((c.batch, c.groups, c.capacity, c.size), c.dtype),
+            TensorType((c.batch, c.groups, c.capacity, c.width), c.dtype),
+            TensorType((), torch.int64),
+        ]
+        if c.mask:
+            boolean = c.mask == "bool"
+            shape = (c.batch, 1, t, c.capacity) if boolean else (1, c.heads, 1, c.capacity)
+            types.append(TensorType(shape, torch.bool if boolean else c.dtype))
+
+        def split(b: Builder, x: Value, start: int, heads: int, size: int) -> Value:
+            part = b.slice(x, axis=2, start=start, stop=start + heads * size)
+            return b.permute(b.reshape(part, shape=(c.batch, t, heads, size)), axes=(0, 2, 1, 3))
+
+        def build(b: Builder, x: Value, cos: Value, sin: Value, keys: Value, values: Value,
+                  position: Value, *mask: Value) -> list[Value]:  # fmt: skip
+            first = c.heads * c.size
+            q = b.rope(split(b, x, 0, c.heads, c.size), cos, sin)
+            made: list[Value] = []
+            if c.update:
+                k = b.rope(split(b, x, first, c.groups, c.size), cos, sin)
+                v = split(b, x, first + c.groups * c.size, c.groups, c.width)
+                keys = b.dynamic_update(keys, k, position, axis=2)
+                values = b.dynamic_update(values, v, position, axis=2)
+                made = [keys, values]
+            out = b.cached_attention(
+                q, keys, values, position, *mask, scale=c.size**-0.5, window=c.window,
+                softcap=c.softcap,
+            )  # fmt: skip
+            merged = (c.batch, t, c.heads * c.width)
+            return [*made, b.reshape(b.permute(out, axes=(0, 2, 1, 3)), shape=merged)]
+
+        return function_of(types, build)
+
+    def inputs(self, position: int) -> list[Tensor]:
+        """Random inputs; what the caches hold behind the position is NaN."""
+        function = self.function()
+        made = []
+        for a in function.args[:5]:
+            made.append(torch.randn([int(d) for d in a.shape]).to(a.dtype))
+        seen = position if self.update else position + self.tokens
+        for cache in made[3:5]:
+            cache[:, :, max(seen, 0) :] = math.nan
+        made.append(torch.tensor(position))
+        if self.mask == "bool":
+            keep = torch.rand(self.batch, 1, self.tokens, self.capacity) > 0.3
+            keep[:, :, 0] &= position % 2 == 0  # every other time, a query sees nothing
+            made.append(keep)
+        elif self.mask:
+            made.append(torch.randn(1, self.heads, 1, self.capacity).to(self.dtype))
+        return made
+
+
+CASES = [
+    Case(),
+    Case(update=False),
+    Case(tile=CachedTile(32, 1)),
+    Case(heads=1, groups=1, capacity=16, tile=CachedTile(16, 1)),
+    Case(batch=2, heads=6, groups=2, size=64, width=64, dtype=torch.bfloat16),
+    Case(heads=3, groups=3, size=40, width=24, dtype=torch.float16),
+    Case(tokens=3, heads=4, groups=1),
+    Case(tokens=5, update=False, batch=2, tile=CachedTile(16, 2)),
+    Case(window=20),
+    Case(window=7, tokens=4, update=False),
+    Case(window=1),
+    Case(softcap=5.0, dtype=torch.bfloat16),
+    Case(mask="bool"),
+    Case(mask="bool", batch=3, tokens=2, tile=CachedTile(32, 1)),
+    Case(mask="add", heads=8, groups=2, size=128, width=128),
+    Case(mask="add", update=False, window=33, dtype=torch.float16),
+    Case(heads=2, groups=1, size=256, width=256, dtype=torch.bfloat16),
+    Case(heads=40, groups=1, capacity=64),
+]
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    made = Worker()
+    yield made
+    made.close()
+
+
+def kernels(case: Case, worker: Worker) -> InterpretedKernels:
+    backend = TritonBackend(tile=case.tile)
+    return InterpretedKernels([case.function()], worker, ["cached_attention"], backend)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_computes_what_the_interpreter_does(case: Case, worker: Worker) -> None:
+    torch.manual_seed(0)
+    last, run = case.capacity - case.tokens, kernels(case, worker)
+    for position in sorted({0, 1, 15, 16, last // 2, last - 1, last} & set(range(last + 1))):
+        inputs = case.inputs(position)
+        wanted = interpret(case.function(), [x.clone() for x in inputs])
+        got = run(0, inputs)
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(
+                a.float(), b.float(), rtol=0, atol=BOUND[case.dtype], equal_nan=True
+            )
+        assert torch.isfinite(got[-1]).all()
+
+
+def test_a_position_outside_of_the_cache_is_reported(worker: Worker) -> None:
+    run = kernels(Case(), worker)
+    for position in (-1, 80, 1 << 40):
+        inputs = Case().inputs(3)
+        inputs[5] = torch.tensor(position)
+        with pytest.raises(IndexFailure):
+            run(0, inputs)
+
+
+def test_what_it_does_not_take_is_said() -> None:
+    def reason(case: Case) -> str | None:
+        op = next(o for o in case.function().ops if o.name == "cached_attention")
+        return cached.reason(op)
+
+    assert reason(Case()) is None
+    assert "queries of one" in str(reason(Case(tokens=40)))
+    assert "size" in str(reason(replace(Case(), size=512, width=512)))
+    assert "float64" in str(reason(Case(dtype=torch.float64)))
+
+
+def test_programs_fill_the_device_at_every_batch_size() -> None:
+    for pairs in (1, 8, 32, 256, 2048):
+        tile = cached.choose(pairs, 32768, 128, 2, 132)
+        assert pairs * tile.split <= max(2 * 132, pairs)
+        assert pairs * tile.split > 66
+
+
+def test_code_compiles() -> None:
+    from tests.backends.kernels import kernel_of
+
+    for case in (CASES[4], CASES[14]):
+        compiled = BACKEND.compile([kernel_of(case.function(), "cached_attention")])
+        (launches,) = compiled.launches.values()
+        assert launches[0].binary.shared < 100_000
