@@ -26,7 +26,6 @@ _TARGET = re.compile(r"(\.target sm_\d+)[af]\b")
 KERNEL_PIPELINE = (
     "select_products",
     "select_cached",
-    "flash_layout",
     "select_libraries",
     "decompose",
     "cse",
