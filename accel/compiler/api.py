@@ -263,9 +263,17 @@ class Compiled:
 
 
 def compile_function(
-    module: Module, options: Options | Mapping[str, Any] | None = None, target: str = "cpu"
+    module: Module,
+    options: Options | Mapping[str, Any] | None = None,
+    target: str | Target = "cpu",
+    *,
+    device: torch.device | None = None,
+    graph: bool = True,
 ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """Compiles a captured module to a function on flat lists of tensors (for `torch.compile`)."""
+    """Compiles a captured module to a function on flat lists of tensors (for `torch.compile`).
+
+    On a GPU, `device` says which, and `graph` whether calls are recorded as CUDA graphs.
+    """
     with collection_paused():
         program = compile_module(module, get_target(target), Options.of(options))
-        return to_function(program, module.main.name)
+        return to_function(program, module.main.name, device=device, graph=graph)

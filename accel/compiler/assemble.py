@@ -59,9 +59,11 @@ def to_function(
     weights: WeightSource | None = None,
     host: HostCode | None = None,
     prepared: PreparedCalls | None = None,
+    device: torch.device | None = None,
+    graph: bool = True,
 ) -> CompiledFunction:
-    """One function on flat lists of tensors."""
-    device = device_of(program.target.kind)
+    """One function on flat lists of tensors, on `device` (by default the current one)."""
+    device = device or device_of(program.target.kind)
     if host is None and program.library:
         host = load_code(program.library, device)
     return CompiledFunction(
@@ -71,6 +73,7 @@ def to_function(
         host=host,
         prepared=prepared,
         device=device,
+        graph=graph,
     )
 
 

@@ -1,6 +1,7 @@
 """`torch.compile(model, backend="accel", options={...})`: the entry point that torch finds.
 
 Options: those of `accel.Options`, `target`, and the frontend's own (`accel.frontends.dynamo`).
+Without `target`, code is made for the device that the tensors lie on.
 """
 
 from __future__ import annotations
@@ -8,18 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from accel.compiler.api import compile_function
+from accel.compiler.targets import get_target, target_of
 from accel.frontends.dynamo import make_backend
 from accel.ir.module import Module
 
 
 def _compile(
-    module: Module, options: Mapping[str, Any]
+    module: Module, options: Mapping[str, Any], device: torch.device, training: bool
 ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     rest = dict(options)
-    return compile_function(module, target=str(rest.pop("target", "cpu")), options=rest)
+    target = rest.pop("target", None)
+    chosen = target_of(device) if target is None else get_target(str(target))
+    # Activations are results: a recorded graph would copy each of them.
+    place = device if chosen.kind == "cuda" and device.type == "cuda" else None
+    return compile_function(module, rest, chosen, device=place, graph=not training)
 
 
 accel_backend = make_backend(_compile)

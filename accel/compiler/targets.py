@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+import torch
+
 from accel.errors import OptionError
 
 
@@ -95,6 +97,26 @@ def list_targets() -> dict[str, Target]:
         features = ("tma", "fp8", "2:4") if arch != "sm_80" else ("2:4",)
         targets[name] = Target(name, "cuda", arch, cores, 128, flops, bandwidth, features)
     return targets
+
+
+def target_of(device: torch.device) -> Target:
+    """The target that runs on a device: the GPU of its name, else the one of its architecture.
+
+    Raises OptionError for a GPU that no target describes.
+    """
+    if device.type == "cpu":
+        return host_target()
+    known = list_targets()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device).lower()
+        major, _ = torch.cuda.get_device_capability(device)
+        alike = [t for t in known.values() if t.arch == f"sm_{major}0"]
+        named = [t for t in alike if t.name in name]
+        if named or alike:
+            return (named or alike)[0]
+    raise OptionError(
+        f"no target describes the device {device}", advice=f"known targets: {', '.join(known)}"
+    )
 
 
 def get_target(target: str | Target) -> Target:

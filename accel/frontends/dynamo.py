@@ -22,6 +22,7 @@ from functorch.compile import (  # type: ignore[import-untyped]
     min_cut_rematerialization_partition,
 )
 from torch import Tensor, fx, nn
+from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch.utils._python_dispatch import _disable_current_modes
@@ -30,16 +31,25 @@ from torch.utils.checkpoint import CheckpointPolicy
 from accel.config import logger
 from accel.errors import CaptureError, OptionError
 from accel.frontends.graph import Output, Program, import_aten_graph, import_dynamo_graph
+from accel.frontends.joint import rewrite_joint
 from accel.ir.interpret import interpret
 from accel.ir.module import Module
 
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-CompileFunction = Callable[[Module, Mapping[str, Any]], Compiled]
+CompileFunction = Callable[[Module, Mapping[str, Any], torch.device, bool], Compiled]
 
 _log = logger("frontends")
 
+# cuDNN's batch norm, which is another name for torch's.
+_IN_PARTS = [torch.ops.aten.cudnn_batch_norm, torch.ops.aten.cudnn_batch_norm_backward]
 
-def interpret_module(module: Module, options: Mapping[str, Any]) -> Compiled:
+
+def interpret_module(
+    module: Module,
+    options: Mapping[str, Any],
+    device: torch.device | None = None,
+    training: bool = False,
+) -> Compiled:
     """A `CompileFunction` that runs the reference interpreter."""
     return lambda inputs: interpret(module.main, inputs, module.weights)
 
@@ -47,8 +57,9 @@ def interpret_module(module: Module, options: Mapping[str, Any]) -> Compiled:
 def make_backend(compile_function: CompileFunction) -> Callable[..., Any]:
     """A Dynamo backend over any `CompileFunction`.
 
-    `compile_function(module, options)` returns a callable over one tensor per argument of
-    `module.main` that returns one tensor per result. The backend raises CaptureError, OptionError,
+    `compile_function(module, options, device, training)` returns a callable over one tensor per
+    argument of `module.main`, on that device, that returns one tensor per result; in training these
+    are kept for the backward. The backend raises CaptureError, OptionError,
     and the compiler's errors.
     """
 
@@ -70,11 +81,14 @@ def make_backend(compile_function: CompileFunction) -> Callable[..., Any]:
         if not 0 <= budget <= 1:
             raise OptionError(f"activation_memory_budget is {budget}", advice="give 0 to 1")
 
+        training = _wants_gradients(graph, inputs)
+        device = _device_of(graph, inputs)
+
         def compile_module(module: Module) -> Compiled:
             with _disable_current_modes():
-                return compile_function(module, rest)
+                return compile_function(module, rest, device, training)
 
-        if not _wants_gradients(graph, inputs):
+        if not training:
             try:
                 return InferenceGraph(graph, inputs, compile_module, freeze)
             except CaptureError as error:
@@ -82,6 +96,18 @@ def make_backend(compile_function: CompileFunction) -> Callable[..., Any]:
         return _with_autograd(graph, inputs, compile_module, budget)
 
     return backend
+
+
+def _device_of(graph: fx.GraphModule, inputs: Sequence[Any]) -> torch.device:
+    """The GPU that tensors lie on; the CPU if none does. Raises CaptureError for several GPUs."""
+    tensors = [*(t for t in inputs if isinstance(t, Tensor)), *graph.parameters(), *graph.buffers()]
+    found = {t.device for t in tensors if t.device.type != "cpu"}
+    if len(found) > 1:
+        raise CaptureError(
+            f"tensors of one graph lie on {', '.join(sorted(map(str, found)))}",
+            advice="compile the parts of the model for each device by themselves",
+        )
+    return found.pop() if found else torch.device("cpu")
 
 
 def _wants_gradients(graph: fx.GraphModule, inputs: Sequence[Any]) -> bool:
@@ -116,8 +142,9 @@ def _with_autograd(
         bw_compiler=later,
         inference_compiler=now,
         partition_fn=partition,
+        decompositions=get_decompositions(_IN_PARTS),
     )
-    with functorch_config.patch(activation_memory_budget=budget):
+    with functorch_config.patch(activation_memory_budget=budget, recompute_views=True):
         result: Callable[..., Any] = wrapped(graph, inputs)
     return result
 
@@ -127,6 +154,7 @@ def partition(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> A
 
     Checkpointed regions ask to recompute all they hold; a dropout's mask is a byte an element.
     """
+    rewrite_joint(joint)
     for node in joint.graph.nodes:
         source = node.args[0] if getattr(node.target, "__name__", "") == "getitem" else node
         tags = getattr(getattr(source, "target", None), "tags", ())

@@ -308,7 +308,10 @@ class Importer:
         )
         tensors = results_of(call)
         nested = isinstance(call.result, (list, tuple)) and len(tensors) != len(call.result)
-        if nested or any(not isinstance(t, Tensor) and t is not None for t in tensors):
+        # Sizes among the results are known already; whoever reads them has them.
+        allowed = (Tensor, torch.SymInt, int, type(None))
+        sizes_only = bool(tensors) and not any(isinstance(t, (Tensor, type(None))) for t in tensors)
+        if nested or sizes_only or any(not isinstance(t, allowed) for t in tensors):
             raise CaptureError(
                 f"{call.target} returns something else than tensors",
                 where=str(self.location or ""),
@@ -317,11 +320,11 @@ class Importer:
         # One without results is there for its errors.
         pure = torch.Tag.nondeterministic_seeded not in call.target.tags and bool(tensors)
         attributes = {"name": name, "args": args, "kwargs": kwargs, "pure": pure}
-        types = [self.type(t) for t in tensors if t is not None]
+        types = [self.type(t) for t in tensors if isinstance(t, Tensor)]
         op = self.b.op("aten", operands, attributes, types=types)
         self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
         made = iter(op.results)
-        return [None if t is None else next(made) for t in tensors]
+        return [next(made) if isinstance(t, Tensor) else None for t in tensors]
 
     def _bind(self, call: Call, values: Any) -> None:
         tensors = results_of(call)

@@ -54,7 +54,8 @@ class Library(Protocol):
 class LibraryMatch:
     """Ops that one vendor call computes: `root` first, then the epilogue, in order.
 
-    The last op's result is the call's only result. `options` are stored on the `accel.call`.
+    Results are what others read of the ops, in their order: one, unless the root has several.
+    `options` are stored on the `accel.call`.
     """
 
     library: str

@@ -312,6 +312,8 @@ class BatchedMatmul(Rule):
         inner = op.operands[0].op
         if inner is None or inner.name not in ("matmul", "linear"):
             return None
+        if len(inner.result.uses) != 1:
+            return None  # it would be computed twice
         shape, result = op.result.shape, inner.result.shape
         rows = 2 if inner.name == "matmul" else 1
         if len(shape) <= len(result) or not same_shape(shape[-rows:], result[-rows:]):

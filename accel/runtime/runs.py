@@ -117,13 +117,15 @@ def library_run(
 
 
 def _store(values: list[Any], results: Any, outputs: list[int]) -> None:
-    """Results that ATen returns as None, because an output mask said so, are no outputs.
+    """Results that ATen returns as None, because an output mask said so, are no outputs, nor are
+    sizes, which were known before.
 
     An operator that only checks (`_linalg_check_errors`) returns nothing at all.
     """
     if results is None:
         results = ()
-    made = [results] if isinstance(results, Tensor) else [r for r in results if r is not None]
+    several = () if isinstance(results, Tensor) else results
+    made = [r for r in several if isinstance(r, Tensor)] or [results]
     if len(outputs) == 1:
         values[outputs[0]] = made[0]
         return

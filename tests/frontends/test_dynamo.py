@@ -27,7 +27,13 @@ class Recording:
         self.options: list[Mapping[str, Any]] = []
         self.backend = make_backend(self)
 
-    def __call__(self, module: Module, options: Mapping[str, Any]) -> Compiled:
+    def __call__(
+        self,
+        module: Module,
+        options: Mapping[str, Any],
+        device: torch.device,
+        training: bool,
+    ) -> Compiled:
         verify(module)
         self.modules.append(module)
         self.options.append(options)

@@ -9,6 +9,7 @@
     nn            normalizations, softmax, pooling, upsampling
     random        draws
     training      saved statistics and gradients
+    attention     CUDA's attention kernels with their gradients
     checks        overloads that leave no op
 
 An overload that is in none of them is decomposed by PyTorch's rules and imported by parts; what has
@@ -16,6 +17,7 @@ no rule is a visible `accel.aten` (see `accel.frontends.importer`).
 """
 
 from accel.frontends.aten import (
+    attention,
     checks,
     contractions,
     creation,
@@ -31,6 +33,7 @@ from accel.frontends.importer import LOWERINGS
 
 __all__ = [
     "LOWERINGS",
+    "attention",
     "checks",
     "contractions",
     "creation",

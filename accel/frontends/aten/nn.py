@@ -12,6 +12,7 @@ from accel.frontends.aten.reductions import at_least_1d, axis_of
 from accel.frontends.calls import results_of
 from accel.frontends.importer import Importer, lower, lower_write
 from accel.ir.module import Value
+from accel.ir.ops.training import normalize, statistics_dtype
 from accel.ir.types import FLOATS
 
 
@@ -53,11 +54,19 @@ def native_layer_norm(
     """With its statistics only if they are used, which is in training."""
     if not any(c.is_used(t) for t in c.call.result[1:]):
         return [layer_norm(c, x, shape, weight, bias, eps), None, None]
-    return list(
-        c.b.native_layer_norm(
-            c(x), optional(c, weight), optional(c, bias), rank=len(shape), eps=float(eps)
-        )
-    )
+    operands = (c(x), optional(c, weight), optional(c, bias))
+    saved = c.call.result[1].dtype
+    if saved == statistics_dtype(*operands):
+        return list(c.b.native_layer_norm(*operands, rank=len(shape), eps=float(eps)))
+    # A GPU saves statistics of 16-bit floats in float32.
+    wide = c.b.widen(operands[0])
+    axes = tuple(range(x.dim() - len(shape), x.dim()))
+    y, mean, _, rstd = normalize(c.b, wide, axes, float(eps))
+    if operands[1] is not None:
+        y = c.b.mul(y, c.b.cast_to(operands[1], wide.dtype))
+    if operands[2] is not None:
+        y = c.b.add(y, c.b.cast_to(operands[2], wide.dtype))
+    return [c.b.cast_to(y, x.dtype), c.b.cast_to(mean, saved), c.b.cast_to(rstd, saved)]
 
 
 @lower("rms_norm")

@@ -17,6 +17,8 @@ from accel.frontends.aten.nn import optional, pool_options
 from accel.frontends.aten.reductions import at_least_1d, axis_of
 from accel.frontends.importer import Importer, lower
 from accel.ir.module import Value
+from accel.ir.ops.norm_backward import NativeLayerNormBackward
+from accel.ir.ops.training import statistics_dtype
 
 Results = list[Value | None]
 
@@ -93,11 +95,13 @@ def layer_norm_backward(
     c: Importer, grad: Tensor, x: Tensor, shape: Sequence[Any], mean: Tensor, rstd: Tensor,
     weight: Tensor | None, bias: Tensor | None, mask: Sequence[bool],
 ) -> Results:  # fmt: skip
-    made = c.b.native_layer_norm_backward(
-        c(grad), c(x), c(mean), c(rstd), optional(c, weight), optional(c, bias),
-        rank=len(shape), mask=tuple(mask),
-    )  # fmt: skip
-    return masked(made, mask)
+    operands = (c(grad), c(x), c(mean), c(rstd), optional(c, weight), optional(c, bias))
+    if mean.dtype == statistics_dtype(x, weight, bias):
+        made = c.b.native_layer_norm_backward(*operands, rank=len(shape), mask=tuple(mask))
+        return masked(made, mask)
+    # A GPU saves statistics of 16-bit floats in float32: the same formula in parts.
+    parts = NativeLayerNormBackward.decompose(c.b, *operands, rank=len(shape), mask=tuple(mask))
+    return masked(parts, mask)
 
 
 @lower("native_group_norm_backward")

@@ -10,6 +10,7 @@ from accel.errors import MissingDependencyError
 from accel.runtime.interfaces import Library
 from accel.runtime.libraries.cache import CachedAttention, Update
 from accel.runtime.libraries.cudnn import CudnnConv
+from accel.runtime.libraries.flash import FlashAttention
 from accel.runtime.libraries.onednn import OneDnnConv, OneDnnLinear
 from accel.runtime.libraries.torch_native import ScaledDotProduct, TorchLinear
 
@@ -23,6 +24,7 @@ _ENTRIES: dict[str, Library] = {
         CudnnConv(),
         CachedAttention(),
         Update(),
+        FlashAttention(),
     )
 }
 

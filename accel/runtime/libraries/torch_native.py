@@ -14,7 +14,7 @@ from accel.runtime.interfaces import LibraryCall, Operand
 from accel.runtime.libraries.options import choice
 
 
-def _spliced(run: Callable[..., Any], operands: Sequence[Operand | None]) -> LibraryCall:
+def spliced(run: Callable[..., Any], operands: Sequence[Operand | None]) -> LibraryCall:
     """Calls `run` with one argument per operand: weights and None in their places."""
     fixed = [None if o is None else o.weight for o in operands]
     holes = [i for i, o in enumerate(operands) if o is not None and o.weight is None]
@@ -38,7 +38,7 @@ class TorchLinear:
     def prepare(
         self, options: Mapping[str, Any], operands: Sequence[Operand | None]
     ) -> LibraryCall:
-        return _spliced(F.linear, operands)
+        return spliced(F.linear, operands)
 
 
 class ScaledDotProduct:
@@ -88,7 +88,7 @@ class ScaledDotProduct:
             out = out.transpose(1, 2)
             return out if heads == "permute" else out.reshape(out.shape[0], out.shape[1], -1)
 
-        return _spliced(run, operands)
+        return spliced(run, operands)
 
 
 def _band(
