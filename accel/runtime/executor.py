@@ -25,6 +25,7 @@ import traceback
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from operator import length_hint
 from typing import Any
 
@@ -45,6 +46,7 @@ from accel.runtime.steps import Parts, StepBuilder, describe
 _CPU = torch.device("cpu")
 _MAX_LANES = 8  # arenas kept for concurrent calls
 _MAX_BOUND = 32  # sets of sizes that a lane keeps closures for
+Around = Callable[[int], AbstractContextManager[object]]
 _NO_MEMORY = (torch.OutOfMemoryError, OutOfMemoryError, MemoryError)
 _CPU_IS_FULL = "can't allocate memory"  # a RuntimeError of torch's without a type of its own
 _ALIVE: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
@@ -113,6 +115,19 @@ class CompiledFunction:
         finally:
             if len(lanes) < _MAX_LANES:
                 lanes.append(lane)
+
+    def step_by_step(self, inputs: Sequence[Tensor], around: Around | None = None) -> list[Tensor]:
+        """One call on the current stream without a recording: to measure, or to record elsewhere.
+
+        Args:
+            around: called with each step's number; the step runs inside of what it returns.
+        """
+        lane = self._lanes.pop() if self._lanes else _Lane(self)
+        try:
+            bound = self._bind(lane, inputs)
+            return bound.run_steps(inputs) if around is None else bound.run_within(inputs, around)
+        finally:
+            self._lanes.append(lane)
 
     def _call_with_less(self, inputs: Sequence[Tensor], error: BaseException) -> list[Tensor]:
         """Once more, after everything that idle functions keep was given back."""
@@ -350,6 +365,16 @@ class _Bound:
         for i in self._copies:
             results[i] = results[i].clone()
         return results
+
+    def run_within(self, inputs: Sequence[Tensor], around: Around) -> list[Tensor]:
+        """`run_steps` with something around each step."""
+        values: list[Any] = [*inputs, *self._template]
+        self._make_plain(values)
+        numbers = {id(step): number for number, step in enumerate(self._parts.plan.steps)}
+        for run, step in zip(self._runs, self._steps):
+            with around(numbers[id(step)]) if step is not None else nullcontext():
+                run(values)
+        return [values[slot] for slot in self._results]
 
     def _make_plain(self, values: list[Any]) -> None:
         """Kernels read memory: lazily negated, conjugated and strided tensors are written out."""

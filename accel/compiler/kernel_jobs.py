@@ -1,0 +1,202 @@
+"""Kernels compiled by several processes at once, into the compile cache.
+
+    compile_kernels([Job.of(op, backend, tile), ...], workers=8)
+
+Triton compiles one kernel in 0.2 to 2 s on one core. A worker is a Python process of its own that
+reads jobs as JSON lines (a kernel's IR text, the architecture, a tile by how it prints) and answers
+each with a line; what it compiles it leaves in the cache, where the compiler looks first anyway. So
+nothing but text passes between the processes, and one that dies costs the job that it was at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accel.backends.triton import TritonBackend, kernel_fingerprint
+from accel.compiler import gpu
+from accel.compiler.cache import CompileCache
+from accel.errors import AccelError, BackendError
+from accel.ir.builder import Builder
+from accel.ir.module import Function, Module, Op, SymbolInfo, clone_op
+from accel.ir.parser import parse_module
+from accel.ir.printer import print_module
+
+_ROOT = Path(__file__).resolve().parents[2]
+_START = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from accel.compiler.kernel_jobs import serve
+serve()
+"""
+_MOST_WORKERS = 16
+_WORTH_A_WORKER = 3  # jobs: a worker takes seconds to import Triton
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel with one tile. `tile` is how it prints; "" leaves it to the cost model."""
+
+    key: str
+    kernel: str
+    arch: str
+    sms: int
+    tile: str
+
+    @staticmethod
+    def of(kernel: Op, backend: TritonBackend, tile: Any = None) -> Job:
+        chosen = with_tile(backend, kernel, tile)
+        text = print_module(module_of(kernel))
+        key = gpu.kernel_key(kernel, chosen)
+        return Job(key, text, backend.arch, backend.sms, "" if tile is None else str(tile))
+
+
+def with_tile(backend: TritonBackend, kernel: Op, tile: Any) -> TritonBackend:
+    """The generator, with a tile for this kernel (None: the cost model's)."""
+    tiles = {} if tile is None else {kernel_fingerprint(kernel): tile}
+    return TritonBackend(backend.arch, backend.sms, tiles=tiles)
+
+
+def module_of(kernel: Op) -> Module:
+    """A module whose only function is the kernel: its operands are arguments."""
+    module = Module()
+    function = module.add(Function("main", [v.type for v in kernel.operands]))
+    around = kernel.parent.parent if kernel.parent is not None else None
+    if isinstance(around, Function):
+        function.symbols = {n: SymbolInfo(s.min, s.max) for n, s in around.symbols.items()}
+    copy = clone_op(kernel, dict(zip(kernel.operands, function.args)))
+    function.body.append(copy)
+    Builder(function.body).op("return", list(copy.results))
+    return module
+
+
+def compile_kernels(
+    jobs: Sequence[Job], *, workers: int | None = None, deadline: float | None = None
+) -> dict[str, AccelError | None]:
+    """By key of each job that was done: None, or why it failed.
+
+    Args:
+        workers: processes; by default one for every few jobs, at most one a core.
+        deadline: `time.monotonic()` after which no further job is started.
+    """
+    cache = CompileCache()
+    pending: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    done: dict[str, AccelError | None] = {}
+    unique = {job.key: job for job in jobs}
+    for key, job in unique.items():
+        if cache.get(key) is not None:
+            done[key] = None
+        else:
+            pending.put(job)
+    left = len(unique) - len(done)
+    if workers is None:
+        workers = min(_cores(), _MOST_WORKERS, left // _WORTH_A_WORKER)
+    if workers < 2:
+        _work(pending, done, deadline, None)
+        return done
+    threads = [
+        threading.Thread(target=_work, args=(pending, done, deadline, _Worker()))
+        for _ in range(min(workers, left))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return done
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _work(
+    pending: queue.SimpleQueue[Job],
+    done: dict[str, AccelError | None],
+    deadline: float | None,
+    worker: _Worker | None,
+) -> None:
+    """Takes jobs until there are none, or the time is up; in a worker, or in this process."""
+    try:
+        while deadline is None or time.monotonic() < deadline:
+            try:
+                job = pending.get_nowait()
+            except queue.Empty:
+                return
+            done[job.key] = compile_job(job) if worker is None else worker.run(job)
+    finally:
+        if worker is not None:
+            worker.close()
+
+
+class _Worker:
+    """A process that compiles; started with its first job."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, job: Job) -> AccelError | None:
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, str(_ROOT)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except OSError:
+            answer = ""
+        if not answer:
+            code = self._process.wait()
+            return BackendError(f"the process that compiles kernels ended (code {code})")
+        failure = json.loads(answer)
+        return BackendError(**failure) if failure else None
+
+    def close(self) -> None:
+        if self._process is None:
+            return
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def compile_job(job: Job) -> AccelError | None:
+    """Compiles one kernel into the cache. Returns why it does not compile."""
+    try:
+        module = parse_module(job.kernel)
+        (kernel,) = (op for op in module.main.ops if op.name == "kernel")
+        backend = TritonBackend(job.arch, job.sms)
+        tile = next((t for t in backend.candidates(kernel) if str(t) == job.tile), None)
+        if job.tile and tile is None:
+            return BackendError(f"no candidate prints as {job.tile}")
+        header, payload = gpu.compile_kernel(kernel, with_tile(backend, kernel, tile))
+        CompileCache().put(job.key, header, payload)
+    except AccelError as error:
+        return error
+    return None
+
+
+def serve() -> None:
+    """The worker's loop: a job a line, an answer a line ({} if it went well)."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a compiler prints goes where it is read by people
+    for line in sys.stdin:
+        error = compile_job(Job(**json.loads(line)))
+        failure = {} if error is None else {"what": error.what, "where": error.where}
+        answers.write(json.dumps(failure) + "\n")
+        answers.flush()
