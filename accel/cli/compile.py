@@ -38,6 +38,10 @@ def compile(
         int,
         typer.Option("--generate", help="A language model: tokens of its key/value cache."),
     ] = 0,
+    extend: Annotated[
+        int,
+        typer.Option("--extend", help="With --generate: tokens at once, to speculate (N + 1)."),
+    ] = 0,
     target: Annotated[str, typer.Option("--target", help="See accel targets.")] = "cpu",
     passes: Annotated[
         list[str] | None,
@@ -82,7 +86,10 @@ def compile(
         "fuel": fuel,
     }
     if generate:
-        return _generator(model, path, generate, target, options, as_json)
+        sizes = {"capacity": generate, "extend": extend}
+        return _generator(model, path, sizes, target, options, as_json)
+    if extend:
+        raise OptionError("--extend has no effect without --generate")
     with progress(f"loading {model}", as_json):
         example = load_example(model, inputs or [], seed)
     start = time.perf_counter()
@@ -100,7 +107,12 @@ def compile(
 
 
 def _generator(
-    model: str, path: Path, capacity: int, target: str, options: dict[str, Any], as_json: bool
+    model: str,
+    path: Path,
+    sizes: dict[str, int],
+    target: str,
+    options: dict[str, Any],
+    as_json: bool,
 ) -> None:
     with progress(f"loading {model}", as_json):
         named = load_model(model)
@@ -112,7 +124,7 @@ def _generator(
         accel.package_generator(
             named.model,
             path=path,
-            capacity=capacity,
+            **sizes,
             target=target,
             options=options,
             tokenizer=tokenizer,

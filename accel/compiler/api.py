@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from accel import tree
 from accel.compiler.assemble import to_contents, to_function, to_model
-from accel.compiler.language import compile_generator, default_capacity
+from accel.compiler.language import compile_generator, default_capacity, extension
 from accel.compiler.options import Options
 from accel.compiler.pipeline import Program, compile_module, tensor_pipeline
 from accel.compiler.targets import Target, get_target
@@ -133,7 +133,7 @@ class Compiled:
         self._fixed: CompiledModel | None = None
         self._programs: dict[Any, tuple[Program, CompiledModel, list[Tensor]]] = {}
         self._calls: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self._generators: dict[int, CompiledModel] = {}
+        self._generators: list[tuple[Any, int, int, CompiledModel]] = []
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,27 +141,43 @@ class Compiled:
             return self._fixed(*args, **kwargs)
         return self._specialize(args, kwargs)(*args, **kwargs)
 
-    def generate(self, input_ids: Any, *, capacity: int | None = None, **options: Any) -> Tensor:
+    def generate(self, input_ids: Any, *, capacity: int | None = None, **options: Any) -> Any:
         """Text of a causal language model: prompts and what follows them, int64 [B, n + new].
 
-        The first call derives and compiles @prefill and @decode (`accel.compile_generator`).
+        The first call derives and compiles @prefill and @decode (`accel.compile_generator`), and
+        @extend for speculation. What the model's `generation_config` says holds where `options`
+        and a `generation_config` among them leave it open, as in `transformers`.
 
         Args:
             input_ids, options: as for `accel.runtime.generator.Generator.generate`, which takes
                 what `transformers` does: max_new_tokens, do_sample, temperature, eos_token_id...
+                An `assistant_model` may be a model that is not compiled yet.
             capacity: tokens that a text may have; by default what the model's configuration says,
                 at most 2048.
 
         Raises CaptureError for a model that is no causal language model, InputError and OptionError
         for prompts and options that do not fit.
         """
+        if options.get("generation_config") is None:
+            options["generation_config"] = getattr(self.model, "generation_config", None)
         chosen = capacity or default_capacity(self.model)
+        assistant = options.get("assistant_model")
+        if isinstance(assistant, nn.Module):
+            options["assistant_model"] = self._generator_of(assistant, chosen, 0)
+        generator = self._generator_of(self.model, chosen, extension(options))
+        return generator.generate(input_ids, **options)
+
+    def _generator_of(self, model: Any, capacity: int, extend: int) -> CompiledModel:
+        """A model's generator for at least these sizes; compiled once."""
         with self._lock:
-            if chosen not in self._generators:
-                self._generators[chosen] = compile_generator(
-                    self.model, capacity=chosen, target=self.target, options=self.options
-                )
-        return self._generators[chosen].generate(input_ids, **options)
+            for made, size, most, compiled in self._generators:
+                if made is model and size == capacity and most >= extend:
+                    return compiled
+            compiled = compile_generator(
+                model, capacity=capacity, extend=extend, target=self.target, options=self.options
+            )
+            self._generators.append((model, capacity, extend, compiled))
+            return compiled
 
     def fix(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Compiles for these inputs, and refuses others from now on."""

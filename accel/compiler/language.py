@@ -34,6 +34,7 @@ from accel.passes.manager import PassManager
 from accel.passes.pipelines import CLEAN_PIPELINE
 from accel.passes.registry import load_passes
 from accel.runtime.artifact import GENERATE, GoldenCase, write_artifact
+from accel.runtime.generator import ASSISTANT_TOKENS
 from accel.runtime.golden import golden_case
 from accel.runtime.memory import collection_paused
 from accel.runtime.model import CompiledModel
@@ -55,11 +56,21 @@ def default_capacity(model: Any) -> int:
     return min([*known, _LARGEST_DEFAULT])
 
 
+def extension(options: Mapping[str, Any]) -> int:
+    """How many tokens at once a call of `generate` with these options needs."""
+    proposed = options.get("prompt_lookup_num_tokens") or options.get("num_assistant_tokens")
+    if proposed is None and options.get("assistant_model") is not None:
+        proposed = ASSISTANT_TOKENS
+    chunk = options.get("prefill_chunk_size") or 0
+    return max(proposed + 1 if isinstance(proposed, int) else 0, chunk)
+
+
 def compile_generator(
     model: nn.Module | Callable[..., Any],
     *,
     capacity: int = 1024,
     batch: int = 1,
+    extend: int = 0,
     target: str | Target = "cpu",
     options: Options | Mapping[str, Any] | None = None,
     tokenizer: Any = None,
@@ -71,6 +82,8 @@ def compile_generator(
             logits [B, S, V].
         capacity: tokens that a text may have, prompt included.
         batch: texts that one call generates at a time; 0 for any number.
+        extend: also compile @extend, which runs up to so many tokens at once: speculation with n
+            tokens needs n + 1, and prompts may then run in pieces.
         target, options: as for `accel.compile`; techniques in `options.passes` apply to both
             functions.
         tokenizer: of `transformers`; carried along, so that the model takes and gives text.
@@ -79,7 +92,7 @@ def compile_generator(
     with the op and the line, and what `accel.compile` raises.
     """
     files = text_files(tokenizer, model) if tokenizer is not None else {}
-    return to_model(_compile(model, capacity, batch, target, options), files)
+    return to_model(_compile(model, capacity, batch, extend, target, options), files)
 
 
 def package_generator(
@@ -88,6 +101,7 @@ def package_generator(
     path: str | os.PathLike[str],
     capacity: int = 1024,
     batch: int = 1,
+    extend: int = 0,
     target: str | Target = "cpu",
     options: Options | Mapping[str, Any] | None = None,
     tokenizer: Any = None,
@@ -97,7 +111,7 @@ def package_generator(
     The artifact carries the tokenizer, and a text with its logits that `accel verify` replays.
     """
     files = text_files(tokenizer, model) if tokenizer is not None else {}
-    program = _compile(model, capacity, batch, target, options)
+    program = _compile(model, capacity, batch, extend, target, options)
     made = to_model(program, files)
     golden = [_golden(model, made)] if Options.of(options).golden else []
     write_artifact(path, to_contents(program, golden, files))
@@ -123,13 +137,14 @@ def _compile(
     model: Any,
     capacity: int,
     batch: int,
+    extend: int,
     target: str | Target,
     options: Options | Mapping[str, Any] | None,
 ) -> Program:
     chosen = Options.of(options)
     start = time.perf_counter()
     with collection_paused():
-        module = derive_generator(model, capacity, batch, validate=chosen.validate)
+        module = derive_generator(model, capacity, batch, extend=extend, validate=chosen.validate)
         seconds = time.perf_counter() - start
         program = compile_module(module, get_target(target), chosen)
     program.seconds = {"capture": seconds, **program.seconds}
@@ -137,11 +152,13 @@ def _compile(
 
 
 def derive_generator(
-    model: Any, capacity: int, batch: int = 1, *, validate: bool = False
+    model: Any, capacity: int, batch: int = 1, *, extend: int = 0, validate: bool = False
 ) -> Module:
-    """The module with @prefill and @decode, before the compiler's own passes."""
-    if capacity < 2 or batch < 0:
-        raise OptionError(f"a cache of {capacity} positions for {batch} texts")
+    """The module with @prefill, @decode and @extend, before the compiler's own passes."""
+    if capacity < 2 or batch < 0 or extend < 0:
+        raise OptionError(
+            f"a cache of {capacity} positions for {batch} texts, extended by {extend} tokens"
+        )
     load_passes()
     length = Dim("length", min=2, max=capacity)
     rows = _EXAMPLE_ROWS if batch == 0 else batch
@@ -149,7 +166,7 @@ def derive_generator(
     sizes: dict[int, Any] = {1: length} if batch else {0: Dim("batch"), 1: length}
     plain = _plain(model)
     module = capture(plain, (ids,), dynamic_shapes=(sizes,))
-    insert = InsertKvCache(capacity=capacity, batch=batch)
+    insert = InsertKvCache(capacity=capacity, batch=batch, extend=min(extend, capacity))
     PassManager([*CLEAN_PIPELINE, insert], Context(), validate=validate).run(module)
     del module.functions["main"]
     return module

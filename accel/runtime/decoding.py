@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from accel.errors import OptionError
 from accel.runtime.plan import FunctionPlan, SizeExpr, dtype_of
 from accel.runtime.sampling import Sampling
 
@@ -26,11 +27,15 @@ State = list[Tensor]
 
 @dataclass(frozen=True)
 class Limits:
-    """When a text ends: after `new` tokens, or after one of `stops` (which it keeps)."""
+    """When a text ends: after `new` tokens, or after one of `stops` (which it keeps).
+
+    `chunk`: a prompt runs in pieces of so many tokens; 0: in one.
+    """
 
     new: int
     stops: frozenset[int]
     pad: int
+    chunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,24 @@ class TokenLoop:
         decode: ids [B, 1], position [], state -> logits [B, 1, V], state. Both may write over the
             state that they are given.
         device: where the functions run.
+        extend: ids [B, k], position [], state -> logits [B, k, V], state: up to `most` tokens.
     """
 
-    def __init__(self, plan: FunctionPlan, prefill: Run, decode: Run, device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: FunctionPlan,
+        prefill: Run,
+        decode: Run,
+        device: torch.device,
+        extend: Run | None = None,
+    ) -> None:
         specs = [plan.values[v] for v in plan.inputs]
         self._prefill, self._decode, self.device = prefill, decode, device
+        self._extend = extend
+        facts = plan.metadata["kv_cache"]
+        self.most = int(facts.get("extend", 0)) if extend is not None else 0
+        # A token that attention reads is written over; what a recurrence has summed up is not.
+        self.can_go_back = all(item["kind"] == "tokens" for item in facts.get("state", []))
         self._dtype = dtype_of(specs[0].dtype)
         self._state = [StateTensor(dtype_of(s.dtype), tuple(s.shape)) for s in specs[1:]]
 
@@ -67,10 +85,28 @@ class TokenLoop:
         """The state before the first token of `rows` texts."""
         return [part.empty(rows, self.device) for part in self._state]
 
-    def prefill(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
-        """Runs prompts [B, n]: the last token's logits [B, V] and the state after them."""
-        logits, *state = self._prefill([ids.to(self._dtype), *state])
+    def prefill(self, ids: Tensor, state: State, chunk: int = 0) -> tuple[Tensor, State]:
+        """Runs prompts [B, n]: the last token's logits [B, V] and the state after them.
+
+        Prompts that are longer than `chunk` run in pieces: memory for one piece.
+        """
+        if not chunk or ids.shape[1] <= chunk:
+            logits, *state = self._prefill([ids.to(self._dtype), *state])
+            return logits[:, -1], state
+        for start in range(0, ids.shape[1], chunk):
+            position = torch.tensor(start, device=self.device)
+            logits, state = self.extend(ids[:, start : start + chunk], position, state)
         return logits[:, -1], state
+
+    def extend(self, ids: Tensor, position: Tensor, state: State) -> tuple[Tensor, State]:
+        """Runs tokens [B, k] from `position` on: the logits [B, k, V] of each, the state."""
+        if self._extend is None or ids.shape[1] > self.most:
+            raise OptionError(
+                f"{ids.shape[1]} tokens at once, and the model was compiled for {self.most}",
+                advice=f"compile with extend={ids.shape[1]} (--extend {ids.shape[1]})",
+            )
+        logits, *state = self._extend([ids.to(self._dtype), position, *state])
+        return logits, state
 
     def decode(self, tokens: Tensor, position: Tensor, state: State) -> tuple[Tensor, State]:
         """Runs one token a row, [B], at `position` (int64 []): its logits [B, V], the state."""
@@ -109,7 +145,7 @@ class TokenLoop:
         stops = torch.tensor(sorted(limits.stops), device=self.device)
         position = torch.tensor(ids.shape[1], device=self.device)
         with torch.no_grad():
-            logits, state = self.prefill(ids, self.empty(ids.shape[0]))
+            logits, state = self.prefill(ids, self.empty(ids.shape[0]), limits.chunk)
             for step in range(limits.new):
                 tokens = sampling.choose(logits, ids, generator)
                 if limits.stops:

@@ -24,7 +24,11 @@ from accel.runtime.generation_options import GenerationOptions
 from accel.runtime.plan import FunctionPlan
 from accel.runtime.prompts import Prompts
 from accel.runtime.sampling import Choice, Processor, Recording, Sampling
+from accel.runtime.speculation import Draft, PromptLookup, Proposer, Speculation
 from accel.runtime.text import TextStream, Words
+
+ASSISTANT_TOKENS = 4
+_LONGEST_MATCH = 3
 
 
 class Streamer(Protocol):
@@ -65,21 +69,27 @@ class _Row:
 
 
 class Generator:
-    """Generates with two compiled functions.
+    """Generates with two compiled functions, or three.
 
     Args:
         plan: of @prefill: it says how large ids and caches are.
         prefill, decode: run flat lists of tensors.
         device: where the functions run.
+        extend: runs several tokens at once; speculation and prefills in pieces need it.
     """
 
     def __init__(
-        self, plan: FunctionPlan, prefill: Run, decode: Run, device: torch.device | None = None
+        self,
+        plan: FunctionPlan,
+        prefill: Run,
+        decode: Run,
+        device: torch.device | None = None,
+        extend: Run | None = None,
     ) -> None:
         facts = plan.metadata["kv_cache"]
         self.capacity, self.vocabulary = int(facts["capacity"]), int(facts["vocabulary"])
         self.device = device or torch.device("cpu")
-        self.loop = TokenLoop(plan, prefill, decode, self.device)
+        self.loop = TokenLoop(plan, prefill, decode, self.device, extend)
         rows = plan.values[plan.inputs[0]].shape[0]
         self.rows = rows if isinstance(rows, int) else None
 
@@ -92,6 +102,7 @@ class Generator:
         streamer: Streamer | None = None,
         tokenizer: Words | None = None,
         logits_processor: Sequence[Processor] = (),
+        assistant_model: Any = None,
         **options: Any,
     ) -> Tensor | Generated:
         """Prompts and what follows them: int64 [B, n + new], padded on the right.
@@ -104,6 +115,7 @@ class Generator:
             streamer: `put` gets the prompts, then each new token; `end` is called at last.
             tokenizer: needed for `stop_strings`.
             logits_processor: functions of ids [B, n] and scores [B, V] to scores.
+            assistant_model: a compiled model with the same vocabulary that proposes tokens.
             options: see `accel.runtime.generation_options.GenerationOptions`.
 
         Rows of equal length run together if the model was compiled for any number of rows, else
@@ -123,13 +135,14 @@ class Generator:
         call = _Call(
             self,
             chosen,
-            Limits(new, frozenset(stops), pad),
+            Limits(new, frozenset(stops), pad, chosen.prefill_chunk_size or 0),
+            assistant=getattr(assistant_model, "generator", assistant_model),
             tokenizer=tokenizer,
             processors=tuple(logits_processor),
         )
         if streamer is not None:
             streamer.put(prompts.ids.cpu())
-        groups = prompts.groups(self.rows)
+        groups = prompts.groups(self.rows if not call.speculates else 1)
         made = [call.run(prompts, rows, streamer) for rows in groups]
         if streamer is not None:
             streamer.end()
@@ -162,6 +175,7 @@ class _Call:
         options: GenerationOptions,
         limits: Limits,
         *,
+        assistant: Generator | None,
         tokenizer: Words | None,
         processors: tuple[Processor, ...],
     ) -> None:
@@ -171,10 +185,27 @@ class _Call:
             raise OptionError(
                 "stop_strings need a tokenizer", advice="pass tokenizer=, or eos_token_id instead"
             )
-        self.processors = processors
+        self.processors, self.assistant = processors, assistant
+        self.statistics: dict[str, int] = {}
+        if options.num_assistant_tokens is not None and assistant is None:
+            raise OptionError(
+                "num_assistant_tokens has no effect", advice="pass assistant_model as well"
+            )
+        if assistant is not None and options.prompt_lookup_num_tokens is not None:
+            raise OptionError("tokens are either looked up or made by an assistant model")
+        if assistant is not None and assistant.vocabulary != generator.vocabulary:
+            raise OptionError(
+                f"the assistant knows {assistant.vocabulary} tokens, the model "
+                f"{generator.vocabulary}"
+            )
         self.plain = options.sampling()
         self.records = options.logprobs is not None
         self.random = self.plain.generator(generator.device)
+
+    @property
+    def speculates(self) -> bool:
+        """Whether texts run one at a time: each accepts another number of tokens."""
+        return self.assistant is not None or self.options.prompt_lookup_num_tokens is not None
 
     def sampling(self, prompt: int) -> Sampling:
         """How the tokens after a prompt of this length are chosen."""
@@ -199,12 +230,36 @@ class _Call:
         if self.words is not None and self.strings:
             streams = [TextStream(self.words, self.strings) for _ in rows]
         put = self._put(streamer, streams)
-        tokens = self.generator.loop.text(text, self.limits, sampling, self.random, put)
+        loop: TokenLoop | Speculation = self._speculation(sampling) or self.generator.loop
+        tokens = loop.text(text, self.limits, sampling, self.random, put)
+        if isinstance(loop, Speculation):
+            for name, count in loop.statistics.items():
+                self.statistics[name] = self.statistics.get(name, 0) + count
         lengths = [self._length(row) for row in tokens]
         for i, stream in enumerate(streams):
             lengths[i] = min(lengths[i], stream.count)
             tokens[i, lengths[i] :] = self.limits.pad
         return _Row(tokens, lengths, sampling.choices if isinstance(sampling, Recording) else [])
+
+    def _speculation(self, sampling: Sampling) -> Speculation | None:
+        """What proposes tokens for one text, if so chosen."""
+        options, model = self.options, self.generator
+        if self.speculates and model.rows not in (None, 1):
+            raise OptionError(
+                f"the model runs {model.rows} texts at a time, and speculation one",
+                advice="compile with batch=1, or batch=0 for any number",
+            )
+        proposer: Proposer
+        if self.assistant is not None:
+            count = options.num_assistant_tokens or ASSISTANT_TOKENS
+            draft = self.assistant
+            proposer = Draft(draft.loop, self.plain, self.random, draft.capacity)
+        elif options.prompt_lookup_num_tokens is not None:
+            count = options.prompt_lookup_num_tokens
+            proposer = PromptLookup(options.max_matching_ngram_size or _LONGEST_MATCH)
+        else:
+            return None
+        return Speculation(model.loop, proposer, count, model.capacity)
 
     def _put(
         self, streamer: Streamer | None, streams: list[TextStream]
@@ -237,7 +292,8 @@ class _Call:
         for rows, part in zip(groups, made):
             for row, length in zip(rows, part.lengths):
                 lengths[row] = length
-        result = Generated(torch.cat([prompts.ids, new], dim=1), lengths)
+        whole = torch.cat([prompts.ids, new], dim=1)
+        result = Generated(whole, lengths, statistics=self.statistics)
         if self.records:
             self._add_logprobs(result, groups, made, longest)
         return result

@@ -128,8 +128,13 @@ class CompiledModel:
                     advice="compile it with accel.compile_generator, or package it with "
                     "accel.package_generator or `accel compile --generate`",
                 )
+            extend = self.entry_points.get("extend")
             self._generator = Generator(
-                prefill.function.plan, prefill.function, decode.function, prefill.function.device
+                prefill.function.plan,
+                prefill.function,
+                decode.function,
+                prefill.function.device,
+                extend.function if extend is not None else None,
             )
         return self._generator
 

@@ -104,6 +104,9 @@ class Sampling:
             scores = scores.masked_fill(shares < least, -math.inf)
         return scores
 
+    def record(self, logits: Tensor, tokens: Tensor) -> None:
+        """Told of tokens [B] that were chosen from logits [B, V] without `choose`."""
+
     def choose(self, logits: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
         """The next token of each row: int64 [B]."""
         if not self.do_sample and not self.reads_text:
