@@ -200,6 +200,8 @@ class TritonBackend:
         if capability(self.arch) >= dependent.FIRST_CAPABILITY:
             constants = {Slot("input", i).name for i in constant_operands(kernel)}
             for launch in code.launches:
+                if launch.gluon:  # starts when its predecessor has ended
+                    continue
                 known = constants | set(launch.sizes)
                 launch.source = dependent.overlapped(launch.source, launch.name, known)
                 launch.dependent = True

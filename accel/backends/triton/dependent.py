@@ -48,7 +48,7 @@ def overlapped(source: str, name: str, constants: Set[str]) -> str:
     early, late = hoister.split()
     made = [f"    {LAUNCH}()", *(f"    {t}" for t in early), f"    {WAIT}()"]
     made += [f"    {t}" for t in late]
-    rest = lines[hoister.moved_to :  function.end_lineno]
+    rest = lines[hoister.moved_to : function.end_lineno]
     return "\n".join([head, *made, *rest, *tail]) + "\n"
 
 
