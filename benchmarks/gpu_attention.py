@@ -106,7 +106,7 @@ class Case:
     def build(self, b: Any, q: Value, k: Value, v: Value, keys: Value | None = None) -> Value:
         def split(x: Value) -> Value:
             four = (self.batch, self.length, x.shape[2] // self.size, self.size)
-            return b.permute(b.reshape(x, shape=four), axes=(0, 2, 1, 3))  # type: ignore[no-any-return]
+            return b.permute(b.reshape(x, shape=four), axes=(0, 2, 1, 3))
 
         mask = None
         if keys is not None:
@@ -116,7 +116,7 @@ class Case:
         y = b.attention(split(q), split(k), split(v), mask, scale=self.scale, causal=self.causal,
                         window=self.window, softcap=self.softcap)  # fmt: skip
         merged = (self.batch, self.length, self.heads * self.size)
-        return b.reshape(b.permute(y, axes=(0, 2, 1, 3)), shape=merged)  # type: ignore[no-any-return]
+        return b.reshape(b.permute(y, axes=(0, 2, 1, 3)), shape=merged)
 
     def _alibi(self, b: Any) -> Value:
         """slope(head) * (key - query), in the region."""
@@ -125,7 +125,7 @@ class Case:
         slope = b.exp2(b.mul(b.add(head, b.scalar(1.0, f32)), b.scalar(-8.0 / self.heads, f32)))
         key = b.iota(shape=(1, 1, 1, n), axis=3, dtype=f32)
         query = b.iota(shape=(1, 1, n, 1), axis=2, dtype=f32)
-        return b.cast(b.mul(slope, b.sub(key, query)), dtype=self.dtype)  # type: ignore[no-any-return]
+        return b.cast(b.mul(slope, b.sub(key, query)), dtype=self.dtype)
 
     def split(self, x: Tensor) -> Tensor:
         return x.view(self.batch, self.length, -1, self.size).transpose(1, 2)

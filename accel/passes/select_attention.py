@@ -3,6 +3,8 @@
 A generated kernel reads queries, keys and values through their head split (and out of a fused qkv
 projection), and writes the merged heads, so nothing is copied before or after; scores stay in the
 core. What the generator does not take (few queries, odd head sizes) is left to a vendor library.
+With `masks` the kernel also computes the mask, where that reads less than a mask of all pairs: a
+causal band with padded keys, a bias of distances.
 Contract: exact (the kernel's region is the ops it replaces).
 
     %q = "accel.permute"(%1)                     %3 = "accel.kernel"(%1, %k, %v) ({
@@ -18,6 +20,7 @@ from typing import ClassVar
 from accel.ir.capability import KernelGenerator
 from accel.ir.module import Function, Module, Op
 from accel.ir.op import Trait
+from accel.ir.types import same_dim
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.outline import finish_outline, outline
 
@@ -28,10 +31,12 @@ KINDS = ("attention", "cached_attention")
 @register_pass
 @dataclass
 class SelectAttention(Pass):
-    """Outlines attention and its views into kernels."""
+    """Outlines attention and its views into kernels; with `masks`, what computes the mask too."""
 
     name: ClassVar[str] = "select_attention"
     contract: ClassVar[Contract] = EXACT
+
+    masks: bool = False
 
     def run(self, module: Module, context: Context) -> None:
         if context.generator is None:
@@ -57,7 +62,10 @@ class SelectAttention(Pass):
         if not context.rewrite(self.name, op):
             return
         ops = [op, *views_after(op, generator)]
-        views = sorted(views_before(op, generator), key=order.__getitem__)
+        before = views_before(op, generator)
+        if self.masks:
+            before |= mask_before(op, generator)
+        views = sorted(before, key=order.__getitem__)
         attributes = {"backend": generator.name, "kind": op.name}
         kernel = outline(ops, "kernel", attributes, self.name, duplicate=views)
         last = ops[-1]
@@ -80,6 +88,33 @@ def views_before(op: Op, generator: KernelGenerator) -> set[Op]:
             found.add(made)
             pending.extend(made.operands)
     return found
+
+
+def mask_before(op: Op, generator: KernelGenerator, most: int = 24) -> set[Op]:
+    """The ops that compute an attention's mask, if they are at most so many, elementwise or without
+    operands, and read nothing that has an element for each pair of query and key."""
+    if op.name != "attention" or op.arguments()[3] is None:
+        return set()
+    q, k, _, mask = op.arguments()
+    found: set[Op] = set()
+    pending, leaves = [mask], []
+    while pending:
+        value = pending.pop()
+        made = value.op
+        if made is None or not _computes(made, generator):
+            leaves.append(value)
+        elif made not in found:
+            found.add(made)
+            pending.extend(made.operands)
+    pair = (q.shape[2], k.shape[2])
+    small = all(sum(any(same_dim(d, n) for n in pair) for d in v.shape) < 2 for v in leaves)
+    return found if small and len(found) <= most else set()
+
+
+def _computes(op: Op, generator: KernelGenerator) -> bool:
+    plain = op.has(Trait.ELEMENTWISE) or op.has(Trait.VIEW)
+    made_up = not op.operands and op.name != "constant"
+    return (plain or made_up) and generator.supports(op) is None
 
 
 def views_after(op: Op, generator: KernelGenerator) -> list[Op]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -64,3 +65,142 @@ def check(
 def test_against_the_oracle(worker: Worker, name: str) -> None:
     case = CASES[name]
     check(worker, case.function(), inputs_of(case.types(), case.size))
+
+
+def heads(b: Any, x: Any, size: int) -> Any:
+    """[B, S, H * D] -> [B, H, S, D]."""
+    batch, length, width = x.shape
+    return b.permute(b.reshape(x, shape=(batch, length, width // size, size)), axes=(0, 2, 1, 3))
+
+
+def merged(b: Any, y: Any) -> Any:
+    batch, count, length, size = y.shape
+    return b.reshape(b.permute(y, axes=(0, 2, 1, 3)), shape=(batch, length, count * size))
+
+
+def fused(b: Any, x: Any, *, size: int, groups: int = 0, **attributes: Any) -> Any:
+    """Attention on the slices of one projection [B, S, (H + 2 G) * D]."""
+    width = x.shape[2] // size
+    groups = groups or width // 3
+    bounds = (0, width - 2 * groups, width - groups, width)
+    parts = [
+        heads(b, b.slice(x, axis=2, start=low * size, stop=high * size), size)
+        for low, high in pairwise(bounds)
+    ]
+    return merged(b, b.attention(*parts, scale=size**-0.5, **attributes))
+
+
+def alibi(b: Any, q: Any, k: Any, v: Any) -> Any:
+    """A bias of distances that is computed in the kernel."""
+    heads_, queries, keys = q.shape[1], q.shape[2], k.shape[2]
+    f = torch.float32
+    slope = b.exp2(b.mul(b.iota(shape=(1, heads_, 1, 1), axis=1, dtype=f), b.scalar(-1.0, f)))
+    key = b.iota(shape=(1, 1, 1, keys), axis=3, dtype=f)
+    query = b.iota(shape=(1, 1, queries, 1), axis=2, dtype=f)
+    bias = b.cast(b.mul(slope, b.sub(key, query)), dtype=q.dtype)
+    return b.attention(q, k, v, bias, scale=0.25, causal=True)
+
+
+def blocked(b: Any, q: Any, k: Any, v: Any, table: Any) -> Any:
+    """A block-sparse mask: a table of blocks of 16 x 16."""
+    rows, columns = q.shape[2] // 16, k.shape[2] // 16
+    five = b.broadcast_to(
+        b.reshape(table, shape=(1, 1, rows, 1, columns, 1)), shape=(1, 1, rows, 16, columns, 16)
+    )
+    return b.attention(q, k, v, b.reshape(five, shape=(1, 1, q.shape[2], k.shape[2])), scale=0.2)
+
+
+S = sym("s0")
+Regions = dict[str, tuple[list[TensorType], Callable[..., Any], int]]
+REGIONS: Regions = {
+    "a fused projection": ([typed(BF16, 2, 70, 3 * 4 * 32)], lambda b, x: fused(b, x, size=32), 0),
+    "a fused projection, groups, causal": (
+        [typed(FP16, 1, 130, 8 * 64)],
+        lambda b, x: fused(b, x, size=64, groups=2, causal=True), 0,
+    ),
+    "symbolic, merged": (
+        [typed(BF16, 2, S, 6 * 64)], lambda b, x: fused(b, x, size=64, groups=1, causal=True), 75,
+    ),
+    "symbolic, one token": (
+        [typed(BF16, 2, S, 6 * 64)], lambda b, x: fused(b, x, size=64, groups=1, causal=True), 1,
+    ),
+    "alibi": ([typed(FP16, 1, 4, 80, 32)] * 3, alibi, 0),
+    "a table of blocks": (
+        [*[typed(BF16, 1, 2, 64, 32)] * 3, typed(BOOL, 4, 4)], blocked, 0,
+    ),
+    "keys given transposed": (
+        [f32(2, 2, 40, 16), f32(2, 16, 2, 50), f32(2, 2, 50, 16)],
+        lambda b, q, k, v: b.attention(q, b.permute(k, axes=(0, 2, 3, 1)), v, scale=0.3), 0,
+    ),
+    "odd head": ([typed(FP16, 1, 2, 40, 72)] * 3, lambda b, *x: b.attention(*x, scale=0.1), 0),
+    "tiny head": ([typed(FP16, 1, 2, 40, 5)] * 3, lambda b, *x: b.attention(*x, scale=0.1), 0),
+    "one query, one key": ([f32(2, 3, 1, 8)] * 3, lambda b, *x: b.attention(*x, scale=1.0), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_views_and_masks_around_it(worker: Worker, name: str) -> None:
+    types, build, size = REGIONS[name]
+    check(worker, function_of(types, build), inputs_of(types, size))
+
+
+def random_case(seed: int) -> tuple[Case, AttentionTile]:
+    r = random.Random(seed)
+    groups, share, size = r.choice((1, 2)), r.choice((1, 2, 3)), r.choice((8, 16, 40, 64, 96))
+    queries, keys = r.choice((1, 7, 33, 64, 90)), r.choice((1, 17, 64, 100, 128))
+    attributes: dict[str, Any] = {"scale": r.choice((0.1, 0.3))}
+    if r.random() < 0.6:
+        attributes |= {"causal": True, "offset": r.choice((0, keys - queries, 5, -20))}
+    if r.random() < 0.4:
+        attributes["window"] = r.choice((1, 16, 50, 200))
+    if r.random() < 0.3:
+        attributes["softcap"] = r.choice((1.5, 30.0))
+    mask: tuple[int, ...] | None = None
+    if r.random() < 0.5:
+        full = (2, groups * share, queries, keys)
+        mask = tuple(d if r.random() < 0.6 else 1 for d in full)
+    dtype = r.choice((torch.float32, BF16, FP16))
+    kind = BOOL if r.random() < 0.6 else torch.float32
+    tile = AttentionTile(r.choice((16, 32, 64)), r.choice((16, 32, 64)), 4, r.choice((1, 2, 3)))
+    q, k = (2, groups * share, queries, size), (2, groups, keys, size)
+    v = (2, groups, keys, r.choice((size, 24)))
+    return Case(q, k, v, mask, kind, dtype, attributes=attributes), tile
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_attentions(worker: Worker, seed: int) -> None:
+    case, tile = random_case(seed)
+    check(worker, case.function(), inputs_of(case.types(), 0, seed), tile)
+
+
+def test_nan_and_infinity_reach_the_result(worker: Worker) -> None:
+    function = function_of([f32(1, 1, 20, 16)] * 3, lambda b, *x: b.attention(*x, scale=1.0))
+    inputs = inputs_of([f32(1, 1, 20, 16)] * 3, 0)
+    inputs[0][0, 0, 3] = float("nan")
+    inputs[2][0, 0, 5, 2] = float("inf")
+    (want,) = interpret(function, inputs, WeightStore())
+    (got,) = InterpretedKernels([function], worker, ["attention"])(0, inputs)
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_refusals_say_why() -> None:
+    def why(*types: TensorType) -> str:
+        function = function_of(types, lambda b, *x: b.attention(*x, scale=1.0))
+        return str(BACKEND.supports_anchor(next(iter(function.ops)), "attention"))
+
+    assert "float64" in why(*[typed(torch.float64, 1, 1, 8, 16)] * 3)
+    assert "size 512" in why(*[f32(1, 1, 8, 512)] * 3)
+    assert "without keys" in why(f32(1, 1, 8, 16), f32(1, 1, 0, 16), f32(1, 1, 0, 16))
+    types = [f32(1, 1, 8, 16)] * 3
+    function = function_of(types, lambda b, *x: b.exp(b.attention(*x, scale=1.0)))
+    with pytest.raises(BackendError, match="not a view"):
+        BACKEND.generate([kernel_of(function, "attention")])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("name", ["a fused projection, groups, causal", "alibi"])
+def test_compiles_without_a_gpu(arch: str, name: str) -> None:
+    types, build, _ = REGIONS[name]
+    made = TritonBackend(arch).compile([kernel_of(function_of(types, build), "attention")])
+    (launch,) = made.launches[made.names[0]]
+    assert launch.binary.cubin and launch.binary.shared <= 160 << 10

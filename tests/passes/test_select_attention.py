@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from accel.backends.triton import TritonBackend
 from accel.backends.tvm import TvmBackend
 from accel.ir import Module, interpret
 from accel.passes.base import Context
@@ -68,3 +69,37 @@ def test_views_on_both_sides_are_taken() -> None:
 )
 def test_near_misses(build: Any, wanted: list[list[str]]) -> None:
     assert selected(program(build, *ARGS)) == wanted
+
+
+def masked(b: Any, x: Any, k: Any, pad: Any, full: Any) -> Any:
+    """Keys that are no padding, up to the query: read from one flag a key."""
+    band = b.tri_mask(rows=20, columns=50, diagonal=30)
+    keep = b.logical_and(band, b.reshape(pad, shape=(2, 1, 1, 50)))
+    return b.attention(heads(b, x), k, k, keep, scale=1.0)
+
+
+def masked_by_pairs(b: Any, x: Any, k: Any, pad: Any, full: Any) -> Any:
+    """The mask reads a flag for every pair, so that computing it again saves nothing."""
+    keep = b.logical_and(full, b.reshape(pad, shape=(2, 1, 1, 50)))
+    return b.attention(heads(b, x), k, k, keep, scale=1.0)
+
+
+@pytest.mark.parametrize(("build", "inside"), [(masked, True), (masked_by_pairs, False)])
+def test_masks_are_computed_inside_where_they_read_little(build: Any, inside: bool) -> None:
+    args = (*ARGS, t(2, 50, dtype=torch.bool), t(2, 1, 20, 50, dtype=torch.bool))
+    module = program(build, *args)
+    inputs = [
+        torch.rand(tuple(map(int, a.shape))) < 0.8
+        if a.dtype == torch.bool
+        else torch.randn(tuple(map(int, a.shape)))
+        for a in args
+    ]
+    (before,) = interpret(module.main, inputs, module.weights)
+    context = Context(generator=TritonBackend(measures=True))
+    PassManager(["select_attention{masks=true}"], context, validate=True).run(module)
+    (kernel,) = [op for op in module.main.ops if op.name == "kernel"]
+    names = {o.name for o in kernel.regions[0].ops}
+    assert ({"tri_mask", "logical_and"} <= names) == inside
+    assert ("logical_and" in names) == inside
+    (after,) = interpret(module.main, inputs, module.weights)
+    torch.testing.assert_close(after, before)

@@ -21,8 +21,10 @@ def find_place(planner: Planner, op: Op) -> tuple[tuple[Axis, ...], Index]:
         finder.element(result, index)
         if planner.apply_splits():
             continue
-        if finder.found is None or any(not _is_plain(i) for i in finder.found):
+        plain = finder.found is not None and not finder.work  # nothing is computed on the way
+        if not plain or any(not _is_plain(i) for i in finder.found or ()):
             break
+        assert finder.found is not None
         return axes, (*finder.found, planner.indexer.flatten(index, result.shape))
     raise BackendError("the result of an attention kernel is not a view of it")
 

@@ -29,7 +29,7 @@ from accel.backends.triton import attention_tiles, dtypes
 from accel.backends.triton.addresses import decompose, size_text
 from accel.backends.triton.attention_tiles import AttentionTile
 from accel.backends.triton.emitter import Scope
-from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
+from accel.backends.triton.kernel import Generator, KernelCode, Slot
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
@@ -39,6 +39,7 @@ from accel.ir.module import Op, Region, Value
 from accel.ir.types import Dim, product
 
 _LARGEST_HEAD = 256
+_LARGEST_INT32 = (1 << 31) - (1 << 20)  # tiles may overrun a tensor by their size
 _LOG2E = math.log2(math.e)
 _BOTH = frozenset((ROW, COL))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -351,6 +352,13 @@ def _padded(size: int) -> int:
     return max(16, next_power(size))
 
 
+def _kind(region: Region) -> str:
+    """The type of positions. A mask that is computed has no memory, however large it is."""
+    counts = [v.type.numel() for v in (*region.args, *region.results)]
+    small = all(isinstance(n, int) and n < _LARGEST_INT32 for n in counts)
+    return "int32" if small else "int64"
+
+
 class AttentionGenerator(Generator):
     """An attention kernel: one launch."""
 
@@ -358,7 +366,7 @@ class AttentionGenerator(Generator):
 
     def run(self) -> KernelCode:
         made = plan(self.planner)
-        self.kind = index_kind(self.region, [])
+        self.kind = _kind(self.region)
         pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
         emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
         write = Slot("result", 0)
