@@ -13,43 +13,18 @@ launch. `saves` compares the two on rates that were measured, and says no where 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from accel.backends.loops.index import Affine, Axis
-from accel.backends.loops.merge import merged
-from accel.backends.loops.phases import Planner
-from accel.backends.loops.survey import Survey
-from accel.backends.loops.trace import Index
-from accel.backends.triton import dtypes
-from accel.backends.triton.addresses import decompose, size_text
-from accel.backends.triton.emitter import Scope
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.operands import StoredOperands
-from accel.backends.triton.program import Program
-from accel.backends.triton.text import COL, ROW, Block, Expr
-from accel.backends.triton.tiles import next_power, parts_of
-from accel.errors import BackendError
-from accel.ir.module import Op, Region, Value
-from accel.ir.op import Trait
+from accel.backends.triton.product_loop import MatmulWriter
+from accel.backends.triton.product_plan import MatmulTile, plan
+from accel.backends.triton.tiles import next_power
+from accel.ir.module import Op, Region
 from accel.ir.types import Dim, product
 
-_MAX_ROUNDS = 8
-_MOST_TILES = 2  # accumulators of a program
 _SYMBOLIC_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class MatmulTile:
-    """Results of one program, the part of K of one step, and how it is run."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int = 3
-    group: int = 8
 
 
 def reason(op: Op) -> str | None:
@@ -158,197 +133,7 @@ def saves(op: Op, members: Sequence[Op], sms: int) -> str | None:
     return None
 
 
-# -- the plan --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which axes there are, and the elements of the linear's result that one result needs."""
-
-    op: Op
-    rows: tuple[Axis, ...]
-    columns: tuple[Axis, ...]
-    left: tuple[Axis, ...]  # K as x is read
-    right: tuple[Axis, ...]  # K as the weight is read
-    stores: tuple[tuple[Value, Index], ...]
-    places: tuple[Index, ...]
-    x_index: Index
-    weight_indices: tuple[Index, ...]
-    survey: Survey
-
-
-def plan(planner: Planner) -> Plan:
-    """Plans a region with one linear whose results all have its rows."""
-    region, indexer = planner.region, planner.indexer
-    op = next(op for op in region.ops if op.name == "linear")
-    x, weight, _ = op.arguments()
-    shape = region.results[0].shape
-    if any(r.shape != shape for r in region.results) or shape[:-1] != op.result.shape[:-1]:
-        raise BackendError("a matmul kernel whose results differ in shape")
-    lead = [indexer.axis(f"m{i}", d) for i, d in enumerate(shape[:-1])]
-    column = indexer.axis("n", shape[-1])
-    left, right = indexer.axis("k", x.shape[-1]), indexer.axis("k", x.shape[-1])
-
-    def of(axis: Axis) -> tuple[Affine, tuple[Axis, ...]]:
-        return planner._as_index(axis) if axis.extent != 1 else (Affine(), ())
-
-    for _ in range(_MAX_ROUNDS):
-        survey = Survey(indexer, {op.result: None})
-        index = tuple(of(a)[0] for a in (*lead, column))
-        for value in region.results:
-            survey.element(value, index)
-        places = tuple(at for value, at in survey.costly if value is op.result)
-        x_index = (*index[:-1], of(left)[0])
-        weights = tuple((at[-1], of(right)[0]) for at in places)
-        operands = Survey(indexer, {})
-        operands.element(x, x_index)
-        for at in weights:
-            operands.element(weight, at)
-        if planner.apply_splits():
-            continue
-        if not 0 < len(places) <= _MOST_TILES or any(p[:-1] != index[:-1] for p in places):
-            raise BackendError("a matmul kernel that reads its product at other rows")
-        survey.reads += operands.reads
-        survey.fixed |= operands.fixed
-        rows = tuple(axis for a in lead for axis in of(a)[1])
-        stores = tuple((value, index) for value in region.results)
-        return Plan(op, rows, of(column)[1], of(left)[1], of(right)[1], stores, places, x_index,
-                    weights, survey)  # fmt: skip
-    raise BackendError("a matmul kernel whose index does not come to rest")
-
-
 # -- the code --------------------------------------------------------------------------------
-
-
-class MatmulWriter:
-    """Writes the one program of a matmul kernel."""
-
-    def __init__(
-        self, plan: Plan, emitter: StoredOperands, targets: Sequence[str], tile: MatmulTile
-    ):
-        self.plan, self.emitter, self.targets, self.tile = plan, emitter, targets, tile
-        self.rows: Dim = product(a.extent for a in plan.rows)
-        self.columns = product(a.extent for a in plan.columns)
-        self.depth = int(product(a.extent for a in plan.left))
-
-    def write(self) -> Program:
-        emitter, tile = self.emitter, self.tile
-        top = emitter.scopes[0]
-        self._place()
-        tops = [f"acc_{i}" for i in range(len(self.plan.places))]
-        for name in tops:
-            top.block.line(f"{name} = tl.zeros([ROWS, COLS], tl.float32)")
-        body = Block(top.block.names)
-        self._step(body, tops)
-        head = f"for start in tl.range(0, {self.depth}, DEPTH, num_stages={tile.stages}):"
-        top.block.nest(head, body)
-        self._finish(tops)
-        programs = product((parts_of(self.rows, tile.rows), parts_of(self.columns, tile.columns)))
-        constants = {"ROWS": tile.rows, "COLS": tile.columns, "DEPTH": tile.depth,
-                     "GROUP": tile.group}  # fmt: skip
-        return Program(top.block.source(), [], constants, programs, tile.warps,
-                       list(emitter.used), emitter.checks)  # fmt: skip
-
-    def _place(self) -> None:
-        """Which tile this program computes."""
-        block, wide = self.emitter.block, ""
-        if self.emitter.kind == "int64":
-            wide = ".to(tl.int64)"
-        down = size_text(parts_of(self.rows, self.tile.rows))
-        across = size_text(parts_of(self.columns, self.tile.columns))
-        block.line(f"part = tl.program_id(0){wide}")
-        block.line(f"first = part // (GROUP * {across}) * GROUP")
-        block.line(f"height = tl.minimum({down} - first, GROUP)")
-        block.line(f"inside = part % (GROUP * {across})")
-        block.line("row = (first + inside % height) * ROWS + tl.arange(0, ROWS)[:, None]")
-        block.line("col = inside // height * COLS + tl.arange(0, COLS)[None, :]")
-
-    def _bind(self, axes: Sequence[Axis], variable: str, dim: str, size: int) -> None:
-        """Axes of a range of positions, and the mask where blocks of `size` overrun it."""
-        emitter, extent = self.emitter, product(a.extent for a in axes)
-        if not axes:
-            return
-        groups = merged(axes, self.plan.survey.reads, self.plan.survey.fixed)
-        flat = Expr(variable, emitter.kind, frozenset((dim,)))
-        decompose(flat, groups, emitter.block, emitter.addresses)
-        if not isinstance(extent, int) or extent % size:
-            name = f"{variable}_ok"
-            emitter.block.line(f"{name} = {variable} < {size_text(extent)}")
-            for axis in axes:
-                emitter.masks[axis] = name
-
-    def _step(self, body: Block, sums: Sequence[str]) -> None:
-        """One block of K: x's tile, and one of the weight for each accumulator."""
-        plan, tile, emitter = self.plan, self.tile, self.emitter
-        x, weight, _ = plan.op.arguments()
-        bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
-        known = frozenset((*plan.rows, *plan.left))
-        with emitter.inside(Scope(body, known)):
-            body.line("k = start + tl.arange(0, DEPTH)[None, :]")
-            self._bind(plan.rows, "row", ROW, tile.rows)
-            self._bind(plan.left, "k", COL, tile.depth)
-            left = self._operand(x, plan.x_index, "[ROWS, DEPTH]", plan.left)
-        emitter.addresses.groups, emitter.masks = list(bound), dict(masks)
-        with emitter.inside(Scope(body, frozenset((*plan.columns, *plan.right)))):
-            body.line("depth = start + tl.arange(0, DEPTH)[:, None]")
-            self._bind(plan.columns, "col", COL, tile.columns)
-            self._bind(plan.right, "depth", ROW, tile.depth)
-            for name, index in zip(sums, plan.weight_indices, strict=True):
-                right = self._operand(weight, index, "[DEPTH, COLS]", plan.right)
-                body.line(f"{name} = tl.dot({left}, {right}, {name})")
-        emitter.addresses.groups, emitter.masks = bound, masks
-
-    def _operand(self, value: Value, index: Index, shape: str, summed: Sequence[Axis]) -> Expr:
-        emitter = self.emitter
-        emitter.raw = _is_stored(value)
-        made = emitter.element(value, index)
-        mask = next((emitter.masks[a] for a in summed if a in emitter.masks), "")
-        if not emitter.raw:
-            made = dtypes.to_storage(made, value.dtype, emitter.block)
-            text = f"tl.where({mask}, {made}, 0.0)" if mask else str(made)
-            made = emitter.block.let(text, "stored", made.dims, "operand")
-        emitter.raw = False
-        if made.dims != frozenset((ROW, COL)):
-            text = f"tl.broadcast_to({made}, {shape})"
-            made = emitter.block.let(text, "stored", frozenset((ROW, COL)), "operand")
-        return made
-
-    def _finish(self, sums: Sequence[str]) -> None:
-        """The epilogue on the tile."""
-        plan, tile, emitter = self.plan, self.tile, self.emitter
-        block, both = emitter.block, frozenset((ROW, COL))
-        bias = plan.op.arguments()[2]
-        with emitter.inside(Scope(block, frozenset((*plan.rows, *plan.columns)))) as _:
-            scope = emitter.scopes[-1]
-            self._bind(plan.rows, "row", ROW, tile.rows)
-            self._bind(plan.columns, "col", COL, tile.columns)
-            for name, place in zip(sums, plan.places, strict=True):
-                value = Expr(name, "float32", both)
-                if bias is not None:
-                    added = emitter.element(bias, place[-1:])
-                    value = block.let(f"{value} + {added}", "float32", both, "add")
-                value = dtypes.rounded(value, plan.op.result.dtype, block)
-                made = block.let(str(value), "float32", both, "linear")
-                scope.known[(plan.op.result, place)] = made
-            for target, (value_, index) in zip(self.targets, plan.stores, strict=True):
-                self._store(target, value_, index)
-
-    def _store(self, target: str, value: Value, index: Index) -> None:
-        emitter = self.emitter
-        made = emitter.element(value, index)
-        made = dtypes.to_storage(made, value.dtype, emitter.block)
-        address = emitter.indexer.flatten(index, value.shape)
-        mask = emitter.mask(address.axes)
-        tail = f", mask={mask}" if mask else ""
-        code = emitter.addresses.code(address)
-        emitter.block.line(f"tl.store({target} + {code}, {made}{tail})")
-
-
-def _is_stored(value: Value) -> bool:
-    """Whether an element is one load of a 16-bit float: an argument, behind views or not."""
-    while value.op is not None and value.op.has(Trait.VIEW):
-        value = value.op.operands[0]
-    return value.op is None
 
 
 class MatmulGenerator(Generator):
