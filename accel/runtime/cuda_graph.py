@@ -30,7 +30,7 @@ _ALIGNMENT = 16
 _MOST_GRAPHS = 16  # of one function and arena
 _PATIENCE = 4  # times as many calls before a dropped recording is made again
 
-_RECORDING = threading.Lock()
+RECORDING = threading.Lock()  # one recording at a time in a process
 
 Steps = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -144,7 +144,7 @@ class GraphRunner:
             # One recording at a time: a recording waits for the device before it starts, which
             # would end another one.
             with (
-                _RECORDING,
+                RECORDING,
                 torch.cuda.graph(graph, self._pool, side, capture_error_mode="thread_local"),
             ):
                 self._results = self._steps(self._inputs)

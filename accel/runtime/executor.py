@@ -178,6 +178,14 @@ class CompiledFunction:
                     self._prepared,
                 )
 
+    def reserve(self, inputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """The steps for inputs of these sizes, with an arena of their own.
+
+        For a caller that records them in a larger graph: every call of the returned function runs
+        the steps, one call at a time, and takes nothing but inputs like these.
+        """
+        return self._bind(_Lane(self), inputs).run_steps
+
     def arena_bytes(self, symbols: dict[str, int]) -> tuple[int, int]:
         """The arena's size for these sizes, and the least that any placement would need."""
         with self._lock:

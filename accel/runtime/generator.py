@@ -20,6 +20,8 @@ from torch import Tensor
 
 from accel.errors import OptionError
 from accel.runtime.decoding import Limits, Run, TokenLoop
+from accel.runtime.device_loop import DeviceLoop
+from accel.runtime.executor import CompiledFunction
 from accel.runtime.generation_options import GenerationOptions
 from accel.runtime.plan import FunctionPlan
 from accel.runtime.prompts import Prompts
@@ -89,7 +91,10 @@ class Generator:
         facts = plan.metadata["kv_cache"]
         self.capacity, self.vocabulary = int(facts["capacity"]), int(facts["vocabulary"])
         self.device = device or torch.device("cpu")
-        self.loop = TokenLoop(plan, prefill, decode, self.device, extend)
+        if self.device.type == "cuda" and isinstance(decode, CompiledFunction):
+            self.loop: TokenLoop = DeviceLoop(plan, prefill, decode, self.device, extend)
+        else:
+            self.loop = TokenLoop(plan, prefill, decode, self.device, extend)
         rows = plan.values[plan.inputs[0]].shape[0]
         self.rows = rows if isinstance(rows, int) else None
 
