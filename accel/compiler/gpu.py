@@ -14,6 +14,7 @@ from accel.compiler.lower import KernelSymbol, Launch
 from accel.compiler.options import Options
 from accel.compiler.sizes import size_expr
 from accel.compiler.targets import Target
+from accel.errors import BackendError
 from accel.ir.capability import Library
 from accel.ir.module import Module, Op
 from accel.runtime.cuda_code import CudaKernel, pack, unpack
@@ -35,6 +36,14 @@ KERNEL_PIPELINE = (
 )
 
 
+class KernelFailure(BackendError):
+    """A kernel that has no code, or whose code does not compile."""
+
+    def __init__(self, kernel: Op, error: BackendError) -> None:
+        super().__init__(error.what, where=error.where, advice=error.advice)
+        self.kernel = kernel
+
+
 def generator(target: Target) -> TritonBackend:
     """The kernel generator for a GPU."""
     return TritonBackend(target.arch, target.cores)
@@ -51,7 +60,7 @@ def compile_launches(
     """Code for every kernel op: symbols, one file of machine code, readable sources.
 
     Each kernel is cached by itself, so a model that shares blocks with another compiles the rest.
-    Raises BackendError if an op has no code, or Triton fails.
+    Raises KernelFailure if an op has no code, or Triton fails.
     """
     kernels = [op for f in module.functions.values() for op in f.ops if op.name == "kernel"]
     if not kernels:
@@ -68,7 +77,10 @@ def compile_launches(
         key = kernel_key(op, backend)
         entry = cache.get(key) if options.cache else None
         if entry is None:
-            header, payload = compile_kernel(op, backend)
+            try:
+                header, payload = compile_kernel(op, backend)
+            except BackendError as error:
+                raise KernelFailure(op, error) from error
             if options.cache:
                 cache.put(key, header, payload)
         else:
