@@ -8,7 +8,7 @@ from typing import Any
 from accel import __version__
 from accel.backends.triton import CompiledLaunch, TritonBackend, kernel_fingerprint
 from accel.backends.triton.maps import MapCode, MapLayout
-from accel.backends.vendor import CudaAttention, CudnnConv, TorchLinear
+from accel.backends.vendor import CudaAttention, CudnnConv, FlashAttention, TorchLinear
 from accel.compiler.cache import CompileCache, cache_key
 from accel.compiler.lower import KernelSymbol, Launch
 from accel.compiler.options import Options
@@ -27,6 +27,7 @@ _TARGET = re.compile(r"(\.target sm_\d+)[af]\b")
 KERNEL_PIPELINE = (
     "select_products",
     "select_cached",
+    "flash_layout",
     "select_libraries",
     "decompose",
     "cse",
@@ -51,7 +52,7 @@ def generator(target: Target) -> TritonBackend:
 
 def libraries() -> tuple[Library, ...]:
     """What cuDNN, cuBLAS and PyTorch's attention take, in order of preference."""
-    return (CudaAttention(), CudnnConv(), TorchLinear())
+    return (CudaAttention(), FlashAttention(), CudnnConv(), TorchLinear())
 
 
 def compile_launches(
