@@ -122,6 +122,7 @@ def to_contents(
 def report(program: Program) -> dict[str, Any]:
     """Facts for people: seconds by phase, kernels, weights."""
     return {
+        **program.facts,
         "seconds": program.seconds,
         "kernels": len([name for name in program.sources if not name.endswith(".c")]),
         "weight_bytes": program.weights.nbytes(),

@@ -80,13 +80,18 @@ def module_of(kernel: Op) -> Module:
 
 
 def compile_kernels(
-    jobs: Sequence[Job], *, workers: int | None = None, deadline: float | None = None
+    jobs: Sequence[Job],
+    *,
+    workers: int | None = None,
+    deadline: float | None = None,
+    least: int = 0,
 ) -> dict[str, AccelError | None]:
     """By key of each job that was done: None, or why it failed.
 
     Args:
         workers: processes; by default one for every few jobs, at most one a core.
         deadline: `time.monotonic()` after which no further job is started.
+        least: fewer jobs that the cache does not answer are left alone.
     """
     cache = CompileCache()
     pending: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -98,6 +103,8 @@ def compile_kernels(
         else:
             pending.put(job)
     left = len(unique) - len(done)
+    if left < least:
+        return done
     if workers is None:
         workers = min(_cores(), _MOST_WORKERS, left // _WORTH_A_WORKER)
     if workers < 2:

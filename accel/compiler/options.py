@@ -24,6 +24,8 @@ class Options:
             takes the pass back.
         kernels: generate kernels for what vendor libraries do not take.
         cache: use the persistent compile cache.
+        tune: measure on the device how each generated kernel is computed best: "quick" (about a
+            minute at most), "full" (ten), or "off" (the cost model chooses).
         dynamic: for `torch.compile`: treat sizes as symbols.
         dump_dir: folder for numbered IR dumps ("" is none).
         print_after: pass name after which the IR is printed ("*" after each).
@@ -38,6 +40,7 @@ class Options:
     on_violation: str = "raise"
     kernels: bool = True
     cache: bool = True
+    tune: str = "off"
     dynamic: bool | None = None
     dump_dir: str = ""
     print_after: str = ""
@@ -73,6 +76,8 @@ class Options:
         chosen = Options(**value)
         if chosen.on_violation not in ("raise", "undo"):
             raise OptionError(f"on_violation = '{chosen.on_violation}'", advice="raise or undo")
+        if chosen.tune not in ("off", "quick", "full"):
+            raise OptionError(f"tune = '{chosen.tune}'", advice="off, quick or full")
         return chosen
 
 

@@ -26,17 +26,18 @@ from accel.backends.vendor import (
     TorchLinear,
     Update,
 )
-from accel.compiler import gpu
+from accel.compiler import fallback, gpu
 from accel.compiler.cache import CompileCache, cache_key
 from accel.compiler.lower import KernelSymbol, lower_function
 from accel.compiler.options import Options
 from accel.compiler.targets import Target
+from accel.compiler.tune import TuneProducts, Tuner, clock_for, kernels_of
 from accel.ir.capability import Library
 from accel.ir.fingerprint import region_fingerprint
 from accel.ir.module import Module, Op
 from accel.ir.printer import print_module
 from accel.ir.storage import WeightStore
-from accel.passes.base import Context
+from accel.passes.base import Context, Pass
 from accel.passes.ledger import Ledger
 from accel.passes.manager import PassManager
 from accel.passes.pipelines import CLEAN_PIPELINE, EXACT_PIPELINE
@@ -77,6 +78,7 @@ class Program:
         sources: readable source by kernel symbol.
         stages: IR text by stage name: "captured", "optimized", "kernels".
         seconds: compile time by phase.
+        facts: more for the report: what tuning chose, kernels that did not compile.
         fallbacks: how many ops of each ATen overload torch runs.
     """
 
@@ -89,6 +91,7 @@ class Program:
     stages: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fallbacks(self) -> dict[str, int]:
@@ -113,18 +116,7 @@ def compile_module(
     no backend takes an op, OptionError for a pipeline that does not parse.
     """
     load_passes()
-    seconds: dict[str, float] = {}
-    on_gpu = target.kind == "cuda"
-    backend: TvmBackend | TritonBackend | None = None
-    if options.kernels:
-        backend = gpu.generator(target) if on_gpu else TvmBackend()
-    context = Context(
-        target=target,
-        generator=backend,
-        libraries=gpu.libraries() if on_gpu else CPU_LIBRARIES,
-        calibration=calibration,
-        fuel=None if options.fuel < 0 else options.fuel,
-    )
+    context = make_context(target, options, calibration)
     stages = {"captured": print_module(module, locations=True)}
     start = time.perf_counter()
     manager = PassManager(
@@ -141,16 +133,62 @@ def compile_module(
         stages["optimized"] = print_module(module, locations=True)
     else:
         stages["optimized"] = stages["captured"]
-    pipeline = gpu.KERNEL_PIPELINE if on_gpu else KERNEL_PIPELINE
-    lowering = PassManager(list(pipeline), context, validate=options.validate)
-    ledger.extend(lowering.run(module, after=manager))
-    stages["kernels"] = print_module(module, locations=True)
-    seconds["passes"] = time.perf_counter() - start
+    seconds = {"passes": time.perf_counter() - start}
+    program = lower_module(module, target, options, context, after=manager)
+    ledger.extend(program.ledger)
+    program.ledger, program.stages = ledger, stages | program.stages
+    program.seconds["passes"] += seconds["passes"]
+    return program
+
+
+def make_context(
+    target: Target, options: Options, calibration: Sequence[Sequence[Tensor]] = ()
+) -> Context:
+    """What passes know about a target: its kernel generator and libraries."""
+    on_gpu = target.kind == "cuda"
+    backend: TvmBackend | TritonBackend | None = None
+    if options.kernels:
+        backend = gpu.generator(target) if on_gpu else TvmBackend()
+    return Context(
+        target=target,
+        generator=backend,
+        libraries=gpu.libraries() if on_gpu else CPU_LIBRARIES,
+        calibration=calibration,
+        fuel=None if options.fuel < 0 else options.fuel,
+    )
+
+
+def lower_module(
+    module: Module,
+    target: Target,
+    options: Options,
+    context: Context,
+    after: PassManager | None = None,
+) -> Program:
+    """From the tensor level to a program: kernels, tuning, code, plans. `after` ran last."""
     start = time.perf_counter()
+    backend = context.generator
+    tuner = _tuner(target, options, context)
+    names = gpu.KERNEL_PIPELINE if target.kind == "cuda" else KERNEL_PIPELINE
+    pipeline: list[str | Pass] = list(names)
+    if tuner is not None:
+        pipeline.insert(pipeline.index("select_libraries"), TuneProducts(tuner))
+    lowering = PassManager(pipeline, context, validate=options.validate)
+    ledger = lowering.run(module, after=after)
+    seconds = {"passes": time.perf_counter() - start}
+    start = time.perf_counter()
+    facts: dict[str, Any] = {}
+    if tuner is not None:
+        tuner.tune(kernels_of(module))
+        facts["tuning"] = tuner.report()
     if isinstance(backend, TritonBackend):
-        symbols, library, sources = gpu.compile_launches(module, backend, options)
+        made, failures = fallback.compile_launches(module, backend, options, context)
+        symbols, library, sources = made
+        facts["failed_kernels"] = [f.to_json() for f in failures]
     else:
-        symbols, library, sources = compile_kernels(module, backend, target, options)
+        cpu = backend if isinstance(backend, TvmBackend) else None
+        symbols, library, sources = compile_kernels(module, cpu, target, options)
+    stages = {"kernels": print_module(module, locations=True)}
     seconds["kernels"] = time.perf_counter() - start
     start = time.perf_counter()
     plans = {f.name: lower_function(f, module, symbols) for f in module.functions.values()}
@@ -166,7 +204,18 @@ def compile_module(
         stages=stages,
         seconds=seconds,
         metadata=dict(module.metadata),
+        facts=facts,
     )
+
+
+def _tuner(target: Target, options: Options, context: Context) -> Tuner | None:
+    """Chooses kernels by measuring, if that is wanted; without a device the cost model does."""
+    backend = context.generator
+    if options.tune == "off" or not isinstance(backend, TritonBackend):
+        return None
+    clock, reason = clock_for(target)
+    backend.measures = clock is not None
+    return Tuner(backend, context.libraries, options.tune, clock, reason)
 
 
 def tensor_pipeline(options: Options) -> list[str]:
