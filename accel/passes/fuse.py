@@ -78,50 +78,89 @@ class _Planner:
         self.context = context
         self.group_of: dict[Op, Group] = {}
         self.stage: dict[Op, int] = {}
+        self.fusible: set[Op] = set()
         self.recomputed: set[Op] = set()
         self.order: dict[Op, int] = {op: i for i, op in enumerate(function.ops)}
 
     # -- grouping --------------------------------------------------------------------------
 
     def build(self) -> None:
+        self.fusible = {op for op in self.function.ops if self._fusible(op)}
+        self.recomputed = {op for op in self.fusible if self._is_recomputed(op)}
         for op in self.function.ops:
-            fusible = self._fusible(op)
-            self.stage[op] = max(
-                (self._edge_stage(v.op, op, fusible) for v in op.operands if v.op is not None),
-                default=0,
-            )
-            if fusible and not op.has(Trait.VIEW) and not op.has(Trait.CONSTANT):
-                if self._is_recomputed(op):
-                    self.recomputed.add(op)
-                else:
-                    self._place(op)
+            self.stage[op] = self._earliest(op)
+        self._delay()
+        for op in self.function.ops:
+            if op in self.fusible and op not in self.recomputed and not self._is_source(op):
+                self._place(op)
 
     def _fusible(self, op: Op) -> bool:
         return len(op.results) == 1 and self.generator.supports(op) is None
 
+    def _is_source(self, op: Op) -> bool:
+        """Whether the op is read through: it is no member of a group."""
+        return op.has(Trait.VIEW) or op.has(Trait.CONSTANT)
+
+    def _earliest(self, op: Op) -> int:
+        """Stages count the unfusible edges before an op: groups of one stage cannot form a cycle
+        through other stages, so cycles need looking for inside a stage only."""
+        producers = [v.op for v in op.operands if v.op is not None]
+        return max((self.stage[p] + self._steps(p, op) for p in producers), default=0)
+
+    def _steps(self, producer: Op, op: Op) -> int:
+        """1 for an edge that no kernel can hold, else 0."""
+        inside = producer in self.fusible or producer.has(Trait.VIEW)
+        through = op in self.fusible and inside
+        return 0 if through or producer.has(Trait.CONSTANT) else 1
+
+    def _delay(self) -> None:
+        """Moves elementwise ops of what is in memory anyway to the stage of their first user.
+
+        A kernel of their own would write what the user's kernel computes from the same reads.
+        """
+        late: set[Op] = set()
+        for op in self.function.ops:
+            if op in self.fusible and (op.has(Trait.VIEW) or op.has(Trait.ELEMENTWISE)):
+                sources = [v.op for v in op.operands if v.op is not None]
+                if all(s in late or s not in self.fusible or self._is_free(s) for s in sources):
+                    late.add(op)
+        for op in reversed(list(self.function.ops)):
+            if op not in late or op in self.recomputed:
+                continue
+            users = op.result.users
+            if users and all(u in self.fusible for u in users):
+                self.stage[op] = max(self.stage[op], min(self.stage[u] for u in users))
+
+    def _is_free(self, op: Op) -> bool:
+        return op in self.recomputed or op.has(Trait.CONSTANT)
+
     def _is_recomputed(self, op: Op) -> bool:
-        """Whether kernels compute the op for themselves: an elementwise op of a small constant (a
-        norm's weight, widened), read by larger ones only. A kernel of its own would cost more."""
+        """Whether kernels compute the op for themselves: an elementwise op of a small constant or
+        argument (a norm's weight, widened), read by larger ones only, or a range of numbers. A
+        kernel of its own would cost more."""
+        if not op.operands:
+            return not op.has(Trait.CONSTANT) and self._is_read_in_kernels(op)
         if not op.has(Trait.ELEMENTWISE) or len(op.operands) != 1:
             return False
         source = op.operands[0].op
-        return (
-            source is not None
-            and source.has(Trait.CONSTANT)
-            and all(self._is_larger(user, op.result) for user in op.result.users)
+        return (source is None or source.has(Trait.CONSTANT)) and all(
+            self._is_larger(user, op.result) for user in op.result.users
         )
 
-    def _is_larger(self, user: Op, value: Value) -> bool:
-        count, size = product(user.results[0].shape), product(value.shape)
-        larger = not isinstance(count, int) or (isinstance(size, int) and count >= 8 * size)
-        return larger and self._fusible(user) and not user.has(Trait.VIEW)
+    def _is_read_in_kernels(self, op: Op) -> bool:
+        """Whether all that reads the op, through views too, has generated code."""
+        for user in op.result.users:
+            if user not in self.fusible:
+                return False
+            if user.has(Trait.VIEW) and not self._is_read_in_kernels(user):
+                return False
+        return True
 
-    def _edge_stage(self, producer: Op, op: Op, fusible: bool) -> int:
-        """Stages count the unfusible edges before an op: groups of one stage cannot form a cycle
-        through other stages, so cycles need looking for inside a stage only."""
-        inside = producer in self.group_of or producer in self.recomputed
-        through = fusible and (inside or producer.has(Trait.VIEW))
-        return self.stage[producer] + (0 if through or producer.has(Trait.CONSTANT) else 1)
+    def _is_larger(self, user: Op, value: Value) -> bool:
+        if user not in self.fusible or user.has(Trait.VIEW):
+            return False
+        count, size = product(user.results[0].shape), product(value.shape)
+        return not isinstance(count, int) or (isinstance(size, int) and count >= 8 * size)
 
     def _place(self, op: Op) -> None:
         axes = _reduced_axes(op)
