@@ -30,8 +30,9 @@ def function_of(types: Sequence[TensorType], build: Build) -> Function:
     return function
 
 
-def kernel_of(function: Function, kind: str = "pointwise") -> Op:
-    """An `accel.kernel` op with the function's body."""
+def kernel_of(function: Function, kind: str = "pointwise", weights: int | None = None) -> Op:
+    """An `accel.kernel` op with the function's body. Operands from number `weights` on are
+    constants, if it is given."""
     region = Region([a.type for a in function.args])
     mapping: dict[Value, Value] = {}
     clone_region_into(function.body, region, mapping)
@@ -41,9 +42,11 @@ def kernel_of(function: Function, kind: str = "pointwise") -> Op:
     last.erase()
     Builder(region).op("yield", results)
     outer = Region([a.type for a in function.args])
+    count = len(outer.args) if weights is None else weights
+    made = [Builder(outer).constant(f"w{i}", a.type) for i, a in enumerate(outer.args[count:])]
     return Op(
         definition("kernel"),
-        outer.args,
+        [*outer.args[:count], *made],
         {"backend": "tvm", "kind": kind},
         [v.type for v in results],
         regions=[region],

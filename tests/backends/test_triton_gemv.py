@@ -31,9 +31,15 @@ def worker() -> Iterator[Worker]:
     one.close()
 
 
-def check(worker: Worker, function: Function, inputs: Sequence[Tensor], kind: str) -> str:
+def check(
+    worker: Worker,
+    function: Function,
+    inputs: Sequence[Tensor],
+    kind: str,
+    weights: int | None = None,
+) -> str:
     """Compares a kernel with the float64 oracle; returns its source."""
-    runner = InterpretedKernels([function], worker, [kind])
+    runner = InterpretedKernels([function], worker, [kind], weights=weights)
     exact = interpret(function, inputs, WeightStore(), oracle=True)
     stored = [
         pack_sub_byte(t, a.dtype) if a.dtype in SUB_BYTE_BITS else t
@@ -117,11 +123,12 @@ def inputs_for(types: Sequence[TensorType]) -> list[Tensor]:
     return made
 
 
+@pytest.mark.parametrize("weights", [None, 1])
 @pytest.mark.parametrize("name", CASES)
-def test_few_rows(worker: Worker, name: str) -> None:
+def test_few_rows(worker: Worker, name: str, weights: int | None) -> None:
     types, build = CASES[name]
     torch.manual_seed(0)
-    check(worker, function_of(types, build), inputs_for(types), "gemv")
+    check(worker, function_of(types, build), inputs_for(types), "gemv", weights)
 
 
 def random_case(seed: int, most_rows: int) -> Case:

@@ -25,7 +25,10 @@ class IndexFailure(Exception):
 
 
 class InterpretedKernels:
-    """Functions as kernels, run by Triton's interpreter in another process."""
+    """Functions as kernels, run by Triton's interpreter in another process.
+
+    Arguments from number `weights` on are constants of the program, if it is given.
+    """
 
     def __init__(
         self,
@@ -33,10 +36,12 @@ class InterpretedKernels:
         worker: Worker,
         kinds: Sequence[str] = (),
         backend: TritonBackend = BACKEND,
+        weights: int | None = None,
     ) -> None:
         self.functions, self.worker = list(functions), worker
         kinds = kinds or ["pointwise"] * len(functions)
-        kernels = [kernel_of(f, kind) for f, kind in zip(functions, kinds, strict=True)]
+        kernels = [kernel_of(f, kind, weights) for f, kind in zip(functions, kinds, strict=True)]
+        self.weights = weights
         self.names, self.made = backend.generate(kernels)
 
     def source(self, number: int) -> str:
@@ -82,7 +87,11 @@ class InterpretedKernels:
         programs = _value(launch.programs, symbols)
         if any(memory[s].numel() == 0 for s in launch.writes):
             programs = 0
-        job = Job(launch.source, launch.name, args, launch.constants, programs, positions)
+        constant = {Slot("input", i) for i in range(self.weights or 0, len(memory))}
+        awaited = [
+            i for i, s in enumerate(launch.reads) if self.weights is None or s not in constant
+        ]
+        job = Job(launch.source, launch.name, args, launch.constants, programs, positions, awaited)
         made = self.worker.run(job)
         for slot, tensor in zip(launch.writes, made):
             memory[slot] = _unviewed(tensor, memory[slot])

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,19 +28,35 @@ class Job:
     constants: dict[str, int]
     programs: int
     writes: list[int]  # positions in args that it writes
+    awaited: list[int] = field(default_factory=list)  # what earlier launches may have made
 
 
 def run(job: Job) -> list[Tensor]:
-    """The tensors that the launch wrote."""
+    """The tensors that the launch wrote.
+
+    In a source with waits (`accel.backends.triton.dependent`) each program finds rubbish in what it
+    should await, until it has waited.
+    """
     from accel.backends.triton import dependent
     from accel.backends.triton.toolchain import loaded
 
     _prepare()
     with loaded(job.source, job.name) as module:
         module.libdevice = _Libdevice()
-        for name in (dependent.LAUNCH, dependent.WAIT):  # launches here follow one another
-            setattr(module, name, lambda: None)
         args = list(job.args)
+        awaited = [args[i].untyped_storage() for i in job.awaited]
+        meant = [storage.clone() for storage in awaited]
+
+        def start() -> None:
+            for storage in awaited:
+                storage.fill_(255)
+
+        def wait() -> None:
+            for storage, data in zip(awaited, meant):
+                storage.copy_(data)
+
+        setattr(module, dependent.LAUNCH, start)
+        setattr(module, dependent.WAIT, wait)
         if job.programs:
             try:
                 getattr(module, job.name)[(job.programs,)](*args, **job.constants)
