@@ -85,7 +85,7 @@ class Addresses:
         left = dict(value.terms)
         parts: list[tuple[str, frozenset[str]]] = []
         for group, variable in self.groups:
-            stride = _stride(left, group)
+            stride = even_stride(left, group)
             if stride is not None:
                 for axis in group:
                     left.pop(axis, None)
@@ -136,7 +136,7 @@ class Addresses:
         raise BackendError(f"axis {axis!r} is used outside of its loop")
 
 
-def _stride(terms: Mapping[Atom, Dim], group: Group) -> Dim | None:
+def even_stride(terms: Mapping[Atom, Dim], group: Group) -> Dim | None:
     """How far a value moves in one step of a merged loop; None if not evenly."""
     near = terms.get(group[-1], 0)
     expected = near

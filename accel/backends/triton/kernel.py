@@ -270,16 +270,34 @@ def _inplace(
     return found
 
 
+_TRITON = """\
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import libdevice
+"""
+# Triton 3.9 has other names for the two copies than 3.6.
+_GLUON = """\
+from triton.experimental import gluon
+from triton.experimental.gluon import language as tl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait)
+from triton.language.extra.cuda import libdevice
+
+bring_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+"""
+
+
 def _source(name: str, program: Program, signature: dict[str, str], comment: str) -> str:
     parameters = ", ".join(
         f"{p}: tl.constexpr" if t == "constexpr" else p for p, t in signature.items()
     )
     blocks = ", ".join(f"{k} = {v}" for k, v in program.constants.items())
     text = "\n".join(f"# {line}".rstrip() for line in comment.splitlines())
+    head, jit = (_GLUON, "gluon") if program.gluon else (_TRITON, "triton")
     parts = [
-        f"{text}\n#\n# {blocks or 'no blocks'}; {program.warps} warps\n\nimport triton\n"
-        "import triton.language as tl\nfrom triton.language.extra.cuda import libdevice\n",
+        f"{text}\n#\n# {blocks or 'no blocks'}; {program.warps} warps\n\n{head}",
         *program.helpers,
-        f"@triton.jit\ndef {name}({parameters}):\n{program.lines}\n",
+        f"@{jit}.jit\ndef {name}({parameters}):\n{program.lines}\n",
     ]
     return "\n\n".join(parts)

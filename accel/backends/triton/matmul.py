@@ -18,12 +18,14 @@ import torch
 
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.operands import StoredOperands
+from accel.backends.triton.overlapped import OverlappedTile, OverlappedWriter, TileEmitter
 from accel.backends.triton.product_loop import MatmulWriter
 from accel.backends.triton.product_plan import MatmulTile, plan
 from accel.backends.triton.tiles import next_power
 from accel.ir.module import Op, Region
 from accel.ir.types import Dim, product
 
+Tile = MatmulTile | OverlappedTile
 _SYMBOLIC_ROWS = 4096
 
 
@@ -139,18 +141,23 @@ def saves(op: Op, members: Sequence[Op], sms: int) -> str | None:
 class MatmulGenerator(Generator):
     """A matmul kernel: one launch."""
 
-    tile: MatmulTile | None = None
+    tile: Tile | None = None
 
     def run(self) -> KernelCode:
         made = plan(self.planner)
         self.kind = index_kind(self.region, [])
         pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
-        emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
         writes = [Slot("result", i) for i in range(len(made.stores))]
+        targets = [w.name for w in writes]
         rows, columns = made.op.result.shape[:-1], made.stores[0][0].shape[-1]
         depth, tiles = int(made.op.operands[0].shape[-1]), len(made.places)
         tile = self.tile or choose(product(rows), int(columns), depth, tiles, self.sms)
-        program = MatmulWriter(made, emitter, [w.name for w in writes], tile).write()
+        if isinstance(tile, OverlappedTile):
+            over = TileEmitter(self.planner.indexer, pointers, set(), self.kind)
+            program = OverlappedWriter(made, over, self.region, targets, tile, self.sms).write()
+        else:
+            emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
+            program = MatmulWriter(made, emitter, targets, tile).write()
         reads = [Slot("input", self.region.args.index(v)) for v in program.reads]
         reads.sort(key=lambda s: (s.kind, s.number))
         self._launch(program, reads, writes, [])
@@ -158,7 +165,7 @@ class MatmulGenerator(Generator):
 
 
 def generate(
-    name: str, region: Region, comment: str, sms: int, tile: MatmulTile | None = None
+    name: str, region: Region, comment: str, sms: int, tile: Tile | None = None
 ) -> KernelCode:
     """The source of a region with one linear. Raises BackendError for what has none."""
     generator = MatmulGenerator(name, region, comment, sms)

@@ -7,6 +7,7 @@ from accel.backends.loops.trace import Index
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.text import Expr
 from accel.ir.module import Value
+from accel.ir.op import Trait
 
 
 class StoredOperands(Emitter):
@@ -27,3 +28,10 @@ class StoredOperands(Emitter):
         if self.raw and "mask=" in made.text:
             return Expr(made.text.removesuffix(")") + ", other=0.0)", made.kind, made.dims)
         return made
+
+
+def is_stored(value: Value) -> bool:
+    """Whether an element is one load of a 16-bit float: an argument, behind views or not."""
+    while value.op is not None and value.op.has(Trait.VIEW):
+        value = value.op.operands[0]
+    return value.op is None

@@ -7,6 +7,7 @@ linear) or lie anyhow in memory: it is traced as any elementwise value.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from accel.backends.loops.index import Axis
 from accel.backends.loops.merge import merged
@@ -14,8 +15,8 @@ from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import decompose, size_text
 from accel.backends.triton.emitter import Scope
-from accel.backends.triton.operands import StoredOperands
-from accel.backends.triton.product_plan import MatmulTile, Plan, is_stored
+from accel.backends.triton.operands import StoredOperands, is_stored
+from accel.backends.triton.product_plan import Plan
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import parts_of
@@ -27,8 +28,8 @@ class MatmulWriter:
     """Writes the one program of a matmul kernel."""
 
     def __init__(
-        self, plan: Plan, emitter: StoredOperands, targets: Sequence[str], tile: MatmulTile
-    ):
+        self, plan: Plan, emitter: StoredOperands, targets: Sequence[str], tile: Any
+    ) -> None:
         self.plan, self.emitter, self.targets, self.tile = plan, emitter, targets, tile
         self.rows: Dim = product(a.extent for a in plan.rows)
         self.columns = product(a.extent for a in plan.columns)

@@ -14,7 +14,6 @@ from accel.backends.loops.survey import Survey
 from accel.backends.loops.trace import Index
 from accel.errors import BackendError
 from accel.ir.module import Op, Value
-from accel.ir.op import Trait
 
 _MAX_ROUNDS = 8
 _MOST_TILES = 2  # accumulators of a program
@@ -86,10 +85,3 @@ def plan(planner: Planner) -> Plan:
         return Plan(op, rows, of(column)[1], of(left)[1], of(right)[1], stores, places, x_index,
                     weights, survey)  # fmt: skip
     raise BackendError("a matmul kernel whose index does not come to rest")
-
-
-def is_stored(value: Value) -> bool:
-    """Whether an element is one load of a 16-bit float: an argument, behind views or not."""
-    while value.op is not None and value.op.has(Trait.VIEW):
-        value = value.op.operands[0]
-    return value.op is None

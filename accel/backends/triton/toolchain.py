@@ -21,10 +21,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from accel.backends.triton.maps import PARAMETERS, MapLayout, map_layouts
+from accel.backends.triton.maps import PARAMETERS, SHARED, MapLayout, map_layouts
 from accel.errors import BackendError, MissingDependencyError
 
 _ALIGNMENT = 16  # of every pointer: what vector loads need
+_SHARED_MAP = re.compile(
+    rf"tensordesc<(?P<element>\w+)\[(?P<rows>\d+), (?P<columns>\d+)\],{SHARED}>"
+)
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\(([^)]*)\)", re.S)
 
 
@@ -134,7 +137,8 @@ def compile_source(
         options["enable_reflect_ftz"] = False  # subnormal numbers are numbers, as in eager
     with loaded(source, name) as module:
         kind = GluonASTSource if gluon else ASTSource
-        unit = kind(getattr(module, name), dict(signature), dict(constants), aligned)
+        types = {name: _with_layout(type_) for name, type_ in signature.items()}
+        unit = kind(getattr(module, name), types, dict(constants), aligned)
         target = GPUTarget("cuda", capability(arch), 32)
         try:
             made = triton.compile(unit, target=target, options=options)
@@ -152,6 +156,19 @@ def compile_source(
         spare=_parameters(ptx, str(metadata.name)) - own,
         maps=map_layouts(getattr(metadata, "tensordesc_meta", None)),
     )
+
+
+def _with_layout(type_: str) -> str:
+    """A parameter's type; where Gluon names the layout of a matrix's tiles, its name for it."""
+    found = _SHARED_MAP.fullmatch(type_)
+    if found is None:
+        return type_
+    from triton.experimental.gluon import language
+
+    element = {"fp16": language.float16, "bf16": language.bfloat16, "fp32": language.float32}
+    box = [int(found["rows"]), int(found["columns"])]
+    layout = language.NVMMASharedLayout.get_default_for(box, element[found["element"]])
+    return f"tensordesc<{found['element']}[{box[0]}, {box[1]}],{layout!r}>"
 
 
 def _count(type_: str) -> int:

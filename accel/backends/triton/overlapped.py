@@ -1,0 +1,373 @@
+"""Writes products for Hopper in Gluon: two groups of warps take turns at the tensor cores.
+
+A program stays on its multiprocessor and takes one tile of results after another. One warp brings
+tiles of x and of the weight by TMA into a ring of buffers; the tiles of results go in turn to two
+groups of four warps. While one multiplies, the other has the epilogue of its last tile to compute
+and to store, so that even a costly activation takes no time of its own. (CUTLASS calls such a
+schedule ping-pong.) Data arrives in the order of the tiles, which keeps the two apart: nothing else
+says whose turn it is.
+
+    ready[slot]   the slot's two tiles have arrived        free[slot]   they have been multiplied
+
+Gate and up halves lie one above the other in the weight's buffer: one multiplication, whose result
+is cut in two, without moving anything between threads. Triton's Gluon is its lower level: layouts,
+barriers and copies are written out; what the tracer emits for a tile is the same in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from accel.backends.loops.index import Affine, Axis, Indexer
+from accel.backends.loops.phases import region_symbols
+from accel.backends.loops.trace import Index
+from accel.backends.triton import dtypes
+from accel.backends.triton.addresses import size_text
+from accel.backends.triton.emitter import Emitter, Scope
+from accel.backends.triton.maps import MapCode, Matrix, matrix
+from accel.backends.triton.product_loop import MatmulWriter
+from accel.backends.triton.product_plan import Plan
+from accel.backends.triton.program import Program
+from accel.backends.triton.text import COL, ROW, Block, Expr
+from accel.backends.triton.tiles import parts_of
+from accel.errors import BackendError
+from accel.ir.module import Region, Value
+from accel.ir.types import Dim, product
+
+_GROUPS = 2  # of warps that multiply
+_WARPS = 4  # of a group
+_REGISTERS = (232, 40)  # of a thread of the second group, and of the warp that copies
+SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
+_BARRIER_BYTES = 1 << 10
+_TMA_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class OverlappedTile:
+    """Results of one group of warps, the part of K of one step, and how many steps are in flight.
+
+    `columns` are shared by the accumulators of gate and up.
+    """
+
+    rows: int = 128
+    columns: int = 128
+    depth: int = 64
+    stages: int = 4
+    group: int = 8
+
+
+def operands_of(plan: Plan, indexer: Indexer) -> tuple[Matrix, list[Matrix]] | None:
+    """x and the weight (once for each accumulator) as matrices; None if they are not."""
+    x, weight, _ = plan.op.arguments()
+    left = matrix(indexer, x, plan.x_index, plan.rows, plan.left)
+    right = [matrix(indexer, weight, i, plan.columns, plan.right) for i in plan.weight_indices]
+    if left is None or left.value.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    found = [r for r in right if r is not None and r.value.dtype == left.value.dtype]
+    return (left, found) if len(found) == len(right) else None
+
+
+class TileEmitter(Emitter):
+    """Traces what follows a product; one operand of the shape of the result may lie in shared
+    memory already (`resident`, in registers by that name)."""
+
+    resident: Value | None = None
+    resident_at: Affine | None = None
+
+    def load(self, value: Value, index: Index) -> Expr:
+        if value is not self.resident:
+            return super().load(value, index)
+        self.used.setdefault(value)
+        loaded = Expr("resident", "", frozenset((ROW, COL)))
+        return dtypes.from_storage(loaded, value.dtype, self.block)
+
+
+class OverlappedWriter(MatmulWriter):
+    """Writes the one program of a product in Gluon. Raises BackendError for other operands than
+    matrices in 16-bit floats."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        emitter: TileEmitter,
+        region: Region,
+        targets: Sequence[str],
+        tile: OverlappedTile,
+        sms: int,
+    ) -> None:
+        self.count = len(plan.places)
+        super().__init__(plan, emitter, targets, tile)
+        self.region, self.overlapped, self.sms = region, tile, sms
+        self.symbols = region_symbols(region)
+        self.width = tile.columns // self.count
+        made = operands_of(plan, emitter.indexer)
+        if made is None:
+            raise BackendError("a product whose operands are no matrices that TMA can copy")
+        self.left, self.right = made
+        self.maps: list[MapCode] = []
+        self.out = self._result_map()
+        self._find_resident(emitter)
+
+    def write(self) -> Program:
+        emitter, tile = self.emitter, self.overlapped
+        self._make_maps()
+        body = Block(emitter.scopes[0].block.names)
+        with emitter.inside(Scope(body, frozenset())):
+            self._start_tile(body)
+            self._multiply(body)
+            self._positions(body)
+            self._finish([f"acc_{i}" for i in range(self.count)])
+        head = f"for tile in range(tl.program_id(0) + which * PROGRAMS, {self._tiles()}, " \
+               f"{_GROUPS} * PROGRAMS):"  # fmt: skip
+        before = emitter.scopes[0].block
+        before.line(f"step = which * {self._steps()}")
+        if emitter.resident is not None:
+            before.line("turn = 0")
+        before.nest(head, body)
+        if self.out is not None:
+            before.line("tma.store_wait(0)")
+        tiles = product((parts_of(self.rows, tile.rows), parts_of(self.columns, self.width)))
+        programs: Dim = min(tiles, self.sms) if isinstance(tiles, int) else self.sms
+        used = list(emitter.used)
+        reads = [self.left.value, *(m.value for m in self.right), *used]
+        shared = self._shared(used)
+        helpers = [self._constants(programs), self._place_source(), self._bring_source(),
+                   f"@gluon.jit\ndef multiply(which: tl.constexpr, left, right, out, ready, free, "
+                   f"arrived, {shared}):\n{self._layouts()}\n{before.source()}\n"]  # fmt: skip
+        return Program(self._main(shared), helpers, {}, programs, _WARPS,
+                       list(dict.fromkeys(reads)), emitter.checks, tuple(self.maps),
+                       gluon=True)  # fmt: skip
+
+    # -- matrices --------------------------------------------------------------------------
+
+    def _result_map(self) -> tuple[str, Value] | None:
+        """The first result, if a tile of it can be stored by TMA."""
+        value, index = self.plan.stores[0]
+        made = matrix(self.emitter.indexer, value, index, self.plan.rows, self.plan.columns,
+                      stored=True)  # fmt: skip
+        if made is None or value.dtype not in _TMA_NAMES:
+            return None
+        bytes_ = _GROUPS * self.tile.rows * self.width * value.dtype.itemsize
+        return ("out", value) if self._operand_bytes() + bytes_ <= SHARED_BYTES else None
+
+    def _operand_bytes(self) -> int:
+        tile = self.tile
+        step = (tile.rows + tile.columns) * tile.depth * self.left.value.dtype.itemsize
+        return self.overlapped.stages * step + _BARRIER_BYTES
+
+    def _find_resident(self, emitter: TileEmitter) -> None:
+        """An operand of the epilogue that TMA can bring to where the result will lie."""
+        if self.out is None:
+            return
+        value, index = self.plan.stores[0]
+        written = emitter.indexer.flatten(index, value.shape)
+        operands = (self.left.value, *(m.value for m in self.right))
+        for arg in self.region.args:
+            places = {emitter.indexer.flatten(at, arg.shape)
+                      for other, at in self.plan.survey.costly if other is arg}  # fmt: skip
+            if arg.dtype == value.dtype and arg not in operands and places == {written}:
+                emitter.resident, emitter.resident_at = arg, written
+                return
+
+    def _make_maps(self) -> None:
+        tile = self.tile
+        operands = [(self.left, tile.rows), *((m, self.width) for m in self.right[:1])]
+        for number, (one, rows) in enumerate(operands):
+            pointer = self.emitter.pointers[one.value]
+            self.maps.append(self._map(number, pointer, one, (rows, tile.depth)))
+        targets = [] if self.out is None else [(self.targets[0], self.out[1])]
+        resident = self.emitter.resident
+        if resident is not None:
+            targets.append((self.emitter.pointers[resident], resident))
+        for number, (pointer, value) in enumerate(targets, 2):
+            whole = Matrix(value, self.rows, int(self.columns), int(self.columns), 0, 0)
+            self.maps.append(self._map(number, pointer, whole, (tile.rows, self.width)))
+
+    def _map(self, number: int, pointer: str, one: Matrix, box: tuple[int, int]) -> MapCode:
+        element = _TMA_NAMES[one.value.dtype]
+        rows = max((m.rows for m in self.right), key=int) if number == 1 else one.rows
+        return MapCode(f"m{number}", pointer, element, rows, one.columns, one.stride, box,
+                       shared=True)  # fmt: skip
+
+    # -- a tile ----------------------------------------------------------------------------
+
+    def _tiles(self) -> str:
+        down = size_text(parts_of(self.rows, self.tile.rows))
+        across = size_text(parts_of(self.columns, self.width))
+        return f"{down} * {across}"
+
+    def _steps(self) -> int:
+        return -(-self.depth // self.tile.depth)
+
+    def _start_tile(self, body: Block) -> None:
+        body.line("row0, col0 = place(tile)" if not self._sizes() else
+                  f"row0, col0 = place(tile, {', '.join(self._sizes())})")  # fmt: skip
+        if self.emitter.resident is None:
+            return
+        body.line("tma.store_wait(0)")  # the last tile has left the buffer
+        body.line(f"mbarrier.expect(arrived, {self._result_bytes()})")
+        body.line("bring_tile(m3, [row0, col0], arrived, out)")
+
+    def _result_bytes(self) -> int:
+        assert self.out is not None
+        return self.tile.rows * self.width * self.out[1].dtype.itemsize
+
+    def _multiply(self, body: Block) -> None:
+        product_ = ("warpgroup_mma(left.index(slot), right.index(slot).permute([1, 0]), total, "
+                    "is_async=True)")  # fmt: skip
+        body.line("total = warpgroup_mma_init(tl.zeros([ROWS, COLS], tl.float32, wide))")
+        body.line("slot = step % STAGES")
+        body.line("mbarrier.wait(ready.index(slot), (step // STAGES) & 1)")
+        body.line(f"total = {product_}")
+        loop = Block(body.names)
+        for line in (
+            "last = slot",
+            "step += 1",
+            "slot = step % STAGES",
+            "mbarrier.wait(ready.index(slot), (step // STAGES) & 1)",
+            f"total = {product_}",
+            "total = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=[total]))",
+            "mbarrier.arrive(free.index(last), count=1)",
+        ):
+            loop.line(line)
+        body.nest(f"for _ in range(1, {self._steps()}):", loop)
+        body.line("sums = warpgroup_mma_wait(num_outstanding=0, deps=[total])")
+        body.line("mbarrier.arrive(free.index(slot), count=1)")
+        body.line(f"step += {1 + (_GROUPS - 1) * self._steps()}")
+        if self.count == 1:
+            body.line("acc_0 = sums")
+            return
+        body.line("halves = sums.reshape([ROWS, 2, COLS // 2]).permute([0, 2, 1])")
+        body.line("gate, up = halves.split()")
+        body.line("acc_0 = tl.convert_layout(gate, layout)")
+        body.line("acc_1 = tl.convert_layout(up, layout)")
+
+    def _positions(self, body: Block) -> None:
+        wide = ".to(tl.int64)" if self.emitter.kind == "int64" else ""
+        rows, columns = "tl.SliceLayout(1, layout)", "tl.SliceLayout(0, layout)"
+        body.line(f"row = row0{wide} + tl.arange(0, ROWS, {rows})[:, None]")
+        body.line(f"col = col0{wide} + tl.arange(0, {self.width}, {columns})[None, :]")
+        if self.emitter.resident is not None:
+            body.line("mbarrier.wait(arrived, turn)")
+            body.line("turn = turn ^ 1")
+            body.line("resident = out.load(layout)")
+
+    def _bind(self, axes: Sequence[Axis], variable: str, dim: str, size: int) -> None:
+        super()._bind(axes, variable, dim, self.width if variable == "col" else size)
+
+    def _store(self, target: str, value: Value, index: Index) -> None:
+        emitter = self.emitter
+        first = self.out is not None and target == self.targets[0]
+        made = emitter.element(value, index)
+        if not first or made.dims != frozenset((ROW, COL)):
+            super()._store(target, value, index)
+            return
+        made = dtypes.to_storage(made, value.dtype, emitter.block)
+        if emitter.resident is None:
+            emitter.block.line("tma.store_wait(0)")  # the last tile has left the buffer
+        emitter.block.line(f"out.store({made})")
+        emitter.block.line("fence_async_shared()")
+        emitter.block.line("store_tile(m2, [row0, col0], out)")
+
+    # -- the functions ---------------------------------------------------------------------
+
+    def _sizes(self) -> list[str]:
+        return sorted(str(s) for s in getattr(self.rows, "free_symbols", ()))
+
+    def _shared(self, used: Sequence[Value]) -> str:
+        """Parameters that all parts of the program have in common."""
+        names = [m.name for m in self.maps]
+        mapped = {m.pointer for m in self.maps}
+        names += [p for v in used if (p := self.emitter.pointers[v]) not in mapped]
+        names += [t for t in self.targets if t not in mapped]
+        names += self.symbols
+        return ", ".join([*names, "status"] if self.emitter.checks else names)
+
+    def _constants(self, programs: Dim) -> str:
+        tile = self.overlapped
+        values = {"ROWS": tile.rows, "COLS": tile.columns, "DEPTH": tile.depth,
+                  "STAGES": tile.stages, "GROUP": tile.group, "PROGRAMS": programs}  # fmt: skip
+        lines = [f"{name} = tl.constexpr({value})" for name, value in values.items()]
+        return "\n".join(lines)
+
+    def _layouts(self) -> str:
+        bits = 256 // (8 * self.left.value.dtype.itemsize)
+        form = "tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {}, {}])"
+        return (f"    wide: tl.constexpr = {form.format('COLS', bits)}\n"
+                f"    layout: tl.constexpr = {form.format(self.width, bits)}")  # fmt: skip
+
+    def _place_source(self) -> str:
+        down = size_text(parts_of(self.rows, self.tile.rows))
+        across = size_text(parts_of(self.columns, self.width))
+        arguments = ", ".join(["tile", *self._sizes()])
+        return (
+            f"@gluon.jit\ndef place({arguments}):\n"
+            f"    first = tile // (GROUP * {across}) * GROUP\n"
+            f"    height = tl.minimum({down} - first, GROUP)\n"
+            f"    inside = tile % (GROUP * {across})\n"
+            f"    row0 = (first + inside % height) * ROWS\n"
+            f"    return row0.to(tl.int32), (inside // height * {self.width}).to(tl.int32)\n"
+        )
+
+    def _bring_source(self) -> str:
+        tile, width = self.tile, self.left.value.dtype.itemsize
+        bytes_ = (tile.rows + tile.columns) * tile.depth * width
+        place = f"[{_plus('row0', self.left.row0)}, {_plus('k', self.left.col0)}]"
+        lines = [f"bring_tile(m0, {place}, ready.index(slot), left.index(slot))"]
+        for number, one in enumerate(self.right):
+            target = "right.index(slot)"
+            if self.count > 1:
+                target += f".slice({number * self.width}, {self.width}, dim=0)"
+            lines.append(f"bring_tile(m1, [{_plus('col0', one.row0)}, {_plus('k', one.col0)}], "
+                         f"ready.index(slot), {target})")  # fmt: skip
+        text = "\n".join(f"            {line}" for line in lines)
+        sizes = "".join(f", {s}" for s in self._sizes())
+        return (
+            f"@gluon.jit\ndef bring(left, right, ready, free, m0, m1{sizes}):\n"
+            "    step = 0\n"
+            f"    for tile in range(tl.program_id(0), {self._tiles()}, PROGRAMS):\n"
+            f"        row0, col0 = place(tile{sizes})\n"
+            f"        for k in range(0, {self.depth}, DEPTH):\n"
+            "            slot = step % STAGES\n"
+            "            mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)\n"
+            f"            mbarrier.expect(ready.index(slot), {bytes_})\n"
+            f"{text}\n"
+            "            step += 1\n"
+        )
+
+    def _main(self, shared: str) -> str:
+        sizes = "".join(f", {s}" for s in self._sizes())
+        barrier = "tl.allocate_shared_memory(tl.int64, [{}, 1], mbarrier.MBarrierLayout())"
+        out = "left"  # a placeholder where nothing is stored by TMA
+        lines = [
+            "left = tl.allocate_shared_memory(m0.dtype, [STAGES, ROWS, DEPTH], m0.layout)",
+            "right = tl.allocate_shared_memory(m1.dtype, [STAGES, COLS, DEPTH], m1.layout)",
+            f"ready = {barrier.format('STAGES')}",
+            f"free = {barrier.format('STAGES')}",
+            f"arrived = {barrier.format(_GROUPS)}",
+        ]
+        if self.out is not None:
+            lines.append(f"out = tl.allocate_shared_memory(m2.dtype, [{_GROUPS}, ROWS, "
+                         f"{self.width}], m2.layout)")  # fmt: skip
+            out = "out"
+        lines += [
+            "for i in tl.static_range(STAGES):",
+            "    mbarrier.init(ready.index(i), count=1)",
+            "    mbarrier.init(free.index(i), count=1)",
+            f"for i in tl.static_range({_GROUPS}):",
+            "    mbarrier.init(arrived.index(i), count=1)",
+            "fence_async_shared()",
+            "tl.warp_specialize([",
+            *(f"    (multiply, ({i}, left, right, {out}.index({i}), ready, free, "
+              f"arrived.index({i}), {shared}))," for i in range(_GROUPS)),
+            f"    (bring, (left, right, ready, free, m0, m1{sizes})),",
+            f"], [{_WARPS}, 1], [{_REGISTERS[0]}, {_REGISTERS[1]}])",
+        ]  # fmt: skip
+        return "\n".join(f"    {line}" for line in lines)
+
+
+def _plus(name: str, offset: Dim) -> str:
+    return name if offset == 0 else f"{name} + {size_text(offset)}"
