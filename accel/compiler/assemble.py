@@ -79,7 +79,7 @@ def to_function(
 
 def weights_on(device: torch.device, store: WeightStore) -> WeightSource:
     """A store's tensors on the device that runs."""
-    tensors = TensorWeights(_StoredTensors(store))
+    tensors = TensorWeights(_StoredTensors(store, device))
     return tensors if device.type == "cpu" else DeviceWeights(tensors, device)
 
 
@@ -139,15 +139,19 @@ def versions() -> dict[str, str]:
 
 
 class _StoredTensors(Mapping[str, torch.Tensor]):
-    """A weight store as a mapping of stored tensors, read when asked for."""
+    """A weight store as a mapping of stored tensors, read when asked for.
 
-    def __init__(self, store: WeightStore) -> None:
+    For a program on a GPU they are wherever they are; those on that GPU are not copied.
+    """
+
+    def __init__(self, store: WeightStore, device: torch.device) -> None:
         self._store = store
+        self._read = store.stored if device.type == "cpu" else store.in_place
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._store:
             raise KeyError(name)
-        return self._store.stored(name)
+        return self._read(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._store

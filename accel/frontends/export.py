@@ -220,7 +220,7 @@ def _constant_maker(importer: Importer, name: str, real: Tensor) -> Callable[[],
         stored = weights.add_lazy(
             name,
             TensorType(tuple(real.shape), real.dtype),
-            lambda: real.detach().cpu(),
+            real.detach,
             origin=name,
         )
         return importer.b.constant(stored, weights.type(stored))

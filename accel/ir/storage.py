@@ -58,13 +58,16 @@ class WeightStore:
         return self._entry(name).type
 
     def stored(self, name: str) -> Tensor:
-        """The tensor as stored: packed bytes for sub-byte dtypes."""
+        """The tensor as stored, on the CPU: packed bytes for sub-byte dtypes."""
+        return self.in_place(name).cpu()
+
+    def in_place(self, name: str) -> Tensor:
+        """The same on the device where it is: a model on a GPU need not be copied to run there."""
         return self._entry(name).load()
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor as a program sees it: one element per entry."""
-        entry = self._entry(name)
-        tensor = entry.load()
+        """The tensor as a program sees it, on the CPU: one element per entry."""
+        entry, tensor = self._entry(name), self.stored(name)
         if entry.type.dtype in SUB_BYTE_BITS:
             shape = tuple(int(d) for d in entry.type.shape)
             return unpack_sub_byte(tensor, entry.type.dtype, shape)

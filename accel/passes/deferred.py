@@ -33,8 +33,18 @@ def deferred_function(function: Function, weights: WeightStore) -> Deferred:
 
 
 def deferred_stack(weights: WeightStore, names: Sequence[str]) -> Deferred:
-    """The named tensors, one after the other along the first axis."""
-    return Deferred(lambda: torch.cat([weights.tensor(n).detach() for n in names]))
+    """The named tensors, none of a sub-byte dtype, one after the other along the first axis.
+
+    Made on the device where they are, if that is one device.
+    """
+
+    def compute() -> Tensor:
+        parts = [weights.in_place(n).detach() for n in names]
+        if len({p.device for p in parts}) > 1:
+            parts = [p.cpu() for p in parts]
+        return torch.cat(parts)
+
+    return Deferred(compute)
 
 
 def deferred_blocks(weights: WeightStore, name: str, lanes: int) -> Deferred:

@@ -48,7 +48,9 @@ class DeviceWeights:
     def tensor(self, name: str) -> Tensor:
         with self._lock:
             if name not in self._copies:
-                self._copies[name] = self._source.tensor(name).to(self._device)
+                tensor = self._source.tensor(name).to(self._device)
+                # A part of a larger tensor may start anywhere; kernels read 16 bytes at a time.
+                self._copies[name] = tensor.clone() if tensor.data_ptr() % 16 else tensor
                 self._source.release(name)
             return self._copies[name]
 
