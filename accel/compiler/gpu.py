@@ -32,6 +32,8 @@ KERNEL_PIPELINE = (
     "decompose",
     "cse",
     "dce",
+    "recompute_sums",
+    "dce",
     "fuse",
     "dce",
 )

@@ -167,7 +167,10 @@ def _runs_across(
     inner = [g[-1] for one in columns.values() for g in one.groups]
     along = 0
     rows: Group | None = None
+    outer = [axis for group in groups for axis in group]
     for read in reads:
+        if all(read.coefficient(axis) == 0 for axis in outer):
+            continue  # the same for all rows: short
         if any(read.coefficient(axis) == 1 for axis in inner):
             along += 1
         elif rows is None and groups and read.coefficient(groups[-1][-1]) == 1:
