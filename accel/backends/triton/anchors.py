@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accel.backends.triton import attention, cached, gemv, matmul, updates
+from accel.backends.triton import attention, cached, gemv, matmul, skinny, updates
 from accel.backends.triton.kernel import KernelCode, generate
 from accel.backends.triton.tiles import KERNEL_TILES
 from accel.ir.module import Op, Region
@@ -42,6 +42,7 @@ class Anchor:
 ANCHORS: dict[str, Anchor] = {
     "gemv": Anchor(("linear",), gemv.reason, gemv.generate, gemv.candidates),
     "matmul": Anchor(("linear",), matmul.reason, matmul.generate, matmul.candidates),
+    "skinny": Anchor(("linear",), skinny.reason, skinny.generate),
     "cached_attention": Anchor(
         ("cached_attention",), cached.reason, cached.generate, cached.candidates
     ),
