@@ -1,7 +1,7 @@
 """`accel bench`: an artifact by itself, or a model beside eager PyTorch and Inductor.
 
 Outputs are checked against eager PyTorch in float64 before anything is timed; the systems take
-turns in one process.
+turns in one process. On a GPU (or with --kernels) each kernel is timed as well, beside its floor.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,18 +19,29 @@ from torch import Tensor, nn
 
 import accel
 from accel import tree
-from accel.cli.calls import Entry, InputFile, Inputs, Seed, Sizes, Trust, prepare_call
+from accel.cli.calls import Call, Entry, InputFile, Inputs, Seed, Sizes, Trust, prepare_call
 from accel.cli.capture import Example, load_example
-from accel.cli.output import Json, emit, format_seconds, progress, table
-from accel.cli.timing import interleaved_medians, relative_error
+from accel.cli.figures import heaviest, measured, rows_table, total
+from accel.cli.output import Json, emit, facts, format_seconds, progress, table
+from accel.cli.timing import device_medians, interleaved_medians, relative_error
+from accel.compiler.targets import get_target
 from accel.errors import ExecutionError, OptionError
 from accel.names import near
+from accel.runtime.cuda import require_device
+from accel.runtime.device import device_of
+from accel.runtime.model import CompiledModel
 
 app = typer.Typer()
 
 # A system may be this much further from float64 than eager is in the model's own dtypes.
 _ERROR_FACTOR, _ERROR_FLOOR = 10, 1e-6
-_SYSTEMS = ("eager", "inductor", "accel")
+_MODES = {  # torch.compile's, by how a user names the peer
+    "inductor": None,
+    "inductor-graphs": "reduce-overhead",
+    "inductor-max": "max-autotune",
+}
+_SYSTEMS = ("eager", *_MODES, "accel")
+_MOST_ROWS = 24
 
 
 @app.command()
@@ -40,8 +52,19 @@ def bench(
     sizes: Sizes = None,
     entry: Entry = "",
     against: Annotated[
-        str, typer.Option("--against", help="Comma separated peers of a model: eager, inductor.")
+        str,
+        typer.Option(
+            "--against",
+            help="Comma separated peers of a model: eager, inductor, inductor-graphs, "
+            "inductor-max; or best, for all of them.",
+        ),
     ] = "eager",
+    target: Annotated[str, typer.Option("--target", help="Of a model; see accel targets.")] = "cpu",
+    tune: Annotated[str, typer.Option("--tune", help="Of a model: off, quick or full.")] = "off",
+    kernels: Annotated[
+        bool | None,
+        typer.Option("--kernels/--no-kernels", help="Each kernel beside its floor (GPU: default)."),
+    ] = None,
     passes: Annotated[str, typer.Option("--passes", "-p", help="Techniques to apply.")] = "",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's default.")] = 0,
     rounds: Annotated[int, typer.Option(help="Turns of each system.")] = 7,
@@ -58,27 +81,46 @@ def bench(
         call = prepare_call(model, entry, inputs or [], file, sizes or [], seed)
         systems: dict[str, dict[str, Any]] = {"accel": {}}
         calls: dict[str, Callable[[], Any]] = {"accel": call.run}
-        wanted_sizes = call.sizes
     else:
         example = load_example(what, inputs or [], seed)
+        on_gpu = get_target(target).kind == "cuda"
+        if on_gpu:
+            require_device(device_of("cuda"))
+            example = _moved(example, device_of("cuda"))
         names = [*(_peers(against)), "accel"]
         with progress("compiling", as_json):
-            calls, systems = compile_all(example, names, {"passes": passes})
+            made = _accel(example, target, {"passes": passes, "tune": tune})
+            calls, systems = compile_all(example, names, made)
         if not passes:
             check(example, calls, systems)
-        wanted_sizes = {}
+        model = made()._latest()[1]
+        call = _own_call(model, example)
+    device = call.entry.function.device
+    medians_of = device_medians if device.type == "cuda" else interleaved_medians
     with progress("timing", as_json), torch.no_grad():
-        medians = interleaved_medians(calls, rounds=rounds, seconds=seconds)
+        medians = medians_of(calls, rounds=rounds, seconds=seconds)
     for name, median in medians.items():
         systems[name]["seconds"] = median
     data = {"what": what, "threads": torch.get_num_threads(), "systems": systems}
-    if wanted_sizes:
-        data["sizes"] = wanted_sizes
-    emit(data, as_json, _table(systems))
+    parts = [_table(systems)]
+    if call.sizes:
+        data["sizes"] = call.sizes
+    if device.type == "cuda":
+        data["device"] = torch.cuda.get_device_name(device)
+        data["graphs"] = call.entry.function.graphs()
+    if kernels or (kernels is None and device.type == "cuda"):
+        with progress("timing each kernel", as_json), torch.no_grad():
+            line = measured(model, call.entry, call.inputs, call.sizes)
+        data["roofline"] = line.to_json()
+        parts.append(rows_table("kernels", heaviest(line, _MOST_ROWS), line))
+        parts.append(facts(total(line, systems["accel"]["seconds"])))
+    emit(data, as_json, *parts)
 
 
 def _peers(against: str) -> list[str]:
     peers = [p.strip() for p in against.split(",") if p.strip()]
+    if peers == ["best"]:
+        return list(_SYSTEMS[:-1])
     for peer in peers:
         if peer not in _SYSTEMS[:-1]:
             raise OptionError(f"no peer named '{peer}'", advice=near(peer, _SYSTEMS[:-1]))
@@ -98,14 +140,15 @@ def _table(systems: dict[str, dict[str, Any]]) -> Any:
 
 
 def compile_all(
-    example: Example, names: list[str], options: dict[str, Any]
+    example: Example, names: list[str], own: Callable[[], Callable[..., Any]]
 ) -> tuple[dict[str, Callable[[], list[Tensor]]], dict[str, dict[str, Any]]]:
-    """A call of each system, and the seconds that compiling took, its first call included."""
+    """A call of each system, and the seconds that compiling took, its first call included. `own`
+    compiles with accel."""
     calls: dict[str, Callable[[], list[Tensor]]] = {}
     systems: dict[str, dict[str, Any]] = {}
     for name in names:
         start = time.perf_counter()
-        call = _call(_compiled(name, example, options), example)
+        call = _call(own() if name == "accel" else _peer(name, example), example)
         with torch.no_grad():
             call()
         systems[name] = {}
@@ -115,16 +158,42 @@ def compile_all(
     return calls, systems
 
 
-def _compiled(name: str, example: Example, options: dict[str, Any]) -> Callable[..., Any]:
+def _peer(name: str, example: Example) -> Callable[..., Any]:
     if name == "eager":
         return example.model
-    if name == "inductor":
-        compiled: Callable[..., Any] = torch.compile(example.model)
-        return compiled
-    made: Callable[..., Any] = accel.compile(
-        example.model, inputs=example.args, kwargs=example.kwargs, options=options
-    )
-    return made
+    compiled: Callable[..., Any] = torch.compile(example.model, mode=_MODES[name])
+    return compiled
+
+
+def _accel(example: Example, target: str, options: dict[str, Any]) -> Callable[[], accel.Compiled]:
+    """Compiles when first called."""
+
+    @cache
+    def compiled() -> accel.Compiled:
+        return accel.compile(
+            example.model,
+            inputs=example.args,
+            kwargs=example.kwargs,
+            target=target,
+            options=options,
+        )
+
+    return compiled
+
+
+def _own_call(model: CompiledModel, example: Example) -> Call:
+    """The example's call of the compiled model, on flat lists."""
+    entry = next(iter(model.entry_points.values()))
+    leaves, _ = tree.flatten((example.args, example.kwargs))
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    return Call(entry, [], tensors, {})
+
+
+def _moved(example: Example, device: torch.device) -> Example:
+    leaves, description = tree.flatten((example.args, example.kwargs))
+    moved = [t.to(device) if isinstance(t, Tensor) else t for t in leaves]
+    args, kwargs = tree.unflatten(description, moved)
+    return Example(example.name, example.model.to(device), args, kwargs, example.dynamic)
 
 
 def _call(function: Callable[..., Any], example: Example) -> Callable[[], list[Tensor]]:

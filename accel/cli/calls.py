@@ -79,7 +79,9 @@ def prepare_call(
     for name, (low, high) in plan.symbols.items():
         known.setdefault(name, max(low, min(_TYPICAL_SIZE, high or _TYPICAL_SIZE)))
     made = [
-        tensors[name] if name in tensors else _make(value, given.get(name, ""), known, seed + i)
+        (
+            tensors[name] if name in tensors else _make(value, given.get(name, ""), known, seed + i)
+        ).to(chosen.function.device)
         for i, (name, value) in enumerate(zip(names, values))
     ]
     return Call(chosen, names, made, known)

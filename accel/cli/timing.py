@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -28,6 +29,35 @@ def interleaved_medians(
                 start = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - start)
+                done += 1
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def device_medians(
+    calls: Mapping[str, Callable[[], Any]], *, rounds: int = 7, seconds: float = 0.5
+) -> dict[str, float]:
+    """`interleaved_medians` on a GPU: seconds from one call's end to the next one's, by the
+    device's clock, as many calls at a time as take a millisecond or more."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            count = max(1, round(1e-3 / max(time.perf_counter() - begin, 1e-6)))
+            until = time.perf_counter() + seconds
+            done = 0
+            while done < 3 or time.perf_counter() < until:
+                start = torch.cuda.Event(enable_timing=True)
+                end = torch.cuda.Event(enable_timing=True)
+                start.record()
+                for _ in range(count):
+                    call()
+                end.record()
+                end.synchronize()
+                times[name].append(start.elapsed_time(end) * 1e-3 / count)
                 done += 1
     return {name: statistics.median(t) for name, t in times.items()}
 

@@ -209,6 +209,12 @@ def test_bench_of_an_artifact_and_of_a_model(home: Path, at_home: Run) -> None:
     data = at_home("bench", f"{home}/model.py:with_inputs", *quick).json
     assert set(data["systems"]) == {"eager", "accel"}
     assert data["systems"]["accel"]["error"] < 1e-5
+    data = at_home("bench", home / "m.accel", "--kernels", *quick).json
+    line = data["roofline"]
+    assert line["matched"] and line["timed_by"] == "wall clock"
+    assert line["floor_seconds"] == pytest.approx(sum(r["floor"] for r in line["rows"]))
+    assert all(r["seconds"] > 0 and r["bytes"] > 0 for r in line["rows"])
+    assert "floor" in at_home("bench", home / "m.accel", "--kernels", *quick[:-1]).out
     ran = at_home("bench", f"{home}/model.py:with_inputs", "--against", "tensorflow", *quick)
     assert ran.code == 2
 
