@@ -48,6 +48,10 @@ class CaptureError(AccelError):
     exit_code = 3
 
 
+class FixedSizeError(CaptureError):
+    """A size that was declared dynamic is a number to the model: it counts to it, or compares."""
+
+
 class InputError(AccelError):
     """A call's inputs do not fit what was compiled (structure, shape, dtype, device)."""
 

@@ -16,17 +16,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.export import Dim
+from torch import nn
 
 from accel.compiler.assemble import to_contents, to_model
+from accel.compiler.capture_text import capture_text, plain_forward
 from accel.compiler.options import Options
 from accel.compiler.pipeline import Program, compile_module
 from accel.compiler.targets import Target, get_target
 from accel.compiler.text import text_files
-from accel.errors import CaptureError, OptionError
-from accel.frontends.checkpoints import LanguageModel
-from accel.frontends.export import capture
+from accel.errors import OptionError
 from accel.ir.module import Module
 from accel.passes.base import Context
 from accel.passes.insert_kv_cache import InsertKvCache
@@ -39,8 +37,6 @@ from accel.runtime.golden import golden_case
 from accel.runtime.memory import collection_paused
 from accel.runtime.model import CompiledModel
 
-_EXAMPLE_TOKENS = 8
-_EXAMPLE_ROWS = 2
 _LARGEST_DEFAULT = 2048
 _GOLDEN_TOKENS = 12
 _GOLDEN_LOGITS = 4
@@ -129,7 +125,7 @@ def _golden(model: Any, made: CompiledModel) -> GoldenCase:
         logits = generator.logits(ids, count)
     else:
         with torch.no_grad():
-            logits = _plain(model)(ids)[0, -count:].cpu()
+            logits = plain_forward(model)(ids)[0, -count:].cpu()
     return golden_case(GENERATE, [ids], [logits])
 
 
@@ -160,38 +156,8 @@ def derive_generator(
             f"a cache of {capacity} positions for {batch} texts, extended by {extend} tokens"
         )
     load_passes()
-    length = Dim("length", min=2, max=capacity)
-    rows = _EXAMPLE_ROWS if batch == 0 else batch
-    ids = torch.zeros(rows, min(_EXAMPLE_TOKENS, capacity), dtype=torch.int64)
-    sizes: dict[int, Any] = {1: length} if batch else {0: Dim("batch"), 1: length}
-    plain = _plain(model)
-    module = capture(plain, (ids,), dynamic_shapes=(sizes,))
+    module = capture_text(model, capacity, batch)
     insert = InsertKvCache(capacity=capacity, batch=batch, extend=min(extend, capacity))
     PassManager([*CLEAN_PIPELINE, insert], Context(), validate=validate).run(module)
     del module.functions["main"]
     return module
-
-
-def _plain(model: Any) -> Any:
-    """A forward from ids to logits."""
-    if isinstance(model, nn.Module) and model.training:
-        raise CaptureError(
-            "the model is in training mode: dropout would be random",
-            advice="call model.eval() first",
-        )
-    if isinstance(model, nn.Module) and hasattr(model, "generation_config"):
-        return LanguageModel(model).eval()
-    return _Logits(model).eval()
-
-
-class _Logits(nn.Module):
-    """The logits of a model that returns them alone, or as `logits`."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        out = self.model(input_ids)
-        logits: Tensor = out if isinstance(out, Tensor) else out.logits
-        return logits

@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 
+from accel.compiler.loops import loop_options
 from accel.compiler.sizes import size_expr
 from accel.errors import BackendError
 from accel.ir.expr import parse_expr
@@ -121,6 +122,8 @@ class _Lowering:
             if any(o.has(Trait.UPDATE) for o in op.regions[0].ops):
                 options["inplace"] = [[0, 0]]  # where the plan donates the operand
             self.step("library", library, op, _call_inputs(op), "owned", options=options)
+        elif op.name == "scan":
+            self.step("library", "scan", op, op.operands, "owned", options=loop_options(op, _json))
         elif op.has(Trait.VIEW) and op.name in _VIEWS:
             self.step("view", _VIEWS[op.name], op, op.operands, "view", options=_view_options(op))
         else:

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from accel import tree
-from accel.errors import CaptureError, OptionError
+from accel.errors import CaptureError, FixedSizeError, OptionError
 from accel.frontends.symbols import Symbols
 from accel.frontends.trace import refusal
 from accel.ir.module import Location
@@ -154,9 +154,9 @@ class DynamicShapes:
                 raise self._fixed(axis, int(expr))
         return Symbols(self.shape_env, names)
 
-    def _fixed(self, axis: _Axis, value: int) -> CaptureError:
+    def _fixed(self, axis: _Axis, value: int) -> FixedSizeError:
         label = f"axis {axis.axis} of '{self.names[axis.leaf]}'"
-        return CaptureError(
+        return FixedSizeError(
             f"{label} ({axis.name or 'dynamic'}) was declared dynamic, but the model fixes it to "
             f"{value}",
             where=str(self._fixed_at or ""),

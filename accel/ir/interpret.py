@@ -173,6 +173,8 @@ class _Machine:
     def evaluate(self, op: Op, operands: list[Tensor]) -> list[Tensor]:
         if op.name == "constant":
             return [self.widen(self.weights.tensor(str(op.attributes["name"])))]
+        if op.name == "scan":
+            return self.loop(op, operands)
         if op.regions:
             return self.run(op.regions[0], operands)
         try:
@@ -185,6 +187,23 @@ class _Machine:
             if self.oracle and op.name == "aten" and isinstance(error, RuntimeError):
                 return self.in_program_dtypes(op, operands)
             raise _failed(op, error) from error
+
+    def loop(self, op: Op, operands: list[Tensor]) -> list[Tensor]:
+        """An `accel.scan`, token by token."""
+        count, axes, stacks = (op.attribute(n) for n in ("carries", "axes", "stacks"))
+        carries, rest = operands[:count], operands[count + len(axes) :]
+        whole = list(zip(operands[count : count + len(axes)], axes))
+        tokens = {x.shape[axis] for x, axis in whole}
+        if len(tokens) != 1:
+            raise InterpretError(f"accel.scan over {sorted(tokens)} tokens", where=_place(op))
+        parts: list[list[Tensor]] = [[] for _ in stacks]
+        for token in range(tokens.pop()):
+            now = [x.narrow(axis, token, 1) for x, axis in whole]
+            made = self.run(op.regions[0], [*carries, *now, *rest])
+            carries = made[:count]
+            for part, new in zip(parts, made[count:]):
+                part.append(new)
+        return [*carries, *(torch.cat(p, axis) for p, axis in zip(parts, stacks))]
 
     def in_program_dtypes(self, op: Op, operands: list[Tensor]) -> list[Tensor]:
         """In oracle mode: an op on bits, or an `accel.aten` whose kernel has no float64 version."""

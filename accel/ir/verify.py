@@ -153,18 +153,35 @@ class _Checker:
         """Constants, kernels, calls, fallbacks: what carries its own result types."""
         if op.name == "constant":
             self.constant(op)
-        wanted = 1 if op.name in ("kernel", "call") else 0
+        wanted = 1 if op.name in ("kernel", "call", "scan") else 0
         if len(op.regions) != wanted:
             self.fail(f"{len(op.regions)} regions where {wanted} belongs", op)
         for region in op.regions:
             if region.parent is not op:
                 self.fail("a region's parent is not the op that holds it", op)
-            self.same(op, "region arguments", region.args, op.operands)
+            outer, results = [v.type for v in op.operands], [v.type for v in op.results]
+            if op.name == "scan":
+                outer, results = self.scan(op, outer, results)
+            self.same(op, "region arguments", [v.type for v in region.args], outer)
             self.region(region, end="yield")
-            self.same(op, "region results", region.results, op.results)
+            self.same(op, "region results", [v.type for v in region.results], results)
 
-    def same(self, op: Op, what: str, given: object, wanted: object) -> None:
-        a, b = [v.type for v in given], [v.type for v in wanted]  # type: ignore[attr-defined]
+    def scan(
+        self, op: Op, outer: list[TensorType], results: list[TensorType]
+    ) -> tuple[list[TensorType], list[TensorType]]:
+        """Types of one token's parts, inside of the region."""
+        count, axes, stacks = (op.attribute(n) for n in ("carries", "axes", "stacks"))
+        if len(outer) < count + len(axes) or len(results) != count + len(stacks) or not axes:
+            self.fail(f"{count} carries, axes {axes} and {stacks} do not fit", op)
+        for types, places in ((outer, axes), (results, stacks)):
+            for i, axis in enumerate(places, count):
+                if not 0 <= axis < types[i].rank:
+                    self.fail(f"axis {axis} of {types[i]}", op)
+                shape = tuple(1 if a == axis else d for a, d in enumerate(types[i].shape))
+                types[i] = TensorType(shape, types[i].dtype)
+        return outer, results
+
+    def same(self, op: Op, what: str, a: list[TensorType], b: list[TensorType]) -> None:
         if a != b and (len(a) != len(b) or not all(map(same_type, a, b))):
             self.fail(f"{what} do not match: {list(map(str, a))}, {list(map(str, b))}", op)
 

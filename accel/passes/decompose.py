@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from accel.ir.builder import Builder
 from accel.ir.capability import KernelGenerator
-from accel.ir.module import Module, Op
+from accel.ir.module import Function, Module, Op
 from accel.ir.op import Trait
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 
@@ -41,6 +41,22 @@ class Decompose(Pass):
                 before = op.prev
                 op.replace_with(builder.decompose(op))
                 pending.extend(_made_since(before, op, function.body.first))
+            _decompose_loops(function, context)
+
+
+def _decompose_loops(function: Function, context: Context) -> None:
+    """In the body of a loop over the tokens: what torch has no operator for."""
+    for loop in function.ops:
+        if loop.name != "scan":
+            continue
+        pending = [op for op in loop.regions[0].ops if op.has(Trait.COMPOSITE)]
+        while pending:
+            op = pending.pop()
+            if not _wants_decomposition(op, None) or not context.rewrite("decompose.loop", op):
+                continue
+            before = op.prev
+            op.replace_with(Builder(before=op, made_by=Decompose.name).decompose(op))
+            pending.extend(_made_since(before, op, loop.regions[0].first))
 
 
 def _made_since(before: Op | None, op: Op, first: Op | None) -> list[Op]:

@@ -27,7 +27,7 @@ import sympy
 
 from accel.errors import CaptureError, OptionError
 from accel.ir.builder import Builder
-from accel.ir.module import Function, Op, Value
+from accel.ir.module import Function, Op, Region, Value
 from accel.ir.op import Trait
 from accel.ir.types import Dim, TensorType, simplify_dim, symbol_names
 from accel.passes.token_wise import is_token_wise
@@ -93,6 +93,10 @@ class Narrow(ABC):
                 self.b.location = made_by(key[0]).location
                 made = plan.emit(self.b, [self.made[need] for need in plan.needs])
                 self.made[key] = made[key[0].index if len(made) > 1 else 0]
+                if len(made) > 1:  # an op is there once, whichever of its results are wanted
+                    for result, new in zip(made_by(key[0]).results, made):
+                        axes = self.sequence_axes(result) if key[1] else WHOLE
+                        self.made.setdefault((result, axes), new)
         return self.made[goal]
 
     # -- what the two windows differ in ------------------------------------------------------
@@ -160,14 +164,36 @@ class Narrow(ABC):
                 left = iter(operands)
                 given = [next(left) if n else None for n in op.segments for _ in range(max(n, 1))]
             types = None
+            regions = [self.copy_region(r) for r in op.regions]
             if op.definition.infer is None:
                 axes = [self.sequence_axes(r) if narrowed else WHOLE for r in op.results]
                 types = [
                     TensorType(self.shape(r.shape, a), r.dtype) for r, a in zip(op.results, axes)
                 ]
-            return b.op(op.name, given, attributes, types=types).results
+            return b.op(op.name, given, attributes, types=types, regions=regions).results
 
         return emit
+
+    def copy_region(self, region: Region) -> Region:
+        """A region with sizes as they are here."""
+        copy = Region([TensorType(self.shape(a.shape), a.dtype) for a in region.args])
+        made = self.inline(region, copy.args, Builder(copy, made_by=self.b.made_by))
+        Builder(copy).op("yield", made)
+        return copy
+
+    def inline(
+        self, region: Region, given: Sequence[Value], b: Builder | None = None
+    ) -> list[Value]:
+        """The region's ops over other arguments; its results."""
+        b = b or self.b
+        mapping = dict(zip(region.args, given))
+        for op in region.ops:
+            if op is region.last:
+                break
+            b.location = op.location
+            made = self.clone(op)(b, [mapping[v] for v in op.operands])
+            mapping.update(zip(op.results, made))
+        return [mapping[v] for v in region.results]
 
     def refuse(self, value: Value, why: str) -> CaptureError:
         op = value.op

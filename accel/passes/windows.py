@@ -10,6 +10,7 @@ import torch
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Value
 from accel.ir.types import Dim, TensorType, same_dim, simplify_dim
+from accel.passes import recurrent
 from accel.passes.narrow import WHOLE, Axes, Emit, Narrow, Plan, made_by, stored
 from accel.passes.state import Held, Item, State
 from accel.passes.token_wise import is_prefix_stable
@@ -166,7 +167,8 @@ class NextTokens(Narrow):
 
         def emit(b: Builder, values: Sequence[Value]) -> Sequence[Value]:
             new = dict(zip(leaves, values[1:]))
-            ring = any([self.write(b, x, new[x], role) for role, x in self._roles(k, v)])
+            rings = [self.write(b, x, new[x], role) for role, x in self._roles(k, v)]
+            ring = any(rings)
             attributes = {n: op.attribute(n) for n in ("scale", "window", "softcap")}
             keys, values_ = (self.read(b, x, new) for x in (k, v))
             place, slots = self.position, keys.shape[2]
@@ -243,6 +245,9 @@ class NextTokens(Narrow):
         return Plan([(v, WHOLE) for v in op.operands], self.clone(op))
 
     def otherwise(self, value: Value, axes: Axes) -> Plan:
+        kept = recurrent.plan(self, value, axes)
+        if kept is not None:
+            return kept
         if value in self.from_tokens:
             raise self.refuse(value, "mixes tokens")
         if any(not same_dim(value.shape[a], self.length) for a in axes):

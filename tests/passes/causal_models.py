@@ -67,14 +67,51 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-EAGER_ONLY = ("gemma2", "bloom")
+_STATES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "state_size": 4,
+    "num_hidden_layers": 2,
+    "time_step_rank": 4,
+}
+# Models whose state is no keys and values; they count to the length of their text.
+RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("MambaConfig", {**_IDS, **_STATES}),
+    "falcon_mamba": ("FalconMambaConfig", {**_IDS, **_STATES}),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {
+            **_IDS,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "lru_width": 32,
+            "attention_window_size": WINDOW,
+        },
+    ),
+    "rwkv": (
+        "RwkvConfig",
+        {
+            **_IDS,
+            "hidden_size": 32,
+            "attention_hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+        },
+    ),
+}
+EAGER_ONLY = ("gemma2", "bloom", *RECURRENT)
 
 
 def tiny(family: str, attention: str = "sdpa") -> Any:
     """A model of `transformers` with random weights."""
     import transformers
 
-    name, arguments = FAMILIES[family]
+    name, arguments = (FAMILIES | RECURRENT)[family]
     config = getattr(transformers, name)(**arguments)
     attention = "eager" if family in EAGER_ONLY else attention
     torch.manual_seed(0)

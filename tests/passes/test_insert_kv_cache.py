@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from accel.compiler.capture_text import capture_text
 from accel.errors import CaptureError, ContractError, OptionError
 from accel.ir import Builder, Module, interpret, verify
 from accel.ir.module import Op
 from accel.passes.equivalence import TOLERANCE, check_decode
 from accel.passes.insert_kv_cache import InsertKvCache
 from accel.passes.manager import run_pipeline
-from tests.passes.causal_models import FAMILIES, captured, tiny
+from accel.passes.pipelines import CLEAN_PIPELINE
+from tests.passes.causal_models import FAMILIES, LARGEST, RECURRENT, captured, tiny
 
 pytest.importorskip("transformers")
 
@@ -186,7 +188,7 @@ class Mixing(nn.Module):
 @pytest.mark.parametrize(
     ("mix", "name"),
     [
-        (lambda x: x.cumsum(1), "accel.cumsum"),
+        (lambda x: x.cumprod(1), "accel.cumprod"),
         (lambda x: x - x.mean(1, keepdim=True), "accel.mean"),
         (lambda x: x.flip(1), "accel.flip"),
         (lambda x: x / x.shape[1], "length of the text"),
@@ -216,6 +218,85 @@ def test_token_wise_ops_of_any_kind_pass():
     module = captured(Mixing(lambda x: x.sort(-1).values.cumsum(-1) - x.mean(-1, keepdim=True)))
     run_pipeline(module, "insert_kv_cache{capacity=8}")
     assert check_decode(module, steps=2) <= TOLERANCE
+
+
+class Causal(nn.Module):
+    """A depthwise convolution that sees the tokens before."""
+
+    def __init__(self, delay: int = 0, taps: int = 3, dilation: int = 2) -> None:
+        super().__init__()
+        self.before = (taps - 1) * dilation + delay
+        self.conv = nn.Conv1d(32, 32, taps, groups=32, dilation=dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = nn.functional.pad(x.transpose(1, 2), (self.before, 0))
+        return self.conv(padded)[..., : x.shape[1]].transpose(1, 2)
+
+
+KEPT: dict[str, Callable[[Tensor], Tensor]] = {
+    "convolution": Causal(),
+    "convolution_later": Causal(delay=2),
+    "shift": lambda x: x + nn.functional.pad(x, (0, 0, 1, -1)),
+    "shift_by_cat": lambda x: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) - x,
+    "running_sum": lambda x: x.cumsum(1),
+    "two_of_them": nn.Sequential(Causal(), nn.GELU(), Causal(delay=1)),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_what_is_kept_besides_keys_and_values(kind):
+    torch.manual_seed(0)
+    module = captured(Mixing(KEPT[kind]))
+    run_pipeline(module, "insert_kv_cache{capacity=12,extend=3}")
+    assert check_decode(module, prompts=(1, 2, 5), batches=(2,), steps=3) <= TOLERANCE
+
+
+def test_a_convolution_that_looks_ahead_is_refused():
+    conv = nn.Conv1d(32, 32, 3, padding=1)
+    module = captured(Mixing(lambda x: conv(x.transpose(1, 2)).transpose(1, 2)))
+    with pytest.raises(CaptureError, match=r"accel\.conv|accel\.slice"):
+        run_pipeline(module, "insert_kv_cache{capacity=8}")
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_models(family):
+    module = recurrent(family)
+    kinds = {item["kind"] for item in module.metadata["kv_cache"]["state"]}
+    assert "carry" in kinds and "window" in kinds
+    assert check_decode(module, prompts=(1, 4), batches=(2,), steps=2) <= TOLERANCE
+
+
+def recurrent(family: str) -> Module:
+    model = tiny(family)
+    model(torch.zeros(1, 2, dtype=torch.int64))  # RWKV scales its weights the first time
+    module = capture_text(model, LARGEST, batch=0)
+    run_pipeline(module, [*CLEAN_PIPELINE, f"insert_kv_cache{{capacity={CAPACITY},extend=3}}"])
+    return module
+
+
+def keep_one_token_less(module: Module) -> None:
+    """The window of a convolution moves on by one place too many."""
+    slices = [op for op in _ops(module, "slice") if op.result.uses]
+    op = next(o for o in slices if any(u.name == "return" for u in o.result.users))
+    start, stop = op.attributes["start"], op.attributes["stop"]
+    op.attributes |= {"start": start - 1, "stop": stop - 1}
+
+
+def forget_the_last_token(module: Module) -> None:
+    """The carry is handed on as it was."""
+    decode = module.functions["decode"]
+    index = next(i for i, a in enumerate(decode.args) if a.name == "carry.0")
+    place = next(r for r, a in decode.donates.items() if a == index)
+    decode.body.terminator.set_operand(place, decode.args[index])
+
+
+@pytest.mark.parametrize("plant", [keep_one_token_less, forget_the_last_token])
+def test_planted_mistakes_in_recurrent_state_are_caught(plant):
+    module = recurrent("mamba")
+    plant(module)
+    verify(module)
+    with pytest.raises(ContractError, match="decode equivalence"):
+        check_decode(module, prompts=(4,), batches=(2,), steps=2)
 
 
 @pytest.mark.parametrize("capacity", [1, 65])

@@ -38,6 +38,8 @@ def reason(op: Op) -> str | None:
         return f"attention over a cache of {k.dtype}"
     if any(x.op is not None and x.op.has(Trait.VIEW) for x in (k, v)):
         return "attention over a view of a cache"
+    if op.attribute("ring"):
+        return "attention over a ring with room for more than one token"
     return attention_reason(op, least_queries=0)
 
 

@@ -89,6 +89,25 @@ class Call:
         raise NotImplementedError("the interpreter runs the region")
 
 
+@define("scan", Trait.PURE | Trait.OPAQUE)
+class Scan:
+    """A loop over the tokens: the region runs once for each, in order.
+
+    Operands, which are the region's arguments: `carries` values that go from token to token, first
+    ones; then one value for each entry of `axes`, of which the region gets one token's part (size
+    1 along that axis); then what no token changes. The region yields the next carries, and parts
+    of size 1 along `stacks`. Results: the last carries, and all tokens' parts side by side.
+    """
+
+    infer = None
+
+    @staticmethod
+    def evaluate(
+        *inputs: Tensor, carries: int, axes: tuple[int, ...], stacks: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
+        raise NotImplementedError("the interpreter runs the region")
+
+
 @define("aten", Trait.OPAQUE)
 class AtenFallback:
     """An ATen op without a definition: typed by FakeTensor, run by torch, shown in every report.

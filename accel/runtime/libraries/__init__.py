@@ -11,6 +11,7 @@ from accel.runtime.interfaces import Library
 from accel.runtime.libraries.cache import CachedAttention, Update
 from accel.runtime.libraries.cudnn import CudnnConv
 from accel.runtime.libraries.flash import FlashAttention
+from accel.runtime.libraries.loop import Scan
 from accel.runtime.libraries.onednn import OneDnnConv, OneDnnLinear
 from accel.runtime.libraries.torch_native import ScaledDotProduct, TorchLinear
 
@@ -24,6 +25,7 @@ _ENTRIES: dict[str, Library] = {
         CudnnConv(),
         CachedAttention(),
         Update(),
+        Scan(),
         FlashAttention(),
     )
 }

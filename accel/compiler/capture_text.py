@@ -1,0 +1,115 @@
+"""The capture of a language model: a forward over whole texts, of any length.
+
+A causal model takes ids [B, S]; an encoder-decoder takes source ids [B, T] and ids [B, S]. Models
+that count to the length of their text (recurrent ones: `for t in range(length)`) have no capture
+with a symbol for it: they are captured at three lengths, their loops rolled up, and compared
+(`accel.passes.reroll`, `accel.passes.generalize`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from accel.errors import CaptureError, FixedSizeError
+from accel.frontends.checkpoints import LanguageModel
+from accel.frontends.export import capture
+from accel.ir.module import Module, SymbolInfo
+from accel.passes.generalize import generalize
+from accel.passes.manager import run_pipeline
+from accel.passes.reroll import Reroll
+
+_EXAMPLE_TOKENS = 8
+_EXAMPLE_SOURCE = 9
+_EXAMPLE_ROWS = 2
+# Lengths that hardly any other size of a model is equal to.
+_LENGTHS = (11, 13, 17)
+
+
+def capture_text(model: Any, capacity: int, batch: int = 1) -> Module:
+    """@main: ids -> logits [B, S, V], with symbols for S, the source's length, and B if batch = 0.
+
+    Args:
+        model: a module or callable as `compile_generator` takes it.
+        capacity: the longest text.
+        batch: rows; 0 for any number.
+
+    Raises CaptureError for what cannot be captured, naming the place.
+    """
+    plain = plain_forward(model)
+    names = ["input_ids", "decoder_input_ids"] if isinstance(plain, EncoderDecoder) else ["ids"]
+    rows = batch or _EXAMPLE_ROWS
+    first: dict[int, Any] = {} if batch else {0: Dim("batch")}
+    source = {**first, 1: Dim("source", min=2, max=_longest_source(model, capacity))}
+    text = {**first, 1: Dim("length", min=2, max=capacity)}
+    examples = [torch.zeros(rows, min(_EXAMPLE_TOKENS, capacity), dtype=torch.int64)]
+    shapes = [text]
+    if len(names) == 2:
+        examples.insert(0, torch.zeros(rows, _EXAMPLE_SOURCE, dtype=torch.int64))
+        shapes.insert(0, source)
+    try:
+        return capture(plain, tuple(examples), dynamic_shapes=tuple(shapes))
+    except FixedSizeError:
+        if len(names) == 2:
+            raise
+        return _capture_loops(plain, rows, first, capacity)
+
+
+def _capture_loops(plain: nn.Module, rows: int, first: dict[int, Any], capacity: int) -> Module:
+    """From captures of three lengths."""
+    modules = []
+    for tokens in _LENGTHS:
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        module = capture(plain, (ids,), dynamic_shapes=(first,) if first else None)
+        run_pipeline(module, [Reroll(tokens)])
+        modules.append(module)
+    return generalize(modules, _LENGTHS, SymbolInfo(2, capacity))
+
+
+def _longest_source(model: Any, capacity: int) -> int:
+    config = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 1 else max(capacity, 1024)
+
+
+def plain_forward(model: Any) -> nn.Module:
+    """A forward from ids to logits, without a cache."""
+    if isinstance(model, nn.Module) and model.training:
+        raise CaptureError(
+            "the model is in training mode: dropout would be random",
+            advice="call model.eval() first",
+        )
+    if isinstance(model, nn.Module) and hasattr(model, "generation_config"):
+        if getattr(model.config, "is_encoder_decoder", False):
+            return EncoderDecoder(model).eval()
+        return LanguageModel(model).eval()
+    return Logits(model).eval()
+
+
+class EncoderDecoder(nn.Module):
+    """input_ids [B, T], decoder_input_ids [B, S] -> logits [B, S, V]; without its cache."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        out = self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, use_cache=False)
+        logits: Tensor = out.logits
+        return logits
+
+
+class Logits(nn.Module):
+    """The logits of a model that returns them alone, or as `logits`."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out = self.model(input_ids)
+        logits: Tensor = out if isinstance(out, Tensor) else out.logits
+        return logits
