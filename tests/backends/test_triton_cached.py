@@ -12,7 +12,8 @@ from torch import Tensor
 
 from accel.backends.triton import TritonBackend, cached
 from accel.backends.triton.cached import CachedTile
-from accel.ir import Builder, Function, TensorType, Value, interpret
+from accel.ir import Builder, Function, SymbolInfo, TensorType, Value, interpret
+from accel.ir.types import Dim, symbol
 from tests.backends.kernels import function_of
 from tests.backends.triton_kernels import BACKEND, IndexFailure, InterpretedKernels
 from tests.backends.triton_worker import Worker
@@ -37,6 +38,7 @@ class Case:
     softcap: float | None = None
     mask: str = ""
     update: bool = True
+    ring: bool = False
     tile: CachedTile = _SMALL
 
     def function(self) -> Function:
@@ -65,15 +67,20 @@ class Case:
             first = c.heads * c.size
             q = b.rope(split(b, x, 0, c.heads, c.size), cos, sin)
             made: list[Value] = []
+            start, many = position, c.ring and c.tokens > 1
+            if c.ring and not many:  # a full ring is seen whole
+                size = b.scalar(c.capacity, torch.int64)
+                start = b.remainder(position, size)
+                position = b.minimum(position, b.sub(size, b.scalar(1, torch.int64)))
             if c.update:
                 k = b.rope(split(b, x, first, c.groups, c.size), cos, sin)
                 v = split(b, x, first + c.groups * c.size, c.groups, c.width)
-                keys = b.dynamic_update(keys, k, position, axis=2)
-                values = b.dynamic_update(values, v, position, axis=2)
+                keys = b.dynamic_update(keys, k, start, axis=2)
+                values = b.dynamic_update(values, v, start, axis=2)
                 made = [keys, values]
             out = b.cached_attention(
                 q, keys, values, position, *mask, scale=c.size**-0.5, window=c.window,
-                softcap=c.softcap,
+                softcap=c.softcap, ring=many,
             )  # fmt: skip
             merged = (c.batch, t, c.heads * c.width)
             return [*made, b.reshape(b.permute(out, axes=(0, 2, 1, 3)), shape=merged)]
@@ -118,6 +125,9 @@ CASES = [
     Case(mask="add", update=False, window=33, dtype=torch.float16),
     Case(heads=2, groups=1, size=256, width=256, dtype=torch.bfloat16),
     Case(heads=40, groups=1, capacity=64),
+    Case(ring=True, capacity=50),
+    Case(ring=True, capacity=64, tokens=3, window=20, update=False),
+    Case(ring=True, capacity=37, tokens=2, window=36, update=False, dtype=torch.bfloat16),
 ]
 
 
@@ -137,7 +147,10 @@ def kernels(case: Case, worker: Worker) -> InterpretedKernels:
 def test_it_computes_what_the_interpreter_does(case: Case, worker: Worker) -> None:
     torch.manual_seed(0)
     last, run = case.capacity - case.tokens, kernels(case, worker)
-    for position in sorted({0, 1, 15, 16, last // 2, last - 1, last} & set(range(last + 1))):
+    positions = {0, 1, 15, 16, last // 2, last - 1, last} & set(range(last + 1))
+    if case.ring:
+        positions |= {last + 1, last + 2, case.capacity, 5 * case.capacity + 3}
+    for position in sorted(positions):
         inputs = case.inputs(position)
         wanted = interpret(case.function(), [x.clone() for x in inputs])
         got = run(0, inputs)
@@ -155,6 +168,38 @@ def test_a_position_outside_of_the_cache_is_reported(worker: Worker) -> None:
         inputs[5] = torch.tensor(position)
         with pytest.raises(IndexFailure):
             run(0, inputs)
+
+
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("count", [1, 7, 20, symbol("n")], ids=str)
+def test_updates_write_the_new_rows_and_nothing_else(
+    count: Dim, ring: bool, worker: Worker
+) -> None:
+    torch.manual_seed(0)
+    state, rows = TensorType((2, 3, 24, 8), torch.float16), (2, count, 3, 8)
+    types = [state, TensorType((2, 3, 24, 4), torch.float16), TensorType(rows, torch.float16)]
+    types.append(TensorType((), torch.int64))
+
+    def build(b: Builder, keys: Value, values: Value, new: Value, at: Value) -> list[Value]:
+        heads = b.permute(new, axes=(0, 2, 1, 3))
+        made = [b.dynamic_update(keys, heads, at, axis=2, ring=ring)]
+        part = b.slice(heads, axis=3, start=0, stop=4)
+        return [*made, b.dynamic_update(values, part, at, axis=2, ring=ring)]
+
+    function = function_of(types, build)
+    if not isinstance(count, int):
+        function.symbols = {"n": SymbolInfo(1, None)}
+    run = InterpretedKernels([function], worker, ["update"])
+    for size in (1, 13, 24, *([61] if ring else [])):
+        size = count if isinstance(count, int) else size
+        for start in (0, 1, 24 - size, *([23, 24, 1000] if ring else [])):
+            if not 0 <= start <= (1 << 20 if ring else 24 - size):
+                continue
+            inputs = [torch.randn(2, 3, 24, n).half() for n in (8, 4)]
+            inputs += [torch.randn(2, size, 3, 8).half(), torch.tensor(start)]
+            wanted = interpret(function, [x.clone() for x in inputs])
+            for got, right in zip(run(0, inputs), wanted, strict=True):
+                assert torch.equal(got, right)
 
 
 def test_what_it_does_not_take_is_said() -> None:

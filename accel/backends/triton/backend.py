@@ -274,6 +274,8 @@ def _index_reason(op: Op) -> str | None:
             return "floating indices"
     if op.name == "arange" and any(isinstance(op.attribute(a), float) for a in ("start", "step")):
         return "a floating arange"
+    if op.name == "dynamic_update" and op.attribute("ring"):
+        return "an update of a ring, among other ops"
     if op.name in ("full", "pad") and isinstance(op.attribute("value"), complex):
         return "complex numbers"
     if op.name in ("arange", "iota") and scalar.is_storage_only(op.result.dtype):

@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
+
 from accel.backends.loops.index import Affine
 from accel.backends.loops.phases import Phase, Place, Store
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.program import ProgramWriter
 from accel.errors import BackendError
+from accel.ir.builder import Builder
 from accel.ir.module import Op, Region, Value
+from accel.ir.types import at_least, simplify_dim
+
+_LARGEST_POSITION = (1 << 31) - (1 << 16)  # in a ring, which has no end
 
 
 def reason(op: Op) -> str | None:
@@ -43,15 +49,31 @@ class _UpdateWriter(ProgramWriter):
         op = self.updates[store.place.number]
         state, source, start = op.operands
         axis = int(op.attribute("axis")) % len(state.shape)
-        room = state.shape[axis] - source.shape[axis]
+        ring = bool(op.attribute("ring"))
+        room = _LARGEST_POSITION if ring else state.shape[axis] - source.shape[axis]
         first = self.emitter.lookup(start, (), 0, room, wrap=0, clamp=False)
         index = list(store.index)
         index[axis] = index[axis].plus(first)
+        if ring:
+            _, index[axis] = self.indexer.divide(index[axis], state.shape[axis])
         return self.indexer.flatten(index, state.shape)
 
 
+def _keep_last(op: Op) -> None:
+    """Of more rows than a ring has, only the last ones are written."""
+    state, source, start = op.operands
+    axis = int(op.attribute("axis")) % len(state.shape)
+    count, size = source.shape[axis], state.shape[axis]
+    if not op.attribute("ring") or at_least(size, count):
+        return
+    b = Builder(before=op)
+    first = simplify_dim(count - simplify_dim(sympy.Min(count, size)))
+    op.set_operand(1, b.slice(source, axis=axis, start=first, stop=count))
+    op.set_operand(2, b.add(start, b.size_like(first, start.dtype)))
+
+
 class UpdateGenerator(Generator):
-    """One launch for all updates of a region."""
+    """One launch for all updates over the same space."""
 
     def run(self) -> KernelCode:
         updates: dict[int, Op] = {}
@@ -60,26 +82,29 @@ class UpdateGenerator(Generator):
             if op is None or op.name != "dynamic_update" or op.operands[0].op is not None:
                 raise BackendError("an update kernel whose results are no updates of arguments")
             updates[number] = op
+            _keep_last(op)
             self.planner._plan(op.operands[1], Place("result", number))
-        if len(self.planner.phases) != 1:
-            raise BackendError("an update kernel of several launches")
-        (phase,) = self.planner.phases
         self.kind = index_kind(self.region, [])
+        for phase in self.planner.phases:
+            if phase.reduces or phase.needs:
+                raise BackendError("an update kernel with reductions")
+            self._launch_of(phase, updates)
+        return KernelCode(self.name, self.launches, [])
+
+    def _launch_of(self, phase: Phase, updates: dict[int, Op]) -> None:
+        """The stores over one space."""
         pointers: dict[Value, str] = {v: f"x{i}" for i, v in enumerate(self.region.args)}
         emitter = Emitter(self.planner.indexer, pointers, set(), self.kind)
-        writes = [Slot("result", s.place.number) for s in phase.stores]
+        numbers = [s.place.number for s in phase.stores]
+        writes = [Slot("result", n) for n in numbers]
         targets = [w.name for w in writes]
         writer = _UpdateWriter(phase, emitter, targets, self.sms, updates)
         reads, program = self._finish(phase, writer.write())
-        states = [Slot("input", self.region.args.index(op.operands[0])) for op in updates.values()]
+        states = [Slot("input", self.region.args.index(updates[n].operands[0])) for n in numbers]
         reads = [*(r for r in reads if r not in states), *dict.fromkeys(states)]
-        pairs = [
-            (writes.index(Slot("result", number)), reads.index(state))
-            for number, state in zip(updates, states)
-        ]
+        pairs = [(i, reads.index(state)) for i, state in enumerate(states)]
         self._launch(program, reads, writes, pairs)
-        self.launches[0].updates = pairs
-        return KernelCode(self.name, self.launches, [])
+        self.launches[-1].updates = pairs
 
 
 def generate(name: str, region: Region, comment: str, sms: int, tile: Any = None) -> KernelCode:
