@@ -186,6 +186,11 @@ class CompiledFunction:
         """
         return self._bind(_Lane(self), inputs).run_steps
 
+    def raise_failure(self) -> None:
+        """Raises ExecutionError if a kernel that has finished met an index out of range."""
+        check = getattr(self._host, "raise_failure", None) or _nothing
+        check()
+
     def arena_bytes(self, symbols: dict[str, int]) -> tuple[int, int]:
         """The arena's size for these sizes, and the least that any placement would need."""
         with self._lock:
