@@ -23,6 +23,7 @@ VERBS: dict[str, str] = {
     "run": "Run an artifact on files or on random inputs.",
     "generate": "Generate text with an artifact of a language model.",
     "bench": "Time an artifact or a model beside eager PyTorch and its peers.",
+    "tune": "Time kernels on this machine's GPU, and keep the fastest in the artifact.",
     "inspect": "Show what is inside an artifact: entry points, plan, kernels, IR.",
     "explain": "Show what each pass did, as a waterfall, and what nearly happened.",
     "verify": "Replay an artifact's golden vectors on this machine.",

@@ -17,7 +17,7 @@ from accel.cli.inputs import InputSpec, Size, load_tensors, make_tensor, read_ar
 from accel.errors import InputError, OptionError
 from accel.names import near
 from accel.runtime.model import CompiledModel, EntryPoint
-from accel.runtime.plan import ValueSpec, dtype_of, evaluate_size
+from accel.runtime.plan import FunctionPlan, ValueSpec, dtype_of, evaluate_size
 
 # A dynamic size that nobody names gets this value, where its range allows it.
 _TYPICAL_SIZE = 16
@@ -74,7 +74,7 @@ def prepare_call(
         if name not in names:
             raise OptionError(f"'{file}' has '{name}', which is no input", advice=near(name, names))
     tensors |= {n: read_array(text) for n, text in given.items() if text.endswith(".npy")}
-    known = {n: _size(t, n) for n, t in _pairs(sizes, "--size", list(plan.symbols)).items()}
+    known = size_values(sizes, plan)
     _sizes_of(names, values, tensors, known)
     for name, (low, high) in plan.symbols.items():
         known.setdefault(name, max(low, min(_TYPICAL_SIZE, high or _TYPICAL_SIZE)))
@@ -97,6 +97,11 @@ def _pairs(texts: Sequence[str], option: str, names: Sequence[str]) -> dict[str,
             raise OptionError(f"{option} {text}: there is no '{name}'", advice=near(name, names))
         found[name] = value
     return found
+
+
+def size_values(sizes: Sequence[str], plan: FunctionPlan) -> dict[str, int]:
+    """Dynamic sizes that a user names."""
+    return {n: _size(t, n) for n, t in _pairs(sizes, "--size", list(plan.symbols)).items()}
 
 
 def _size(text: str, name: str) -> int:

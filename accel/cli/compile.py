@@ -10,6 +10,7 @@ import typer
 
 import accel
 from accel.cli.capture import load_example
+from accel.cli.explain import tuning_parts
 from accel.cli.inspect import counts, describe
 from accel.cli.models import load_model
 from accel.cli.output import Json, emit, facts, format_bytes, format_seconds, progress
@@ -58,6 +59,9 @@ def compile(
     ] = False,
     no_kernels: Annotated[bool, typer.Option("--no-kernels", help="Generate no kernels.")] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile everything anew.")] = False,
+    tune: Annotated[
+        str, typer.Option("--tune", help="Time kernels on the GPU here: off, quick, full.")
+    ] = "off",
     dump_dir: Annotated[str, typer.Option(help="Folder for numbered IR dumps.")] = "",
     print_after: Annotated[str, typer.Option(help='Print IR after this pass, or "all".')] = "",
     stop_after: Annotated[str, typer.Option(help="Stop the passes after this one.")] = "",
@@ -80,6 +84,7 @@ def compile(
         "on_violation": "undo" if undo else "raise",
         "kernels": not no_kernels,
         "cache": not no_cache,
+        "tune": tune,
         "dump_dir": dump_dir,
         "print_after": print_after,
         "stop_after": stop_after,
@@ -148,4 +153,4 @@ def report(path: Path, seconds: float, as_json: bool) -> None:
         fallbacks = counts(f["fallbacks"])
         rows.append((f"@{name}", f"{counts(f['steps'])}; {f['kernels']} different kernels"))
         rows.append(("run by torch", fallbacks or "nothing"))
-    emit(data, as_json, ledger.table(), facts(rows))
+    emit(data, as_json, ledger.table(), *tuning_parts(data["report"]), facts(rows))

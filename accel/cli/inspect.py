@@ -21,6 +21,7 @@ app = typer.Typer()
 
 # Arenas are shown for dynamic sizes of this many elements.
 _TYPICAL_SIZE = 256
+_SHOWN = 3  # values of one type in a row that are listed each
 
 
 @app.command()
@@ -167,11 +168,22 @@ def counts(found: dict[str, int]) -> str:
 
 
 def signature(values: list[dict[str, Any]]) -> str:
-    return ", ".join(
-        f"{v['name']}: " * bool(v["name"])
-        + f"{v['dtype']}\\[{', '.join(map(size_text, v['shape']))}]"
-        for v in values
-    )
+    """Names and types; a run of values of one type, as a language model's caches are, is one."""
+    runs: list[tuple[str, list[str]]] = []
+    for v in values:
+        type_ = f"{v['dtype']}\\[{', '.join(map(size_text, v['shape']))}]"
+        if runs and runs[-1][0] == type_:
+            runs[-1][1].append(v["name"])
+        else:
+            runs.append((type_, [v["name"]]))
+    return ", ".join(part for type_, names in runs for part in _run(type_, names))
+
+
+def _run(type_: str, names: list[str]) -> list[str]:
+    if len(names) <= _SHOWN:
+        return [f"{name}: " * bool(name) + type_ for name in names]
+    named = f"{names[0]} ... {names[-1]}: " if names[0] and names[-1] else ""
+    return [f"{named}{len(names)} x {type_}"]
 
 
 def size_text(size: SizeExpr) -> str:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from accel.cli import main
+from accel.cli.inspect import signature
 from accel.cli.models import load_model
 from tests.cli.support import Run, run_process
 
@@ -240,3 +241,13 @@ def test_doctor_without_a_c_compiler(at_home: Run, monkeypatch: pytest.MonkeyPat
     assert ran.code == 6
     (check,) = [c for c in json.loads(ran.out)["checks"] if c["name"] == "C compiler"]
     assert check["state"] == "missing" and "ACCEL_CC" in check["advice"]
+
+
+def test_values_of_one_type_in_a_row_are_one(accel: Run) -> None:
+    cache = {"dtype": "float16", "shape": ["b", 4, ["*", 2, "n"]]}
+    values = [{"name": "ids", "dtype": "int64", "shape": [1, 8]}]
+    values += [{"name": f"cache{i}", **cache} for i in range(60)]
+    assert signature(values) == (
+        "ids: int64\\[1, 8], cache0 ... cache59: 60 x float16\\[b, 4, (2 * n)]"
+    )
+    assert signature(values[:3]).count("cache") == 2
