@@ -4,10 +4,12 @@ A program stays on its multiprocessor and takes one tile of results after anothe
 tiles of x and of the weight by TMA into a ring of buffers; the tiles of results go in turn to two
 groups of four warps. While one multiplies, the other has the epilogue of its last tile to compute
 and to store, so that even a costly activation takes no time of its own. (CUTLASS calls such a
-schedule ping-pong.) Data arrives in the order of the tiles, which keeps the two apart: nothing else
-says whose turn it is.
+schedule ping-pong.)
 
     ready[slot]   the slot's two tiles have arrived        free[slot]   they have been multiplied
+    turn[group]   the other group has begun its last multiplication: everything that arrived before
+                  is its own. (A barrier knows only whether its phase is odd or even, so a group
+                  must not wait for data before that.)
 
 Gate and up halves lie one above the other in the weight's buffer: one multiplication, whose result
 is cut in two, without moving anything between threads. Triton's Gluon is its lower level: layouts,
@@ -120,12 +122,12 @@ class OverlappedWriter(MatmulWriter):
             self._multiply(body)
             self._positions(body)
             self._finish([f"acc_{i}" for i in range(self.count)])
+            body.line("number += 1")
         head = f"for tile in range(tl.program_id(0) + which * PROGRAMS, {self._tiles()}, " \
                f"{_GROUPS} * PROGRAMS):"  # fmt: skip
         before = emitter.scopes[0].block
         before.line(f"step = which * {self._steps()}")
-        if emitter.resident is not None:
-            before.line("turn = 0")
+        before.line("number = 0")
         before.nest(head, body)
         if self.out is not None:
             before.line("tma.store_wait(0)")
@@ -136,7 +138,7 @@ class OverlappedWriter(MatmulWriter):
         shared = self._shared(used)
         helpers = [self._constants(programs), self._place_source(), self._bring_source(),
                    f"@gluon.jit\ndef multiply(which: tl.constexpr, left, right, out, ready, free, "
-                   f"arrived, {shared}):\n{self._layouts()}\n{before.source()}\n"]  # fmt: skip
+                   f"turn, arrived, {shared}):\n{self._layouts()}\n{before.source()}\n"]  # fmt: skip
         return Program(self._main(shared), helpers, {}, programs, _WARPS,
                        list(dict.fromkeys(reads)), emitter.checks, tuple(self.maps),
                        gluon=True)  # fmt: skip
@@ -219,6 +221,7 @@ class OverlappedWriter(MatmulWriter):
         product_ = ("warpgroup_mma(left.index(slot), right.index(slot).permute([1, 0]), total, "
                     "is_async=True)")  # fmt: skip
         body.line("total = warpgroup_mma_init(tl.zeros([ROWS, COLS], tl.float32, wide))")
+        body.line("mbarrier.wait(turn.index(which), (number & 1) ^ (1 - which))")
         body.line("slot = step % STAGES")
         body.line("mbarrier.wait(ready.index(slot), (step // STAGES) & 1)")
         body.line(f"total = {product_}")
@@ -234,6 +237,7 @@ class OverlappedWriter(MatmulWriter):
         ):
             loop.line(line)
         body.nest(f"for _ in range(1, {self._steps()}):", loop)
+        body.line("mbarrier.arrive(turn.index(1 - which), count=1)")
         body.line("sums = warpgroup_mma_wait(num_outstanding=0, deps=[total])")
         body.line("mbarrier.arrive(free.index(slot), count=1)")
         body.line(f"step += {1 + (_GROUPS - 1) * self._steps()}")
@@ -251,8 +255,7 @@ class OverlappedWriter(MatmulWriter):
         body.line(f"row = row0{wide} + tl.arange(0, ROWS, {rows})[:, None]")
         body.line(f"col = col0{wide} + tl.arange(0, {self.width}, {columns})[None, :]")
         if self.emitter.resident is not None:
-            body.line("mbarrier.wait(arrived, turn)")
-            body.line("turn = turn ^ 1")
+            body.line("mbarrier.wait(arrived, number & 1)")
             body.line("resident = out.load(layout)")
 
     def _bind(self, axes: Sequence[Axis], variable: str, dim: str, size: int) -> None:
@@ -347,6 +350,7 @@ class OverlappedWriter(MatmulWriter):
             "right = tl.allocate_shared_memory(m1.dtype, [STAGES, COLS, DEPTH], m1.layout)",
             f"ready = {barrier.format('STAGES')}",
             f"free = {barrier.format('STAGES')}",
+            f"turn = {barrier.format(_GROUPS)}",
             f"arrived = {barrier.format(_GROUPS)}",
         ]
         if self.out is not None:
@@ -358,10 +362,11 @@ class OverlappedWriter(MatmulWriter):
             "    mbarrier.init(ready.index(i), count=1)",
             "    mbarrier.init(free.index(i), count=1)",
             f"for i in tl.static_range({_GROUPS}):",
+            "    mbarrier.init(turn.index(i), count=1)",
             "    mbarrier.init(arrived.index(i), count=1)",
             "fence_async_shared()",
             "tl.warp_specialize([",
-            *(f"    (multiply, ({i}, left, right, {out}.index({i}), ready, free, "
+            *(f"    (multiply, ({i}, left, right, {out}.index({i}), ready, free, turn, "
               f"arrived.index({i}), {shared}))," for i in range(_GROUPS)),
             f"    (bring, (left, right, ready, free, m0, m1{sizes})),",
             f"], [{_WARPS}, 1], [{_REGISTERS[0]}, {_REGISTERS[1]}])",
