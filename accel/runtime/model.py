@@ -155,7 +155,8 @@ class CompiledModel:
         return self.generator.generate(input_ids, **options)
 
     def report(self) -> dict[str, Any]:
-        """What was compiled: target, versions, bytes, steps by kind, what torch runs itself."""
+        """What was compiled: target, versions, bytes, steps by kind, what torch runs itself; on a
+        GPU which calls are CUDA graphs, and why others are not."""
         steps: dict[str, dict[str, int]] = {}
         fallbacks: dict[str, int] = {}
         for name, entry in self.entry_points.items():
@@ -164,7 +165,11 @@ class CompiledModel:
                 kinds[step.kind] = kinds.get(step.kind, 0) + 1
                 if step.kind == "aten":
                     fallbacks[step.name] = fallbacks.get(step.name, 0) + 1
-        return {**self._report, "steps": steps, "fallbacks": dict(sorted(fallbacks.items()))}
+        report = {**self._report, "steps": steps, "fallbacks": dict(sorted(fallbacks.items()))}
+        functions = {name: entry.function for name, entry in self.entry_points.items()}
+        if any(f.device.type == "cuda" for f in functions.values()):
+            report["graphs"] = {name: f.graphs() for name, f in functions.items()}
+        return report
 
     def explain(self) -> str:
         """What each pass did, one line a pass."""
