@@ -22,13 +22,16 @@ from typing import Any, Literal
 import torch
 import typer
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import accel
-from accel.cli.output import Json, emit, facts, format_seconds, progress, table
-from accel.compiler.targets import host_target
+from accel.cli.output import Json, emit, facts, format_bytes, format_seconds, progress, table
+from accel.compiler.targets import Target, host_target, list_targets
 from accel.config import c_compiler, cache_dir
 from accel.errors import AccelError, BackendError
 from accel.runtime import libraries
+from accel.runtime.cuda import driver
+from accel.runtime.cuda_load import driver_version
 from accel.runtime.interfaces import Operand
 
 app = typer.Typer()
@@ -127,6 +130,10 @@ def run_checks() -> list[Check]:
         _try("cache folder", _cache_folder, "set ACCEL_CACHE_DIR to a folder you may write"),
         _try("MLIR parser", _mlir, _install("mlir")),
         _try("CUDA device", _cuda, "GPU targets need a machine with one"),
+        _try("generated GPU kernels", _gpu_kernels, _install("triton")),
+        _try("code for a newer GPU (PTX)", _ptx, "update the NVIDIA driver"),
+        _try("CUDA graphs", _graphs, "update the NVIDIA driver"),
+        _try("times of single kernels", _profiler, "use a torch build with CUPTI"),
     ]
 
 
@@ -235,6 +242,78 @@ def _mlir() -> str:
 
 
 def _cuda() -> str:
+    _need_gpu()
+    major, minor = torch.cuda.get_device_capability()
+    number = driver_version(driver().library)
+    free, total = torch.cuda.mem_get_info()
+    fits = [t.name for t in list_targets().values() if t.arch == f"sm_{major}{minor}"]
+    return (
+        f"{torch.cuda.get_device_name()}, sm_{major}{minor}, targets {' '.join(fits) or 'none'}, "
+        f"driver for CUDA {number // 1000}.{number % 1000 // 10}, torch for {torch.version.cuda}, "
+        f"{format_bytes(free)} of {format_bytes(total)} free"
+    )
+
+
+def _need_gpu() -> None:
     if not torch.cuda.is_available():
         raise Missing("torch sees no CUDA device")
-    return str(torch.cuda.get_device_name())
+
+
+def _gpu_target(*, newer: bool = False) -> Target:
+    """A target whose machine code the GPU here runs; or one that it is newer than."""
+    here = torch.cuda.get_device_capability()
+    for target in list_targets().values():
+        if target.kind == "cuda":
+            number = int(target.arch.removeprefix("sm_"))
+            wanted = (number // 10, number % 10)
+            older = wanted[0] < here[0]
+            if older if newer else wanted[0] == here[0] and wanted <= here:
+                return target
+    raise Missing(f"no target for sm_{here[0]}{here[1]}")
+
+
+def _gpu_probe(target: Target) -> tuple[float, Any]:
+    """Compiles a norm for a GPU and compares its calls; seconds, and the compiled model."""
+    if _version("triton") is None:
+        raise Missing("triton is not installed")
+    model, x = nn.Sequential(nn.LayerNorm(64), nn.GELU()).eval(), torch.randn(8, 64)
+    start = time.perf_counter()
+    compiled = accel.compile(model, inputs=(x,), target=target, options={"cache": False})
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x.cuda()).cpu(), model(x), rtol=1e-4, atol=1e-4)
+    return time.perf_counter() - start, compiled
+
+
+def _gpu_kernels() -> str:
+    _need_gpu()
+    target = _gpu_target()
+    seconds, _ = _gpu_probe(target)
+    return f"for {target.name}: compiled and called in {format_seconds(seconds)}, result checked"
+
+
+def _ptx() -> str:
+    _need_gpu()
+    target = _gpu_target(newer=True)
+    _gpu_probe(target)
+    return f"code for {target.name} runs here through its PTX, result checked"
+
+
+def _graphs() -> str:
+    _need_gpu()
+    _, compiled = _gpu_probe(_gpu_target())
+    ((_, found),) = compiled.report()["graphs"].items()
+    if not found["recorded"]:
+        raise BackendError(f"no graph was recorded: {found['reason']}")
+    return "recorded and replayed"
+
+
+def _profiler() -> str:
+    _need_gpu()
+    x = torch.randn(1024, device="cuda")
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        torch.relu(x)
+        torch.cuda.synchronize()
+    if not any("CUDA" in str(e.device_type) for e in profiler.events()):
+        raise BackendError("torch's profiler reports no kernels")
+    return "torch's profiler reports kernels (accel bench, accel explain --measure)"
