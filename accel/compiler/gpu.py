@@ -25,6 +25,7 @@ _ONE_ARCHITECTURE = ("wgmma.", "setmaxnreg.", "tcgen05.")
 _TARGET = re.compile(r"(\.target sm_\d+)[af]\b")
 
 KERNEL_PIPELINE = (
+    "select_depthwise",
     "select_products",
     "select_cached",
     "flash_layout",

@@ -80,6 +80,20 @@ def _is_pointwise(op: Op) -> bool:
     )
 
 
+def _fits_one_call(op: Op) -> bool:
+    """Whether cuDNN's call takes all that follows: nothing, or [a residual and] ReLU.
+
+    Anything else is better off in the kernel of a product. So is a convolution of single pixels.
+    """
+    if set(op.operands[0].shape[2:]) == {1}:
+        return False
+    user = op.result.single_user
+    if user is not None and user.name == "add":
+        user = user.result.single_user
+        return user is not None and user.name == "relu"
+    return user is None or user.name == "relu" or not user.has(Trait.ELEMENTWISE)
+
+
 class _Mover:
     """`twins` maps a channels-first value to the same value channels-last."""
 
@@ -150,7 +164,7 @@ class _Mover:
             x, *rest = op.arguments()
             operands = [self._last(x, b), *rest]
             attributes["layout"] = "nhwc"
-            if _is_pointwise(op) and not self.on_gpu:  # cuDNN adds residual and ReLU in one call
+            if _is_pointwise(op) and not (self.on_gpu and _fits_one_call(op)):
                 self._finish(op, self._linear(b, operands))
                 return
         else:

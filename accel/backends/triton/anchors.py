@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accel.backends.triton import attention, cached, gemv, matmul, skinny, updates
+from accel.backends.triton import attention, cached, depthwise, gemv, matmul, skinny, updates
 from accel.backends.triton.kernel import KernelCode, generate
 from accel.backends.triton.tiles import KERNEL_TILES
 from accel.ir.module import Op, Region
@@ -48,6 +48,7 @@ ANCHORS: dict[str, Anchor] = {
     ),
     "update": Anchor(("dynamic_update",), updates.reason, updates.generate),
     "attention": Anchor(("attention",), attention.reason, attention.generate),
+    "depthwise": Anchor(("conv",), depthwise.reason, depthwise.generate),
 }
 
 

@@ -46,7 +46,9 @@ def reason(op: Op) -> str | None:
 def choose(rows: Dim, columns: int, depth: int, tiles: int, sms: int) -> MatmulTile:
     """The tile for `rows` x `columns` results, `tiles` accumulators each."""
     count = rows if isinstance(rows, int) else _SYMBOLIC_ROWS
-    if count <= _FEW_ROWS:
+    if tiles == 1 and columns <= 128 and count >= 128 * sms:
+        best = MatmulTile(128, max(16, next_power(columns)), 64, 4, 3)
+    elif count <= _FEW_ROWS:
         best = MatmulTile(max(16, next_power(count)), 32, 128, 4, 5)
     else:
         for waves, best in _TILES:
@@ -99,6 +101,7 @@ _LIBRARY_RATE, _OWN_RATE = 580e12, 380e12  # FLOP/s of 16-bit products, measured
 _BANDWIDTH = 4.3e12  # bytes/s, likewise
 _LAUNCH = 1.5e-6  # seconds from one kernel of a CUDA graph to the next
 _DEFAULT_SMS = 132
+_SLACK = 1.3  # arithmetic and memory overlap: up to here the epilogue saves more than it costs
 
 
 def saves(op: Op, members: Sequence[Op], sms: int) -> str | None:
@@ -110,13 +113,17 @@ def saves(op: Op, members: Sequence[Op], sms: int) -> str | None:
     multiplication, and that a second wave of tiles costs as much as the first.
     """
     x, weight, _ = op.arguments()
-    rest = [m for m in members if m is not op and m.name not in ("slice", "add")]
+    rows, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
+    streams = isinstance(rows, int) and _streams(rows, columns, depth, x.dtype.itemsize)
+    free = ("slice",) if streams else ("slice", "add")
+    rest = [m for m in members if m is not op and m.name not in free]
     decoded = weight.op is not None and weight.op.name != "constant"
     if not rest and not decoded:
         return "an epilogue that saves no launch"
-    rows, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
     if not isinstance(rows, int):
         return "an unknown number of rows"
+    if streams:
+        return None
     flops, width = 2 * rows * columns * depth, x.dtype.itemsize
     lost = (flops / _OWN_RATE - flops / _LIBRARY_RATE) * _DEFAULT_SMS / sms
     saved = 0.0
@@ -133,6 +140,12 @@ def saves(op: Op, members: Sequence[Op], sms: int) -> str | None:
     if count > sms and not decoded:
         return f"{count} tiles on {sms} multiprocessors"
     return None
+
+
+def _streams(rows: int, columns: int, depth: int, width: int) -> bool:
+    """Whether memory is the limit, however the tiles are computed: few channels of many pixels."""
+    moved = (rows * depth + rows * columns + columns * depth) * width
+    return 2 * rows * columns * depth / _OWN_RATE < _SLACK * moved / _BANDWIDTH
 
 
 # -- the code --------------------------------------------------------------------------------
