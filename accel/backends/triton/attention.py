@@ -1,47 +1,24 @@
-"""Kernels of kind "attention": scores, softmax and the weighted sum of values in one pass.
+"""Kernels of kind "attention": which attentions have one, and what writes it.
 
-FlashAttention-2's structure (Dao, 2023): a program holds ROWS queries of one head and walks over
-the keys in blocks of COLS, with a running maximum and sum (Milakov & Gimelshein, 2018), so that
-scores never leave the registers. They are in units of log 2, so that a weight is one `exp2`.
-
-Blocks of keys that a causal or sliding mask hides from all of a program's queries are not visited.
-Of the others most are seen whole and compare no positions: the walk is up to three loops, over
-blocks that the window cuts, whole ones, and blocks that the diagonal or the end of the keys cuts.
-Queries, keys and values are read through their views (the head split, a fused projection), the mask
-is traced like any elementwise region (a bias of positions costs no memory), and the result is
-written through the views that follow (the head merge). Programs with the most keys start first.
+`attention_loop` writes Triton code for all of them, `attention_overlapped` code for Hopper's own
+instructions where heads have 64 elements or more and lie so that TMA can copy them.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 
-from accel.backends.loops.index import Affine, Axis
-from accel.backends.loops.merge import merged
-from accel.backends.loops.phases import Planner
-from accel.backends.loops.places import find_place
-from accel.backends.loops.survey import Survey
-from accel.backends.loops.trace import Index, broadcast_index
-from accel.backends.triton import attention_tiles, dtypes
-from accel.backends.triton.addresses import decompose, size_text
-from accel.backends.triton.attention_tiles import AttentionTile
-from accel.backends.triton.emitter import Scope
+from accel.backends.triton.attention_loop import AttentionWriter, plan
+from accel.backends.triton.attention_overlapped import OverlappedAttention
+from accel.backends.triton.attention_tiles import OverlappedTile, Tile, candidates, choose
 from accel.backends.triton.kernel import Generator, KernelCode, Slot
 from accel.backends.triton.operands import StoredOperands
-from accel.backends.triton.program import Program
-from accel.backends.triton.text import COL, ROW, Block, Expr
-from accel.backends.triton.tiles import next_power, parts_of
-from accel.errors import BackendError
-from accel.ir.module import Op, Region, Value
-from accel.ir.types import Dim, product
+from accel.ir.module import Op, Region
+
+__all__ = ["candidates", "generate", "reason"]
 
 _LARGEST_HEAD = 256
 _LARGEST_INT32 = (1 << 31) - (1 << 20)  # tiles may overrun a tensor by their size
-_LOG2E = math.log2(math.e)
-_BOTH = frozenset((ROW, COL))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -62,296 +39,6 @@ def reason(op: Op) -> str | None:
     return None
 
 
-# -- the plan --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Axes of the loops, and where operands are read and the result is written."""
-
-    op: Op
-    outer: tuple[Axis, ...]  # batch and head
-    query: Index  # (b, h, i, depth) of q
-    key: Index  # (b, g, j, depth) of k, depth down the rows
-    value: Index  # (b, g, j, e) of v, j down the rows
-    place: Index  # (b, h, i, j) of a score
-    column: Affine
-    address: Affine  # of the result
-    reads: tuple[Affine, ...]
-    fixed: frozenset[Axis]
-
-
-def plan(planner: Planner) -> Plan:
-    """Plans a region whose only result is an attention, or a view of it."""
-    region, indexer = planner.region, planner.indexer
-    op = next(op for op in region.ops if op.name == "attention")
-    if len(region.results) != 1:
-        raise BackendError("an attention kernel has one result", where=str(op.location or ""))
-    q, k, v, mask = op.arguments()
-    _, found = find_place(planner, op)
-    batch, head, row, column, address = found
-    group = indexer.divide(head, int(q.shape[1]) // int(k.shape[1]))[0]
-    depth, across = (_along(planner, "depth", k.shape[3]) for _ in range(2))
-    key, down = (_along(planner, "key", k.shape[2]) for _ in range(2))
-    place = (batch, head, row, key)
-    survey = Survey(indexer, {})
-    query_at, key_at = (batch, head, row, across), (batch, group, key, depth)
-    value_at = (batch, group, down, column)
-    for operand, index in ((q, query_at), (k, key_at), (v, value_at)):
-        survey.element(operand, index)
-    if mask is not None:
-        survey.element(mask, broadcast_index(place, (0, 0, 0, 0), mask.shape))
-    indexer.splits.clear()
-    outer = tuple(sorted((batch.axes | head.axes), key=lambda a: a.order))
-    return Plan(op, outer, query_at, key_at, value_at, place, column, address,
-                (*survey.reads, address), frozenset(survey.fixed))  # fmt: skip
-
-
-def _along(planner: Planner, name: str, extent: Dim) -> Affine:
-    return Affine() if extent == 1 else planner.indexer.of(planner.indexer.axis(name, extent))
-
-
-# -- the code --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Span:
-    """One loop over blocks of keys: its bounds as source, and what it compares."""
-
-    first: str
-    last: str
-    cut: bool  # the diagonal, the window or the end of the keys may cut its blocks
-
-
-class AttentionWriter:
-    """Writes the one program of an attention kernel."""
-
-    def __init__(self, plan: Plan, emitter: StoredOperands, target: str, tile: AttentionTile):
-        self.plan, self.emitter, self.target, self.tile = plan, emitter, target, tile
-        self.op = plan.op
-        self.q, self.k, self.v, self.mask = plan.op.arguments()
-        self.queries, self.keys = self.q.shape[2], self.k.shape[2]
-        self.depth, self.width = int(self.q.shape[3]), int(self.v.shape[3])
-        self.causal = bool(self.op.attribute("causal"))
-        self.window: int | None = self.op.attribute("window")
-        self.offset: Dim = self.op.attribute("offset")
-        self.precise = ', input_precision="ieee"' if self.q.dtype == torch.float32 else ""
-        self.top = emitter.scopes[0]
-
-    def write(self) -> Program:
-        top, tile = self.top, self.tile
-        self._place()
-        self._start()
-        for span in self._spans():
-            body = Block(top.block.names)
-            self._step(body, span)
-            steps = f"tl.range({span.first}, {span.last}, COLS, num_stages={tile.stages})"
-            top.block.nest(f"for start in {steps}:", body)
-        self._finish()
-        blocks = parts_of(self.queries, tile.rows)
-        programs = product((blocks, *(a.extent for a in self.plan.outer)))
-        constants = {"ROWS": tile.rows, "COLS": tile.columns, "DEPTH": _padded(self.depth),
-                     "WIDTH": _padded(self.width)}  # fmt: skip
-        return Program(top.block.source(), [], constants, programs, tile.warps,
-                       list(self.emitter.used), self.emitter.checks)  # fmt: skip
-
-    # -- what a program has ----------------------------------------------------------------
-
-    def _place(self) -> None:
-        """Which queries of which head this program computes."""
-        emitter, block = self.emitter, self.emitter.block
-        wide = ".to(tl.int64)" if emitter.kind == "int64" else ""
-        blocks = size_text(parts_of(self.queries, self.tile.rows))
-        block.line(f"part = tl.program_id(0){wide}")
-        turned = f"{blocks} - 1 - part % {blocks}" if self.causal else f"part % {blocks}"
-        block.line(f"first = ({turned}) * ROWS")
-        if self.plan.outer:
-            block.line(f"head = part // {blocks}")
-            groups = merged(self.plan.outer, self.plan.reads, set(self.plan.fixed))
-            decompose(Expr("head", emitter.kind), groups, block, emitter.addresses)
-        block.line("row = first + tl.arange(0, ROWS)[:, None]")
-        self._bind(self.plan.place[2], "row", ROW, self.queries, self.tile.rows)
-        self.top.axes = frozenset((*self.plan.outer, *self.plan.place[2].axes))
-
-    def _bind(self, at: Affine, variable: str, dim: str, extent: Dim, size: int) -> None:
-        """An axis as the range `variable`, and its mask where blocks of `size` overrun it."""
-        axis = at.single_axis
-        if _over(extent, size):
-            self.emitter.block.line(f"{variable}_ok = {variable} < {size_text(extent)}")
-            if axis is not None:
-                self.emitter.masks[axis] = f"{variable}_ok"
-        if axis is not None:
-            self.emitter.addresses.bind(
-                (axis,), Expr(variable, self.emitter.kind, frozenset((dim,)))
-            )
-
-    def _start(self) -> None:
-        """The queries, and the state of the softmax: nothing seen yet."""
-        emitter, block = self.emitter, self.emitter.block
-        block.line("across = tl.arange(0, DEPTH)[None, :]")
-        self._bind(self.plan.query[3], "across", COL, self.depth, _padded(self.depth))
-        with emitter.inside(Scope(block, self.top.axes | self.plan.query[3].axes)):
-            query = self._operand(self.q, self.plan.query, "[ROWS, DEPTH]")
-            block.line(f"query = {query}")
-        block.line("depth = tl.arange(0, DEPTH)[:, None]")
-        self._bind(self.plan.key[3], "depth", ROW, self.depth, _padded(self.depth))
-        block.line("col = tl.arange(0, WIDTH)[None, :]")
-        self._bind(self.plan.column, "col", COL, self.width, _padded(self.width))
-        block.line('best = tl.full([ROWS, 1], float("-inf"), tl.float32)')
-        block.line("total = tl.zeros([ROWS, 1], tl.float32)")
-        block.line("acc = tl.zeros([ROWS, WIDTH], tl.float32)")
-
-    def _spans(self) -> list[Span]:
-        """The loops over keys; their bounds are written to the program."""
-        block, keys = self.emitter.block, size_text(self.keys)
-        whole = not _over(self.keys, self.tile.columns)
-        stop = "stop" if self.causal else keys
-        offset = size_text(self.offset)
-        high = f"{keys} // COLS * COLS"
-        if self.causal:
-            # Query i sees keys up to i + offset.
-            block.line(f"stop = tl.minimum(tl.maximum(first + ROWS + {offset}, 0), {keys})")
-            block.line(f"full = tl.minimum(tl.maximum(first + 1 + {offset}, 0), {keys})")
-            high = "full // COLS * COLS"
-        elif whole:
-            high = keys
-        if self.window is None:
-            block.line(f"full_stop = {high}")
-            spans = [Span("0", "full_stop", False)]
-        else:
-            # Query i sees keys after i + offset - window.
-            behind = f"{offset} - {self.window}"
-            block.line(f"low = tl.maximum(first + 1 + {behind}, 0) // COLS * COLS")
-            block.line(
-                f"full_low = (tl.maximum(first + ROWS + {behind}, 0) + COLS - 1) // COLS * COLS"
-            )
-            block.line(f"full_stop = tl.maximum({high}, low)")
-            block.line("full_low = tl.minimum(full_low, full_stop)")
-            spans = [Span("low", "full_low", True), Span("full_low", "full_stop", False)]
-        if self.causal or not whole:
-            spans.append(Span("full_stop", stop, True))
-        return spans
-
-    # -- one block of keys -----------------------------------------------------------------
-
-    def _step(self, body: Block, span: Span) -> None:
-        emitter, plan = self.emitter, self.plan
-        bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
-        known = frozenset((*self.top.axes, *plan.key[2].axes))
-        over = span.cut and _over(self.keys, self.tile.columns)
-        extent = self.keys if over else 0
-        with emitter.inside(Scope(body, known | plan.key[3].axes)):
-            body.line("key = start + tl.arange(0, COLS)[None, :]")
-            self._bind(plan.key[2], "key", COL, extent, self.tile.columns)
-            keys = self._operand(self.k, plan.key, "[DEPTH, COLS]")
-            body.line(f"score = tl.dot(query, {keys}{self.precise})")
-        with emitter.inside(Scope(body, known)):
-            self._scores(body, span, over)
-        self._softmax(body, span)
-        inner = plan.value[2].axes | plan.column.axes
-        with emitter.inside(Scope(body, frozenset((*plan.outer, *inner)))):
-            body.line("place = start + tl.arange(0, COLS)[:, None]")
-            self._bind(plan.value[2], "place", ROW, extent, self.tile.columns)
-            values = self._operand(self.v, plan.value, "[COLS, WIDTH]")
-            kind = dtypes.storage(self.v.dtype)
-            body.line(f"acc = tl.dot(weight.to(tl.{kind}), {values}, acc{self.precise})")
-        emitter.addresses.groups, emitter.masks = bound, masks
-
-    def _operand(self, value: Value, index: Index, shape: str) -> Expr:
-        """A tile as it is stored, 0 beyond the ends."""
-        emitter = self.emitter
-        emitter.raw = True
-        made = emitter.element(value, index)
-        emitter.raw = False
-        if made.dims != _BOTH:
-            text = f"tl.broadcast_to({made}, {shape})"
-            made = emitter.block.let(text, "stored", _BOTH, "operand")
-        return made
-
-    def _scores(self, body: Block, span: Span, over: bool) -> None:
-        """Scale, cap, mask. Scores come in units of log 2 from here on."""
-        scale, cap = float(self.op.attribute("scale")), self.op.attribute("softcap")
-        if cap is None:
-            body.line(f"score = score * {scale * _LOG2E!r}")
-        else:
-            # cap * tanh(x) with tanh(x) = 1 - 2 / (1 + exp(2 x)).
-            body.line(f"score = tl.exp2(score * {2 * scale / cap * _LOG2E!r})")
-            body.line(f"score = {cap * _LOG2E!r} - {2 * cap * _LOG2E!r} / (1.0 + score)")
-        keep: list[str] = []
-        if self.mask is not None:
-            index = broadcast_index(self.plan.place, (0, 0, 0, 0), self.mask.shape)
-            made = self.emitter.element(self.mask, index)
-            if self.mask.dtype == torch.bool:
-                keep.append(made.text)
-            else:
-                body.line(f"score = score + {made} * {_LOG2E!r}")
-        if over:
-            keep.append("key_ok")
-        if span.cut and (self.causal or self.window is not None):
-            body.line(f"distance = key - row - {size_text(self.offset)}")
-        if span.cut and self.causal:
-            keep.append("(distance <= 0)")
-        if span.cut and self.window is not None:
-            keep.append(f"(distance > -{self.window})")
-        if keep:
-            body.line(f'score = tl.where({" & ".join(keep)}, score, float("-inf"))')
-
-    def _softmax(self, body: Block, span: Span) -> None:
-        """Moves the running maximum; scores become weights, sums and results are rescaled."""
-        body.line("top = tl.maximum(best, tl.max(score, axis=1, keep_dims=True))")
-        origin = "top"
-        if span.cut or self.mask is not None:
-            # A row without any key so far has -inf as its maximum, and -inf - -inf is NaN.
-            body.line('origin = tl.where(top == float("-inf"), 0.0, top)')
-            origin = "origin"
-        body.line(f"weight = tl.exp2(score - {origin})")
-        body.line(f"shrink = tl.exp2(best - {origin})")
-        body.line("total = total * shrink + tl.sum(weight, axis=1, keep_dims=True)")
-        body.line("acc = acc * shrink")
-        body.line("best = top")
-
-    # -- the result ------------------------------------------------------------------------
-
-    def _finish(self) -> None:
-        emitter, block = self.emitter, self.emitter.block
-        if self._may_be_empty():
-            block.line("acc = acc / tl.where(total == 0.0, 1.0, total)")
-        else:
-            block.line("acc = acc / total")
-        with emitter.inside(Scope(block, self.top.axes | self.plan.column.axes)):
-            made = dtypes.to_storage(Expr("acc", "float32", _BOTH), self.op.result.dtype, block)
-            names = (
-                ("row", self.queries, self.tile.rows),
-                ("col", self.width, _padded(self.width)),
-            )
-            mask = " & ".join(
-                f"{name}_ok" for name, extent, size in names
-                if not isinstance(extent, int) or extent % size
-            )  # fmt: skip
-            code = emitter.addresses.code(self.plan.address)
-            place = f"{self.target} + {code}"
-            for dim, text in ((ROW, "row * 0"), (COL, "col * 0")):
-                if dim not in code.dims:
-                    place = f"{place} + {text}"
-            tail = f", mask={mask}" if mask else ""
-            block.line(f"tl.store({place}, {made}{tail})")
-
-    def _may_be_empty(self) -> bool:
-        """Whether a query without keys gives 0 (else 0 / 0, as softmax of -inf)."""
-        limited = self.causal or self.window is not None
-        return limited or (self.mask is not None and self.mask.dtype == torch.bool)
-
-
-def _over(extent: Dim, size: int) -> bool:
-    """Whether blocks of `size` may overrun the extent."""
-    return not isinstance(extent, int) or extent % size != 0
-
-
-def _padded(size: int) -> int:
-    """A head's size as tiles have it: a power of two that tensor cores take."""
-    return max(16, next_power(size))
-
-
 def _kind(region: Region) -> str:
     """The type of positions. A mask that is computed has no memory, however large it is."""
     counts = [v.type.numel() for v in (*region.args, *region.results)]
@@ -362,7 +49,7 @@ def _kind(region: Region) -> str:
 class AttentionGenerator(Generator):
     """An attention kernel: one launch."""
 
-    tile: AttentionTile | None = None
+    tile: Tile | None = None
 
     def run(self) -> KernelCode:
         made = plan(self.planner)
@@ -370,8 +57,13 @@ class AttentionGenerator(Generator):
         pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
         emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
         write = Slot("result", 0)
-        tile = self.tile or attention_tiles.choose(made.op, self.sms)
-        program = AttentionWriter(made, emitter, write.name, tile).write()
+        tile = self.tile or choose(made.op, self.sms)
+        writer = (
+            OverlappedAttention(made, emitter, self.region, write.name, tile, self.sms)
+            if isinstance(tile, OverlappedTile)
+            else AttentionWriter(made, emitter, write.name, tile)
+        )
+        program = writer.write()
         reads = [Slot("input", self.region.args.index(v)) for v in program.reads]
         reads.sort(key=lambda s: (s.kind, s.number))
         self._launch(program, reads, [write], [])
@@ -379,7 +71,7 @@ class AttentionGenerator(Generator):
 
 
 def generate(
-    name: str, region: Region, comment: str, sms: int, tile: AttentionTile | None = None
+    name: str, region: Region, comment: str, sms: int, tile: Tile | None = None
 ) -> KernelCode:
     """The source of a region with one attention. Raises BackendError for what has none."""
     generator = AttentionGenerator(name, region, comment, sms)

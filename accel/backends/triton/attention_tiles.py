@@ -20,6 +20,25 @@ class AttentionTile:
     stages: int = 2
 
 
+@dataclass(frozen=True)
+class OverlappedTile:
+    """A tile of `attention_overlapped`: groups of warps with 64 queries each, keys of one step,
+    how many steps are in flight, and whether programs stay for all of the work."""
+
+    groups: int = 2
+    columns: int = 128
+    stages: int = 2
+    persistent: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Queries of one program."""
+        return 64 * self.groups
+
+
+Tile = AttentionTile | OverlappedTile
+
+
 def choose(op: Op, sms: int) -> AttentionTile:
     """The tile of an attention kernel."""
     q, k, v, _ = op.arguments()

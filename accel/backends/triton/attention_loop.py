@@ -1,0 +1,347 @@
+"""Writes attention: scores, softmax and the weighted sum of values in one pass.
+
+FlashAttention-2's structure (Dao, 2023): a program holds ROWS queries of one head and walks over
+the keys in blocks of COLS, with a running maximum and sum (Milakov & Gimelshein, 2018), so that
+scores never leave the registers. They are in units of log 2, so that a weight is one `exp2`.
+
+Blocks of keys that a causal or sliding mask hides from all of a program's queries are not visited.
+Of the others most are seen whole and compare no positions: the walk is up to three loops, over
+blocks that the window cuts, whole ones, and blocks that the diagonal or the end of the keys cuts.
+Queries, keys and values are read through their views (the head split, a fused projection), the mask
+is traced like any elementwise region (a bias of positions costs no memory), and the result is
+written through the views that follow (the head merge). Programs with the most keys start first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from accel.backends.loops.index import Affine, Axis
+from accel.backends.loops.merge import merged
+from accel.backends.loops.phases import Planner
+from accel.backends.loops.places import find_place
+from accel.backends.loops.survey import Survey
+from accel.backends.loops.trace import Index, broadcast_index
+from accel.backends.triton import dtypes
+from accel.backends.triton.addresses import decompose, size_text
+from accel.backends.triton.attention_tiles import AttentionTile, Tile
+from accel.backends.triton.emitter import Scope
+from accel.backends.triton.operands import StoredOperands
+from accel.backends.triton.program import Program
+from accel.backends.triton.text import COL, ROW, Block, Expr
+from accel.backends.triton.tiles import next_power, parts_of
+from accel.errors import BackendError
+from accel.ir.module import Op, Value
+from accel.ir.types import Dim, product
+
+_LOG2E = math.log2(math.e)
+_BOTH = frozenset((ROW, COL))
+
+
+# -- the plan --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Axes of the loops, and where operands are read and the result is written."""
+
+    op: Op
+    outer: tuple[Axis, ...]  # batch and head
+    query: Index  # (b, h, i, depth) of q
+    key: Index  # (b, g, j, depth) of k, depth down the rows
+    value: Index  # (b, g, j, e) of v, j down the rows
+    place: Index  # (b, h, i, j) of a score
+    column: Affine
+    address: Affine  # of the result
+    reads: tuple[Affine, ...]
+    fixed: frozenset[Axis]
+
+
+def plan(planner: Planner) -> Plan:
+    """Plans a region whose only result is an attention, or a view of it."""
+    region, indexer = planner.region, planner.indexer
+    op = next(op for op in region.ops if op.name == "attention")
+    if len(region.results) != 1:
+        raise BackendError("an attention kernel has one result", where=str(op.location or ""))
+    q, k, v, mask = op.arguments()
+    _, found = find_place(planner, op)
+    batch, head, row, column, address = found
+    group = indexer.divide(head, int(q.shape[1]) // int(k.shape[1]))[0]
+    depth, across = (_along(planner, "depth", k.shape[3]) for _ in range(2))
+    key, down = (_along(planner, "key", k.shape[2]) for _ in range(2))
+    place = (batch, head, row, key)
+    survey = Survey(indexer, {})
+    query_at, key_at = (batch, head, row, across), (batch, group, key, depth)
+    value_at = (batch, group, down, column)
+    for operand, index in ((q, query_at), (k, key_at), (v, value_at)):
+        survey.element(operand, index)
+    if mask is not None:
+        survey.element(mask, broadcast_index(place, (0, 0, 0, 0), mask.shape))
+    indexer.splits.clear()
+    outer = tuple(sorted((batch.axes | head.axes), key=lambda a: a.order))
+    return Plan(op, outer, query_at, key_at, value_at, place, column, address,
+                (*survey.reads, address), frozenset(survey.fixed))  # fmt: skip
+
+
+def _along(planner: Planner, name: str, extent: Dim) -> Affine:
+    return Affine() if extent == 1 else planner.indexer.of(planner.indexer.axis(name, extent))
+
+
+# -- the code --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """One loop over blocks of keys: its bounds as source, and what it compares."""
+
+    first: str
+    last: str
+    cut: bool  # the diagonal, the window or the end of the keys may cut its blocks
+
+
+class AttentionWriter:
+    """Writes the one program of an attention kernel."""
+
+    def __init__(self, plan: Plan, emitter: StoredOperands, target: str, tile: Tile):
+        self.plan, self.emitter, self.target, self.tile = plan, emitter, target, tile
+        self.op = plan.op
+        self.q, self.k, self.v, self.mask = plan.op.arguments()
+        self.queries, self.keys = self.q.shape[2], self.k.shape[2]
+        self.depth, self.width = int(self.q.shape[3]), int(self.v.shape[3])
+        self.causal = bool(self.op.attribute("causal"))
+        self.window: int | None = self.op.attribute("window")
+        self.offset: Dim = self.op.attribute("offset")
+        self.factor = self._lazy_factor()
+        self.precise = ', input_precision="ieee"' if self.q.dtype == torch.float32 else ""
+        self.top = emitter.scopes[0]
+
+    def write(self) -> Program:
+        top, tile = self.top, self.tile
+        assert isinstance(tile, AttentionTile)
+        self._place()
+        self._start()
+        for span in self._spans():
+            body = Block(top.block.names)
+            self._step(body, span)
+            steps = f"tl.range({span.first}, {span.last}, COLS, num_stages={tile.stages})"
+            top.block.nest(f"for start in {steps}:", body)
+        self._finish()
+        blocks = parts_of(self.queries, tile.rows)
+        programs = product((blocks, *(a.extent for a in self.plan.outer)))
+        constants = {"ROWS": tile.rows, "COLS": tile.columns, "DEPTH": padded(self.depth),
+                     "WIDTH": padded(self.width)}  # fmt: skip
+        return Program(top.block.source(), [], constants, programs, tile.warps,
+                       list(self.emitter.used), self.emitter.checks)  # fmt: skip
+
+    # -- what a program has ----------------------------------------------------------------
+
+    def _place(self) -> None:
+        """Which queries of which head this program computes."""
+        emitter, block = self.emitter, self.emitter.block
+        wide = ".to(tl.int64)" if emitter.kind == "int64" else ""
+        blocks = size_text(parts_of(self.queries, self.tile.rows))
+        block.line(f"part = tl.program_id(0){wide}")
+        turned = f"{blocks} - 1 - part % {blocks}" if self.causal else f"part % {blocks}"
+        block.line(f"first = ({turned}) * ROWS")
+        if self.plan.outer:
+            block.line(f"head = part // {blocks}")
+            groups = merged(self.plan.outer, self.plan.reads, set(self.plan.fixed))
+            decompose(Expr("head", emitter.kind), groups, block, emitter.addresses)
+        block.line("row = first + tl.arange(0, ROWS)[:, None]")
+        self._bind(self.plan.place[2], "row", ROW, self.queries, self.tile.rows)
+        self.top.axes = frozenset((*self.plan.outer, *self.plan.place[2].axes))
+
+    def _bind(self, at: Affine, variable: str, dim: str, extent: Dim, size: int) -> None:
+        """An axis as the range `variable`, and its mask where blocks of `size` overrun it."""
+        axis = at.single_axis
+        if over(extent, size):
+            self.emitter.block.line(f"{variable}_ok = {variable} < {size_text(extent)}")
+            if axis is not None:
+                self.emitter.masks[axis] = f"{variable}_ok"
+        if axis is not None:
+            self.emitter.addresses.bind(
+                (axis,), Expr(variable, self.emitter.kind, frozenset((dim,)))
+            )
+
+    def _start(self) -> None:
+        """The queries, and the state of the softmax: nothing seen yet."""
+        emitter, block = self.emitter, self.emitter.block
+        block.line("across = tl.arange(0, DEPTH)[None, :]")
+        self._bind(self.plan.query[3], "across", COL, self.depth, padded(self.depth))
+        with emitter.inside(Scope(block, self.top.axes | self.plan.query[3].axes)):
+            query = self._operand(self.q, self.plan.query, "[ROWS, DEPTH]")
+            block.line(f"query = {query}")
+        block.line("depth = tl.arange(0, DEPTH)[:, None]")
+        self._bind(self.plan.key[3], "depth", ROW, self.depth, padded(self.depth))
+        block.line("col = tl.arange(0, WIDTH)[None, :]")
+        self._bind(self.plan.column, "col", COL, self.width, padded(self.width))
+        block.line('best = tl.full([ROWS, 1], float("-inf"), tl.float32)')
+        block.line("total = tl.zeros([ROWS, 1], tl.float32)")
+        block.line("acc = tl.zeros([ROWS, WIDTH], tl.float32)")
+
+    def _spans(self) -> list[Span]:
+        """The loops over keys; their bounds are written to the program."""
+        block, keys = self.emitter.block, size_text(self.keys)
+        whole = not over(self.keys, self.tile.columns)
+        stop = "stop" if self.causal else keys
+        offset = size_text(self.offset)
+        high = f"{keys} // COLS * COLS"
+        if self.causal:
+            # Query i sees keys up to i + offset.
+            block.line(f"stop = tl.minimum(tl.maximum(first + ROWS + {offset}, 0), {keys})")
+            block.line(f"full = tl.minimum(tl.maximum(first + 1 + {offset}, 0), {keys})")
+            high = "full // COLS * COLS"
+        elif whole:
+            high = keys
+        if self.window is None:
+            block.line(f"full_stop = {high}")
+            spans = [Span("0", "full_stop", False)]
+        else:
+            # Query i sees keys after i + offset - window.
+            behind = f"{offset} - {self.window}"
+            block.line(f"low = tl.maximum(first + 1 + {behind}, 0) // COLS * COLS")
+            block.line(
+                f"full_low = (tl.maximum(first + ROWS + {behind}, 0) + COLS - 1) // COLS * COLS"
+            )
+            block.line(f"full_stop = tl.maximum({high}, low)")
+            block.line("full_low = tl.minimum(full_low, full_stop)")
+            spans = [Span("low", "full_low", True), Span("full_low", "full_stop", False)]
+        if self.causal or not whole:
+            spans.append(Span("full_stop", stop, True))
+        return spans
+
+    # -- one block of keys -----------------------------------------------------------------
+
+    def _step(self, body: Block, span: Span) -> None:
+        emitter, plan = self.emitter, self.plan
+        bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
+        known = frozenset((*self.top.axes, *plan.key[2].axes))
+        past = span.cut and over(self.keys, self.tile.columns)
+        extent = self.keys if past else 0
+        with emitter.inside(Scope(body, known | plan.key[3].axes)):
+            body.line("key = start + tl.arange(0, COLS)[None, :]")
+            self._bind(plan.key[2], "key", COL, extent, self.tile.columns)
+            keys = self._operand(self.k, plan.key, "[DEPTH, COLS]")
+            body.line(f"score = tl.dot(query, {keys}{self.precise})")
+        with emitter.inside(Scope(body, known)):
+            self._scores(body, span, past)
+        self._softmax(body, span)
+        inner = plan.value[2].axes | plan.column.axes
+        with emitter.inside(Scope(body, frozenset((*plan.outer, *inner)))):
+            body.line("place = start + tl.arange(0, COLS)[:, None]")
+            self._bind(plan.value[2], "place", ROW, extent, self.tile.columns)
+            values = self._operand(self.v, plan.value, "[COLS, WIDTH]")
+            kind = dtypes.storage(self.v.dtype)
+            body.line(f"acc = tl.dot(weight.to(tl.{kind}), {values}, acc{self.precise})")
+        emitter.addresses.groups, emitter.masks = bound, masks
+
+    def _operand(self, value: Value, index: Index, shape: str) -> Expr:
+        """A tile as it is stored, 0 beyond the ends."""
+        emitter = self.emitter
+        emitter.raw = True
+        made = emitter.element(value, index)
+        emitter.raw = False
+        if made.dims != _BOTH:
+            text = f"tl.broadcast_to({made}, {shape})"
+            made = emitter.block.let(text, "stored", _BOTH, "operand")
+        return made
+
+    def _lazy_factor(self) -> float:
+        """What scores are multiplied with on their way into `exp2`: one operation with the
+        subtraction of the maximum. 1 where they are scaled before."""
+        scale = float(self.op.attribute("scale"))
+        biased = self.mask is not None and self.mask.dtype != torch.bool
+        if biased or self.op.attribute("softcap") is not None or scale <= 0:
+            return 1.0
+        return scale * _LOG2E
+
+    def _scale_and_bias(self, body: Block) -> str:
+        """Scale (in units of log 2), cap, bias; and the condition of a boolean mask, or ""."""
+        scale, cap = float(self.op.attribute("scale")), self.op.attribute("softcap")
+        if cap is not None:
+            # cap * tanh(x) with tanh(x) = 1 - 2 / (1 + exp(2 x)).
+            body.line(f"score = tl.exp2(score * {2 * scale / cap * _LOG2E!r})")
+            body.line(f"score = {cap * _LOG2E!r} - {2 * cap * _LOG2E!r} / (1.0 + score)")
+        elif self.factor == 1.0:
+            body.line(f"score = score * {scale * _LOG2E!r}")
+        if self.mask is None:
+            return ""
+        index = broadcast_index(self.plan.place, (0, 0, 0, 0), self.mask.shape)
+        made: Expr = self.emitter.element(self.mask, index)
+        if self.mask.dtype == torch.bool:
+            return made.text
+        body.line(f"score = score + {made} * {_LOG2E!r}")
+        return ""
+
+    def _scores(self, body: Block, span: Span, past: bool) -> None:
+        """Scale, cap, mask."""
+        keep = [k for k in (self._scale_and_bias(body),) if k]
+        if past:
+            keep.append("key_ok")
+        if span.cut and (self.causal or self.window is not None):
+            body.line(f"distance = key - row - {size_text(self.offset)}")
+        if span.cut and self.causal:
+            keep.append("(distance <= 0)")
+        if span.cut and self.window is not None:
+            keep.append(f"(distance > -{self.window})")
+        if keep:
+            body.line(f'score = tl.where({" & ".join(keep)}, score, float("-inf"))')
+
+    def _softmax(self, body: Block, span: Span) -> None:
+        """Moves the running maximum; scores become weights, sums and results are rescaled."""
+        times = f" * {self.factor!r}" if self.factor != 1.0 else ""
+        body.line(f"top = tl.maximum(best, tl.max(score, axis=1, keep_dims=True){times})")
+        origin = "top"
+        if span.cut or self.mask is not None:
+            # A row without any key so far has -inf as its maximum, and -inf - -inf is NaN.
+            body.line('origin = tl.where(top == float("-inf"), 0.0, top)')
+            origin = "origin"
+        body.line(f"weight = tl.exp2(score{times} - {origin})")
+        body.line(f"shrink = tl.exp2(best - {origin})")
+        body.line("total = total * shrink + tl.sum(weight, axis=1, keep_dims=True)")
+        body.line("acc = acc * shrink")
+        body.line("best = top")
+
+    # -- the result ------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        emitter, block = self.emitter, self.emitter.block
+        if self._may_be_empty():
+            block.line("acc = acc / tl.where(total == 0.0, 1.0, total)")
+        else:
+            block.line("acc = acc / total")
+        with emitter.inside(Scope(block, self.top.axes | self.plan.column.axes)):
+            made = dtypes.to_storage(Expr("acc", "float32", _BOTH), self.op.result.dtype, block)
+            names = (
+                ("row", self.queries, self.tile.rows),
+                ("col", self.width, padded(self.width)),
+            )
+            mask = " & ".join(
+                f"{name}_ok" for name, extent, size in names
+                if not isinstance(extent, int) or extent % size
+            )  # fmt: skip
+            code = emitter.addresses.code(self.plan.address)
+            place = f"{self.target} + {code}"
+            for dim, text in ((ROW, "row * 0"), (COL, "col * 0")):
+                if dim not in code.dims:
+                    place = f"{place} + {text}"
+            tail = f", mask={mask}" if mask else ""
+            block.line(f"tl.store({place}, {made}{tail})")
+
+    def _may_be_empty(self) -> bool:
+        """Whether a query without keys gives 0 (else 0 / 0, as softmax of -inf)."""
+        limited = self.causal or self.window is not None
+        return limited or (self.mask is not None and self.mask.dtype == torch.bool)
+
+
+def over(extent: Dim, size: int) -> bool:
+    """Whether blocks of `size` may overrun the extent."""
+    return not isinstance(extent, int) or extent % size != 0
+
+
+def padded(size: int) -> int:
+    """A head's size as tiles have it: a power of two that tensor cores take."""
+    return max(16, next_power(size))

@@ -1,0 +1,428 @@
+"""Writes attention for Hopper in Gluon: a warp brings tiles, groups of warps work on them.
+
+The walk over keys is that of `attention`; what differs is who does what. One warp brings the
+queries and then blocks of keys and values by TMA into a ring of buffers. Each group of four warps
+has 64 queries, and multiplies the next block's keys while it computes the softmax of the last
+block: the tensor cores and the exponentials of a group overlap, and so do the groups
+(FlashAttention-3: Shah et al., 2024). Blocks go from the last to the first, so that the first one
+is cut (by the diagonal, or by the end of the keys) and most of the others are not.
+
+    key_ready[slot]  the block has arrived      key_free[slot]  all groups have multiplied it
+
+Triton's Gluon is its lower level: layouts, barriers and copies are written out; what the tracer
+emits for a mask is the same in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from accel.backends.loops.merge import merged
+from accel.backends.loops.phases import region_symbols
+from accel.backends.triton import dtypes
+from accel.backends.triton.addresses import decompose, size_text
+from accel.backends.triton.attention_loop import AttentionWriter, Plan, over, padded
+from accel.backends.triton.attention_tiles import OverlappedTile
+from accel.backends.triton.emitter import Scope
+from accel.backends.triton.head_tiles import Tiles, tiles_of
+from accel.backends.triton.maps import MapCode
+from accel.backends.triton.operands import StoredOperands
+from accel.backends.triton.program import Program
+from accel.backends.triton.text import COL, ROW, Block, Expr
+from accel.backends.triton.tiles import parts_of
+from accel.errors import BackendError
+from accel.ir.module import Op, Region
+from accel.ir.types import Dim, product
+
+_ROWS = 64  # of a group: what one wgmma takes
+_REGISTERS = {2: (240, 24), 3: (160, 32)}  # of a working thread, of the warp that brings; by groups
+_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_BARRIERS = ("query_ready", "query_free", "key_ready", "key_free", "value_ready", "value_free")
+
+
+def reason(op: Op) -> str | None:
+    """Why an attention has no such kernel, whatever its memory layout is; None if it has one."""
+    q, k, v, _ = op.arguments()
+    if q.dtype not in _NAMES:
+        return f"attention of {q.dtype} by wgmma"
+    if any(padded(int(x.shape[3])) != x.shape[3] or x.shape[3] < 64 for x in (q, v)):
+        return f"heads of size {q.shape[3]} and {v.shape[3]} by TMA"
+    causal, offset = bool(op.attribute("causal")), op.attribute("offset")
+    if causal and not (isinstance(offset, int) and offset >= 0):
+        return "queries before the first key"
+    if op.attribute("window") is not None:
+        sizes = (q.shape[2], k.shape[2])
+        fits = causal and (sizes[0] == sizes[1] if offset == 0 else _fits(*sizes, offset))
+        return None if fits else "queries behind the last key"
+    return None
+
+
+def _fits(queries: Dim, keys: Dim, offset: int) -> bool:
+    return isinstance(queries, int) and isinstance(keys, int) and queries + offset <= keys
+
+
+class OverlappedAttention(AttentionWriter):
+    """Writes the one program. Raises BackendError for what `reason` refuses, or operands that are
+    no matrices."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        emitter: StoredOperands,
+        region: Region,
+        target: str,
+        tile: OverlappedTile,
+        sms: int,
+    ) -> None:
+        why = reason(plan.op)
+        if why is not None:
+            raise BackendError(f"no overlapped attention: {why}")
+        super().__init__(plan, emitter, target, tile)
+        self.overlapped, self.sms = tile, sms
+        self.symbols = list(region_symbols(region))
+        found = [
+            tiles_of(emitter.indexer, value, index, int(value.shape[3]))
+            for value, index in ((self.q, plan.query), (self.k, plan.key),
+                                 (self.v, plan.value))
+        ]  # fmt: skip
+        self.tiles = [t for t in found if t is not None]
+        if len(self.tiles) < 3:
+            raise BackendError("an attention whose operands are no matrices that TMA can copy")
+        if over(self.keys, tile.columns) and self.tiles[2].row.terms:
+            # Values beyond the end have the weight 0, but 0 times what is no number is none.
+            raise BackendError("an attention whose blocks of keys overrun into the next batch")
+        self.names = ["first"]  # where a part of the work lies
+
+    def write(self) -> Program:
+        tile, emitter = self.overlapped, self.emitter
+        place = self._place_function()
+        weigh, loads = self._weigh_function()
+        maps = [self._map(number, one) for number, one in enumerate(self.tiles)]
+        parts = product((parts_of(self.queries, tile.rows), *(a.extent for a in self.plan.outer)))
+        programs: Dim = parts
+        if tile.persistent:
+            programs = min(parts, self.sms) if isinstance(parts, int) else self.sms
+        self.parts = f"range(tl.program_id(0), {size_text(parts)}, {size_text(programs)})"
+        helpers = [self._constants(), place, self._bounds_function(), weigh,
+                   self._bring_function(), self._attend_function(loads)]  # fmt: skip
+        reads = [t.value for t in self.tiles] + list(emitter.used)
+        return Program(self._main(loads), helpers, {}, programs, 4, list(dict.fromkeys(reads)),
+                       emitter.checks, tuple(maps), gluon=True)  # fmt: skip
+
+    # -- parts that functions share --------------------------------------------------------
+
+    def _constants(self) -> str:
+        tile = self.overlapped
+        values = {"ROWS": tile.rows, "COLS": tile.columns, "DEPTH": self.depth,
+                  "WIDTH": self.width, "STAGES": tile.stages, "GROUPS": tile.groups}  # fmt: skip
+        lines = [f"{name} = tl.constexpr({value})" for name, value in values.items()]
+        form = "tl.constexpr(tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {}, 16]))"
+        across = self.width // 8
+        lines += [
+            f"SCORES = {form.format(tile.columns)}",
+            f"RESULT = {form.format(self.width)}",
+            "WEIGHTS = tl.constexpr(tl.DotOperandLayout(0, RESULT.value, 2))",
+            f"STORED = tl.constexpr(tl.BlockedLayout([1, 8], [{32 // min(across, 32)}, "
+            f"{min(across, 32)}], [4, 1], [1, 0]))",
+        ]
+        return "\n".join(lines)
+
+    def _map(self, number: int, one: Tiles) -> MapCode:
+        box = (_ROWS, self.depth) if number == 0 else (self.overlapped.columns, self._wide(number))
+        pointer = self.emitter.pointers[one.value]
+        return MapCode(f"m{number}", pointer, _NAMES[one.value.dtype], one.rows, one.stride,
+                       one.stride, box, shared=True)  # fmt: skip
+
+    def _wide(self, number: int) -> int:
+        return self.width if number == 2 else self.depth
+
+    def _arguments(self, *names: str) -> str:
+        return ", ".join([*names, *self.symbols])
+
+    def _function(self, head: str, body: Block, result: str = "") -> str:
+        if result:
+            body.line(f"return {result}")
+        return f"@gluon.jit\ndef {head}:\n{body.source()}\n"
+
+    def _place_function(self) -> str:
+        """Which queries of which head a part of the work is; binds the names for addresses."""
+        emitter, body = self.emitter, Block(self.top.block.names)
+        blocks = size_text(parts_of(self.queries, self.tile.rows))
+        turned = f"{blocks} - 1 - part % {blocks}" if self.causal else f"part % {blocks}"
+        if emitter.kind == "int64":
+            body.line("part = part.to(tl.int64)")
+        body.line(f"first = ({turned}) * ROWS")
+        if self.plan.outer:
+            body.line(f"head = part // {blocks}")
+            groups = merged(self.plan.outer, self.plan.reads, set(self.plan.fixed))
+            decompose(Expr("head", emitter.kind), groups, body, emitter.addresses)
+            bound = (variable.text for _, variable in emitter.addresses.groups)
+            self.names += dict.fromkeys(("head", *bound))
+        return self._function(f"place({self._arguments('part')})", body, ", ".join(self.names))
+
+    def _bounds_function(self) -> str:
+        """Blocks of keys of a part: the first, the first and last whole ones, the end."""
+        body, keys, offset = Block(self.top.block.names), size_text(self.keys), self.offset
+        names = {"low": "0", "full_low": "0", "full": "full", "stop": "stop"}
+        if self.causal:
+            body.line(f"end = tl.minimum(first + {_plus('ROWS', offset)}, {keys}).to(tl.int32)")
+            body.line("stop = (end + COLS - 1) // COLS")
+            body.line(f"full = tl.minimum(first + {_plus('1', offset)}, {keys}).to(tl.int32)")
+            body.line("full = tl.minimum(full // COLS, stop - 1)")
+        elif isinstance(self.keys, int):
+            stop = parts_of(self.keys, self.tile.columns)
+            names |= {"full": f"{stop} - 1", "stop": str(stop)}
+        else:
+            body.line(f"stop = (({keys} + COLS - 1) // COLS).to(tl.int32)")
+            names["full"] = "stop - 1"
+        if self.window is not None:
+            behind = f"{_plus('first', offset)} - {self.window}"
+            body.line(f"low = tl.maximum({behind} + 1, 0).to(tl.int32) // COLS")
+            body.line(f"full_low = tl.maximum({behind} + ROWS, 0).to(tl.int32) + COLS - 1")
+            body.line("full = tl.maximum(full, low)")
+            body.line("full_low = tl.minimum(full_low // COLS, full)")
+            names |= {"low": "low", "full_low": "full_low"}
+        return self._function(
+            f"bounds({self._arguments('first')})", body, ", ".join(names.values())
+        )
+
+    # -- the softmax -----------------------------------------------------------------------
+
+    def _weigh_function(self) -> tuple[str, list[str]]:
+        """Scores become weights; and the pointers that the mask is read through."""
+        emitter, body = self.emitter, Block(self.top.block.names)
+        key_at, row_at = self.plan.key[2], self.plan.place[2]
+        bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
+        known = frozenset((*self.plan.outer, *row_at.axes, *key_at.axes))
+        past = over(self.keys, self.tile.columns)
+        with emitter.inside(Scope(body, known)):
+            self._bind(row_at, "row", ROW, self.queries if self.mask is not None else 0,
+                       self.tile.rows)  # fmt: skip
+            self._bind(key_at, "key", COL, self.keys if past else 0, self.tile.columns)
+            keep = self._scale_and_bias(body)
+        emitter.addresses.groups, emitter.masks = bound, masks
+        if keep:
+            body.line(f'score = tl.where({keep}, score, float("-inf"))')
+        cut = self._cut(past)
+        if cut:
+            inner = Block(body.names)
+            inner.line(f'score = tl.where({cut}, score, float("-inf"))')
+            body.nest("if CUT:", inner)
+        times = f" * {self.factor!r}" if self.factor != 1.0 else ""
+        body.line(f"top = tl.maximum(best, tl.max(score, axis=1){times})")
+        # A row without any key so far has -inf as its maximum, and -inf - -inf is NaN.
+        guard = 'tl.where(top == float("-inf"), 0.0, top)'
+        body.line(f"origin = {guard}" if keep or self.mask is not None else
+                  f"origin = {guard} if CUT else top")  # fmt: skip
+        body.line(f"weight = tl.exp2(score{times} - origin[:, None])")
+        body.line("shrink = tl.exp2(best - origin)")
+        body.line("total = total * shrink + tl.sum(weight, axis=1)")
+        loads = [emitter.pointers[v] for v in emitter.used]
+        head = self._arguments("score", "best", "total", "row", "key", *self.names, *loads)
+        return self._function(f"weigh({head}, CUT: tl.constexpr)", body,
+                              "weight, shrink, top, total"), loads  # fmt: skip
+
+    def _cut(self, past: bool) -> str:
+        """What the ends of the keys, the diagonal and the window hide."""
+        conditions = ["key_ok"] if past else []
+        distance = f"(key - row - {self.offset}" if self.offset else "(key - row"
+        if self.causal:
+            conditions.append(f"{distance} <= 0)")
+        if self.window is not None:
+            conditions.append(f"{distance} > -{self.window})")
+        return " & ".join(conditions)
+
+    # -- bringing --------------------------------------------------------------------------
+
+    def _bring_function(self) -> str:
+        bytes_ = [rows * self._wide(n) * 2 for n, rows in
+                  enumerate((_ROWS, self.tile.columns, self.tile.columns))]  # fmt: skip
+        code = [self._coordinates(one) for one in self.tiles]
+        names = ", ".join(self.names)
+        loop = [
+            f"{names} = place({self._arguments('part')})",
+            f"low, full_low, full, stop = bounds({self._arguments('first')})",
+            *(f"row{n} = {row}" for n, (row, _) in enumerate(code)),
+            *(f"col{n} = {column}" for n, (_, column) in enumerate(code)),
+            "for which in tl.static_range(GROUPS):",
+            "    mbarrier.wait(query_free.index(which), (turn & 1) ^ 1)",
+            f"    mbarrier.expect(query_ready.index(which), {bytes_[0]})",
+            f"    at = row0 + first.to(tl.int32) + which * {_ROWS}",
+            "    bring_tile(m0, [at, col0], query_ready.index(which), queries.index(which))",
+            "for block in range(0, stop - low):",
+            "    start = (stop - 1 - block) * COLS",
+            "    slot = taken % STAGES",
+            "    phase = ((taken // STAGES) & 1) ^ 1",
+        ]
+        for number, name in ((1, "key"), (2, "value")):
+            loop += [
+                f"    mbarrier.wait({name}_free.index(slot), phase)",
+                f"    mbarrier.expect({name}_ready.index(slot), {bytes_[number]})",
+                f"    bring_tile(m{number}, [row{number} + start, col{number}], "
+                f"{name}_ready.index(slot), {name}s.index(slot))",
+            ]
+        loop += ["    taken += 1", "turn += 1"]
+        body = Block(self.top.block.names)
+        body.line("taken = 0")
+        body.line("turn = 0")
+        inner = Block(body.names)
+        inner.lines = loop
+        body.nest(f"for part in {self.parts}:", inner)
+        head = self._arguments("m0", "m1", "m2", "queries", "keys", "values", *_BARRIERS)
+        return self._function(f"bring({head})", body)
+
+    def _coordinates(self, one: Tiles) -> tuple[str, str]:
+        """Where a head starts."""
+        codes = [self.emitter.addresses.code(place).text for place in (one.row, one.column)]
+        row, column = (
+            f"({code}).to(tl.int32)" if place.terms else code
+            for code, place in zip(codes, (one.row, one.column), strict=True)
+        )
+        return row, column
+
+    # -- working ---------------------------------------------------------------------------
+
+    def _attend_function(self, loads: Sequence[str]) -> str:
+        """One group of warps; and `step`, one block of keys."""
+        dtype = f"tl.{dtypes.storage(self.v.dtype)}"
+        place, more = ", ".join(self.names), ", ".join((*self.names, *loads, *self.symbols))
+        rings = "keys, values, " + ", ".join(_BARRIERS[2:])
+        state = "acc, weight, best, total"
+        cut = self.causal or over(self.keys, self.tile.columns) or self.window is not None
+        step = Block(self.top.block.names)
+        step.lines = [
+            "slot = taken % STAGES",
+            "last = (taken - 1) % STAGES",
+            "mbarrier.wait(key_ready.index(slot), (taken // STAGES) & 1)",
+            "zero = tl.zeros([64, COLS], tl.float32, SCORES)",
+            "score = warpgroup_mma(query, keys.index(slot).permute([1, 0]), zero, use_acc=False, "
+            "is_async=True)",
+            "mbarrier.wait(value_ready.index(last), ((taken - 1) // STAGES) & 1)",
+            "acc = warpgroup_mma(weight, values.index(last), acc, is_async=True)",
+            "score = warpgroup_mma_wait(num_outstanding=1, deps=[score])",
+            "mbarrier.arrive(key_free.index(slot), count=1)",
+            "key = block * COLS + tl.arange(0, COLS, tl.SliceLayout(0, SCORES))[None, :]",
+            f"weight, shrink, best, total = weigh(score, best, total, row, key, {more}, CUT)",
+            "acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])",
+            "mbarrier.arrive(value_free.index(last), count=1)",
+            "acc = acc * tl.convert_layout(shrink, tl.SliceLayout(1, RESULT))[:, None]",
+            f"return acc, tl.convert_layout(weight.to({dtype}), WEIGHTS), best, total",
+        ]
+        head = f"step(query, {rings}, {state}, taken, block, row, {more}, CUT: tl.constexpr)"
+        text = self._function(head, step)
+
+        def walk(count: str, block: str, cut: bool) -> list[str]:
+            return [
+                f"for i in range(0, {count}):",
+                f"    {state} = step(query, {rings}, {state}, taken, {block}, row, {more}, {cut})",
+                "    taken += 1",
+            ]
+
+        loop = [
+            f"{place} = place({self._arguments('part')})",
+            f"low, full_low, full, stop = bounds({self._arguments('first')})",
+            "row = first + which * 64 + tl.arange(0, 64, tl.SliceLayout(1, SCORES))[:, None]",
+            "key = (stop - 1) * COLS + tl.arange(0, COLS, tl.SliceLayout(0, SCORES))[None, :]",
+            'best = tl.full([64], float("-inf"), tl.float32, tl.SliceLayout(1, SCORES))',
+            "total = tl.zeros([64], tl.float32, tl.SliceLayout(1, SCORES))",
+            "acc = tl.zeros([64, WIDTH], tl.float32, RESULT)",
+            "zero = tl.zeros([64, COLS], tl.float32, SCORES)",
+            "mbarrier.wait(query_ready.index(which), turn & 1)",
+            "slot = taken % STAGES",
+            "mbarrier.wait(key_ready.index(slot), (taken // STAGES) & 1)",
+            "score = warpgroup_mma(query, keys.index(slot).permute([1, 0]), zero, use_acc=False, "
+            "is_async=True)",
+            "score = warpgroup_mma_wait(num_outstanding=0, deps=[score])",
+            "mbarrier.arrive(key_free.index(slot), count=1)",
+            f"weight, shrink, best, total = weigh(score, best, total, row, key, {more}, {cut})",
+            f"weight = tl.convert_layout(weight.to({dtype}), WEIGHTS)",
+            "taken += 1",
+        ]
+        if self._cuts_more():
+            loop += walk("stop - 1 - full", "stop - 2 - i", True)
+        loop += walk("full - full_low", "full - 1 - i", False)
+        if self.window is not None:
+            loop += walk("full_low - low", "full_low - 1 - i", True)
+        loop += [
+            "mbarrier.arrive(query_free.index(which), count=1)",
+            "turn += 1",
+            "last = (taken - 1) % STAGES",
+            "mbarrier.wait(value_ready.index(last), ((taken - 1) // STAGES) & 1)",
+            "acc = warpgroup_mma(weight, values.index(last), acc, is_async=True)",
+            "acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])",
+            "mbarrier.arrive(value_free.index(last), count=1)",
+            *self._stored(),
+        ]
+        body = Block(self.top.block.names)
+        body.lines = ["query = queries.index(which)", "taken = 0", "turn = 0"]
+        inner = Block(body.names)
+        inner.lines = loop
+        body.nest(f"for part in {self.parts}:", inner)
+        head = self._arguments("queries", "keys", "values", *_BARRIERS, self.target, *loads)
+        return f"{text}\n\n{self._function(f'attend(which: tl.constexpr, {head})', body)}"
+
+    def _cuts_more(self) -> bool:
+        """Whether the diagonal may cut more than the last block of a part."""
+        tile = self.tile
+        return self.causal and (tile.columns % tile.rows != 0 or self.offset % tile.columns != 0)
+
+    def _stored(self) -> list[str]:
+        """The result of a part, through the views that follow."""
+        emitter = self.emitter
+        bound = list(emitter.addresses.groups)
+        row, column = self.plan.place[2].single_axis, self.plan.column.single_axis
+        for axis, name, dim in ((row, "row", ROW), (column, "col", COL)):
+            if axis is not None:
+                emitter.addresses.bind((axis,), Expr(name, emitter.kind, frozenset((dim,))))
+        address = emitter.addresses.code(self.plan.address)
+        emitter.addresses.groups = bound
+        empty = self.mask is not None and self.mask.dtype == torch.bool
+        divisor = "tl.where(total == 0.0, 1.0, total)" if empty else "total"
+        past = over(self.queries, self.tile.rows)
+        mask = f", mask=row < {size_text(self.queries)}" if past else ""
+        dtype = f"tl.{dtypes.storage(self.op.result.dtype)}"
+        return [
+            f"total = tl.convert_layout({divisor}, tl.SliceLayout(1, RESULT))",
+            f"result = tl.convert_layout((acc / total[:, None]).to({dtype}), STORED)",
+            "row = first + which * 64 + tl.arange(0, 64, tl.SliceLayout(1, STORED))[:, None]",
+            "col = tl.arange(0, WIDTH, tl.SliceLayout(0, STORED))[None, :]",
+            f"tl.store({self.target} + {address}, result{mask})",
+        ]
+
+    # -- the program -----------------------------------------------------------------------
+
+    def _main(self, loads: Sequence[str]) -> str:
+        groups = self.overlapped.groups
+        counts = {"query_ready": ("GROUPS", 1), "query_free": ("GROUPS", 1)}
+        for name in _BARRIERS[2:]:
+            counts[name] = ("STAGES", groups if name.endswith("free") else 1)
+        shared = "tl.allocate_shared_memory({}, [{}], {})"
+        lines = [
+            "queries = " + shared.format("m0.dtype", "GROUPS, 64, DEPTH", "m0.layout"),
+            "keys = " + shared.format("m1.dtype", "STAGES, COLS, DEPTH", "m1.layout"),
+            "values = " + shared.format("m2.dtype", "STAGES, COLS, WIDTH", "m2.layout"),
+        ]
+        for name, (many, count) in counts.items():
+            made = shared.format("tl.int64", f"{many}, 1", "mbarrier.MBarrierLayout()")
+            lines += [f"{name} = {made}", f"for i in tl.static_range({many}):",
+                      f"    mbarrier.init({name}.index(i), count={count})"]  # fmt: skip
+        barriers = ", ".join(_BARRIERS)
+        work = self._arguments("queries, keys, values", barriers, self.target, *loads)
+        bring = self._arguments("m0, m1, m2, queries, keys, values", barriers)
+        working, bringing = _REGISTERS[groups]
+        warps = [4] * (groups - 1) + [1]
+        registers = [working] * (groups - 1) + [bringing]
+        lines += [
+            "fence_async_shared()",
+            "tl.warp_specialize([",
+            *(f"    (attend, ({which}, {work}))," for which in range(groups)),
+            f"    (bring, ({bring})),",
+            f"], {warps}, {registers})",
+        ]
+        return "\n".join(f"    {line}" for line in lines)
+
+
+def _plus(name: str, offset: Dim) -> str:
+    return name if offset == 0 else f"{name} + {size_text(offset)}"
