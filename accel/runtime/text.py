@@ -64,7 +64,7 @@ class Tokenizer:
     @classmethod
     def of_files(cls, read: Callable[[str], bytes]) -> Tokenizer:
         """From the two files of an artifact."""
-        settings = decode(TextSettings, parse(read(SETTINGS_FILE), SETTINGS_FILE))
+        settings = decode(TextSettings, parse(read(SETTINGS_FILE), SETTINGS_FILE), SETTINGS_FILE)
         return cls(read(TOKENIZER_FILE), settings)
 
     @property

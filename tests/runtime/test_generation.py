@@ -194,3 +194,79 @@ def test_top_p_keeps_the_fewest_tokens():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     kept = Sampling(do_sample=True, top_p=0.7).scores(logits, torch.zeros(1, 0, dtype=torch.int64))
     assert torch.isfinite(kept).tolist() == [[True, True, False, False]]
+
+
+class Letters:
+    """A token is a letter."""
+
+    def decode(self, ids: Any) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+def test_stop_strings(llama):
+    _, fast = llama
+    ids = torch.randint(3, 128, (3, 5), generator=torch.Generator().manual_seed(8))
+    free = fast.generate(ids, max_new_tokens=NEW)[:, 5:]
+    words = [Letters().decode(row.tolist()) for row in free]
+    stop = words[1][9:12]
+    options = {"stop_strings": [stop, "?"], "tokenizer": Letters(), "pad_token_id": 1}
+    made = fast.generate(ids, max_new_tokens=NEW, return_dict_in_generate=True, **options)
+    for i, text in enumerate(words):
+        at = text.find(stop)
+        length = NEW if at < 0 else at + 3
+        assert made.lengths[i] == length
+        row = made.sequences[i, 5:].tolist()
+        assert row[:length] == free[i, :length].tolist() and set(row[length:]) <= {1}
+    with pytest.raises(OptionError, match="tokenizer"):
+        fast.generate(ids, max_new_tokens=4, stop_strings="x")
+
+
+def test_log_probabilities_are_the_models(llama):
+    model, fast = llama
+    ids = [[5, 6, 7, 8], [9, 10]]
+    made = fast.generate(ids, max_new_tokens=6, logprobs=2)
+    for i, prompt in enumerate(ids):
+        text = made.sequences[i : i + 1, 4 - len(prompt) :]
+        with torch.no_grad():
+            logs = model(text).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        own = logs.gather(1, text[0, len(prompt) :, None])[:, 0]
+        torch.testing.assert_close(made.logprobs[i], own, atol=1e-4, rtol=1e-4)
+        assert torch.equal(made.top_ids[i, :, 0], logs.argmax(-1))
+
+
+def test_configs_and_processors(llama):
+    from transformers import GenerationConfig
+
+    model, fast = llama
+    ids = torch.randint(3, 128, (2, 5))
+    config = GenerationConfig(
+        do_sample=True, temperature=0.8, top_p=0.9, max_new_tokens=NEW, pad_token_id=0
+    )
+    torch.manual_seed(4)
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    assert torch.equal(fast.generate(ids, generation_config=config, seed=4), wanted)
+    calls = []
+
+    def only_seven(text: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        calls.append(text.shape)
+        return scores.index_fill(1, torch.tensor([7]), 1e9)
+
+    made = fast.generate(ids, max_new_tokens=3, logits_processor=[only_seven])
+    assert set(made[:, 5:].flatten().tolist()) == {7}
+    assert calls == [(2, 5), (2, 6), (2, 7)]
+    least = fast.generate(ids, max_new_tokens=6, eos_token_id=int(made[0, 5]), min_new_tokens=2)
+    assert least.shape[1] >= 7
+
+
+def test_the_models_own_config_holds():
+    model = tiny("llama")
+    fast = accel.compile(model)
+    ids = torch.tensor([[5, 6, 7]])
+    free = fast.generate(ids, max_new_tokens=12, capacity=CAPACITY)
+    model.generation_config.eos_token_id = int(free[0, 6])
+    made = fast.generate(ids, max_new_tokens=12, capacity=CAPACITY)
+    assert made.tolist() == free[:, :7].tolist()
+    looked = fast.generate(ids, max_new_tokens=12, capacity=CAPACITY, prompt_lookup_num_tokens=3)
+    assert torch.equal(made, looked)
+    drafted = fast.generate(ids, max_new_tokens=12, capacity=CAPACITY, assistant_model=model)
+    assert torch.equal(made, drafted)
