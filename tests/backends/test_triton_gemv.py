@@ -37,9 +37,10 @@ def check(
     inputs: Sequence[Tensor],
     kind: str,
     weights: int | None = None,
+    backend: TritonBackend = BACKEND,
 ) -> str:
     """Compares a kernel with the float64 oracle; returns its source."""
-    runner = InterpretedKernels([function], worker, [kind], weights=weights)
+    runner = InterpretedKernels([function], worker, [kind], backend, weights)
     exact = interpret(function, inputs, WeightStore(), oracle=True)
     stored = [
         pack_sub_byte(t, a.dtype) if a.dtype in SUB_BYTE_BITS else t

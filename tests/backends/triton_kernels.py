@@ -13,6 +13,7 @@ from accel.backends.triton.kernel import LaunchCode, Slot
 from accel.ir import Function
 from accel.ir.interpret import bind_symbols
 from accel.ir.types import SUB_BYTE_BITS, Dim, substitute
+from tests.backends.gluon_interpreter import MapOf
 from tests.backends.kernels import kernel_of, poisoned
 from tests.backends.triton_worker import Job, Worker
 
@@ -84,6 +85,10 @@ class InterpretedKernels:
         positions = list(range(len(launch.reads), len(slots)))
         if launch.checks:
             positions.append(len(args) - 1)
+        names = [slot.name for slot in slots]
+        for m in launch.maps:
+            rows = _value(m.rows, symbols)
+            args.append(MapOf(names.index(m.pointer), rows, m.columns, m.stride, m.box))
         programs = _value(launch.programs, symbols)
         if any(memory[s].numel() == 0 for s in launch.writes):
             programs = 0

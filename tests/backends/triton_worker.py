@@ -39,11 +39,16 @@ def run(job: Job) -> list[Tensor]:
     """
     from accel.backends.triton import dependent
     from accel.backends.triton.toolchain import loaded
+    from tests.backends import gluon_interpreter
 
     _prepare()
-    with loaded(job.source, job.name) as module:
+    source, name = job.source, job.name
+    if gluon_interpreter.is_gluon(source):
+        source, name = gluon_interpreter.interpreted(source, name), f"{name}_entry"
+    with loaded(source, name) as module:
         module.libdevice = _Libdevice()
         args = list(job.args)
+        args = [a.of(args) if isinstance(a, gluon_interpreter.MapOf) else a for a in args]
         awaited = [args[i].untyped_storage() for i in job.awaited]
         meant = [storage.clone() for storage in awaited]
 
@@ -59,7 +64,7 @@ def run(job: Job) -> list[Tensor]:
         setattr(module, dependent.WAIT, wait)
         if job.programs:
             try:
-                getattr(module, job.name)[(job.programs,)](*args, **job.constants)
+                getattr(module, name)[(job.programs,)](*args, **job.constants)
             except Exception as error:
                 raise RuntimeError(f"{error}\n{job.source}") from error
     return [args[i] for i in job.writes]

@@ -138,7 +138,8 @@ class OverlappedWriter(MatmulWriter):
         shared = self._shared(used)
         helpers = [self._constants(programs), self._place_source(), self._bring_source(),
                    f"@gluon.jit\ndef multiply(which: tl.constexpr, left, right, out, ready, free, "
-                   f"turn, arrived, {shared}):\n{self._layouts()}\n{before.source()}\n"]  # fmt: skip
+                   f"turn, arrived, {shared}):\n{self._layouts()}\n{before.source()}\n",
+                  ]  # fmt: skip
         return Program(self._main(shared), helpers, {}, programs, _WARPS,
                        list(dict.fromkeys(reads)), emitter.checks, tuple(self.maps),
                        gluon=True)  # fmt: skip

@@ -1,0 +1,278 @@
+"""Runs sources in Gluon on the CPU: partitions as threads, barriers and copies as they mean.
+
+Triton interprets Triton, not Gluon. What generated sources use of Gluon beyond Triton is here, on
+top of that interpreter: shared memory, mbarriers with their phases and counted bytes, copies of
+tiles of a matrix (zeros outside of it), and products that read their operands only when they are
+waited for, so that a slot which is freed too early gives a wrong result, and a barrier that nobody
+completes an error. Layouts mean nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton.language as triton_language
+from torch import Tensor
+
+SECONDS = 20.0  # a wait that takes longer is a deadlock
+HEAD_START = "from triton.experimental import gluon\n"
+HEAD = """\
+import triton
+import triton.language as triton_language
+from triton.language.extra.cuda import libdevice
+from tests.backends.gluon_interpreter import *
+
+"""
+_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+def is_gluon(source: str) -> bool:
+    return HEAD_START in source
+
+
+def interpreted(source: str, name: str) -> str:
+    """The source with this module in Gluon's place, and `name`_entry, which Triton launches."""
+    start = source.index(HEAD_START)
+    end = source.index("\n\n", source.index("\nstore_tile", start))
+    source = source[:start] + HEAD + source[end:]
+    found = re.search(rf"def {name}\((.*?)\):", source)
+    assert found is not None
+    entry = f"@triton.jit\ndef {name}_entry({found[1]}):\n    {name}({found[1]})\n"
+    return f"{source}\n\n{entry}"
+
+
+@dataclass(frozen=True)
+class MapOf:
+    """A matrix in the tensor that is another argument."""
+
+    argument: int
+    rows: int
+    columns: int
+    stride: int
+    box: tuple[int, int]
+
+    def of(self, args: Sequence[Any]) -> MapArgument:
+        tensor = args[self.argument]
+        return MapArgument(tensor, self.rows, self.columns, self.stride, self.box)
+
+
+class MapArgument:
+    """A matrix as a kernel's argument: tiles of `box` from a tensor's memory."""
+
+    def __init__(self, tensor: Tensor, rows: int, columns: int, stride: int, box: Sequence[int]):
+        self.view = tensor.as_strided((rows, columns), (stride, 1))
+        self.box = tuple(box)
+        self.dtype, self.layout = tensor.dtype, None
+
+    def tile(self, place: Sequence[Any]) -> tuple[slice, slice]:
+        row, column = (int(p) for p in place)
+        assert row >= 0 and column >= 0
+        return slice(row, row + self.box[0]), slice(column, column + self.box[1])
+
+
+class Shared:
+    """Buffers in shared memory; rubbish at first."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def index(self, place: Any) -> Shared:
+        return Shared(self.data[int(place)])
+
+    def slice(self, start: Any, length: Any, dim: int = 0) -> Shared:
+        return Shared(self.data.narrow(dim, int(start), int(length)))
+
+    def permute(self, axes: Sequence[int]) -> Shared:
+        return Shared(self.data.permute(*axes))
+
+    def load(self, layout: object) -> Any:
+        return _tensor(self.data)
+
+    def store(self, value: Any) -> None:
+        self.data.copy_(_values(value, self.data.dtype))
+
+
+def _tensor(data: Tensor) -> Any:
+    """A value of Triton's interpreter."""
+    from triton.runtime.interpreter import TensorHandle
+
+    kind = getattr(triton_language, _NAMES[data.dtype])
+    stored = data.view(torch.uint16) if data.dtype == torch.bfloat16 else data
+    handle = TensorHandle(stored.clone().numpy(), kind)
+    return triton_language.tensor(handle, triton_language.block_type(kind, list(data.shape)))
+
+
+def _values(value: Any, dtype: torch.dtype) -> Tensor:
+    data = torch.from_numpy(value.handle.data.copy())
+    return data.view(torch.bfloat16) if dtype == torch.bfloat16 else data
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all arrivals, and all bytes that were announced, are in."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.count = self.missing = self.bytes = self.phase = 0
+
+    def _end_phase(self) -> None:
+        if self.missing == 0 and self.bytes == 0:
+            self.phase += 1
+            self.missing = self.count
+            self.changed.notify_all()
+
+
+class _Barriers:
+    """`mbarrier` of Gluon."""
+
+    @staticmethod
+    def MBarrierLayout() -> str:
+        return "barriers"
+
+    @staticmethod
+    def init(one: Barrier, count: int) -> None:
+        one.count = one.missing = count
+
+    @staticmethod
+    def expect(one: Barrier, amount: int) -> None:
+        with one.changed:
+            one.bytes += amount
+            one.missing -= 1
+            one._end_phase()
+
+    @staticmethod
+    def arrive(one: Barrier, count: int = 1) -> None:
+        with one.changed:
+            assert one.missing >= count, "more arrivals than a barrier expects"
+            one.missing -= count
+            one._end_phase()
+
+    @staticmethod
+    def wait(one: Barrier, parity: Any) -> None:
+        wanted = int(parity)
+        with one.changed:
+            if not one.changed.wait_for(lambda: (one.phase & 1) != wanted, SECONDS):
+                raise TimeoutError("a barrier that nobody completes")
+
+
+class _BarrierArray(list[Barrier]):
+    def index(self, place: Any) -> Barrier:  # type: ignore[override]
+        return self[int(place)]
+
+
+def bring_tile(one: MapArgument, place: Sequence[Any], barrier: Barrier, target: Shared) -> None:
+    """A tile of a matrix to shared memory; zeros outside of the matrix."""
+    rows, columns = one.tile(place)
+    part = one.view[rows, columns]
+    assert tuple(target.data.shape) == one.box
+    target.data.zero_()
+    target.data[: part.shape[0], : part.shape[1]] = part
+    with barrier.changed:
+        barrier.bytes -= target.data.numel() * target.data.element_size()
+        barrier._end_phase()
+
+
+def store_tile(one: MapArgument, place: Sequence[Any], source: Shared) -> None:
+    rows, columns = one.tile(place)
+    part = one.view[rows, columns]
+    part.copy_(source.data[: part.shape[0], : part.shape[1]])
+
+
+class Total:
+    """Sums of products, some of which may still be under way."""
+
+    def __init__(self, data: Tensor, pending: list[tuple[Tensor, Tensor]]) -> None:
+        self.data, self.pending = data, pending
+
+
+def warpgroup_mma_init(value: Any) -> Total:
+    return value if isinstance(value, Total) else Total(_values(value, torch.float32), [])
+
+
+def warpgroup_mma(left: Shared, right: Shared, total: Total, *, is_async: bool) -> Total:
+    assert is_async
+    return Total(total.data, [*total.pending, (left.data, right.data)])
+
+
+def warpgroup_mma_wait(num_outstanding: int, deps: Sequence[Total]) -> Any:
+    (total,) = deps
+    data, pending = total.data, list(total.pending)
+    while len(pending) > num_outstanding:
+        left, right = pending.pop(0)
+        data = data + left.float() @ right.float()
+    return Total(data, pending) if pending else _tensor(data)
+
+
+def fence_async_shared() -> None:
+    """Nothing is reordered here."""
+
+
+class _Language:
+    """`gluon.language`: Triton's, with layouts, shared memory and partitions."""
+
+    NVMMADistributedLayout = staticmethod(lambda *args: None)
+    SliceLayout = staticmethod(lambda *args: None)
+    constexpr = int
+    static_range = range
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(triton_language, name)
+
+    def arange(self, start: int, end: int, layout: object = None) -> Any:
+        return triton_language.arange(start, end)
+
+    def zeros(self, shape: Sequence[int], dtype: Any, layout: object = None) -> Any:
+        return _tensor(torch.zeros(*shape))
+
+    def convert_layout(self, value: Any, layout: object) -> Any:
+        return value
+
+    def allocate_shared_memory(self, dtype: Any, shape: Sequence[int], layout: object) -> Any:
+        if layout == "barriers":
+            return _BarrierArray(Barrier() for _ in range_(shape[0]))
+        return Shared(torch.full(tuple(shape), torch.nan, dtype=dtype))
+
+    def warp_specialize(
+        self, parts: Sequence[tuple[Callable[..., None], Sequence[Any]]], *_: object
+    ) -> None:
+        failures: list[BaseException] = []
+
+        def run(function: Callable[..., None], args: Sequence[Any]) -> None:
+            try:
+                function(*args)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=run, args=part) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+
+
+range_ = range
+
+
+def _scalars(*bounds: Any) -> Iterator[Any]:
+    """`range`, whose values are scalars of the interpreter."""
+    from triton.runtime.interpreter import _implicit_cvt
+
+    return (_implicit_cvt(i) for i in range_(*(int(b) for b in bounds)))
+
+
+range = _scalars  # what sources see
+tl = _Language()
+mbarrier = _Barriers()
+tma = SimpleNamespace(store_wait=lambda pending: None)
+gluon = SimpleNamespace(jit=lambda function: function)
+__all__ = [
+    "bring_tile", "fence_async_shared", "gluon", "mbarrier", "range", "store_tile", "tl", "tma",
+    "warpgroup_mma", "warpgroup_mma_init", "warpgroup_mma_wait",
+]  # fmt: skip

@@ -1,0 +1,109 @@
+"""Products in Gluon: through the interpreter with its barriers and copies, compiled for Hopper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from accel.backends.triton import TritonBackend
+from accel.backends.triton.overlapped import OverlappedTile
+from accel.errors import BackendError
+from accel.ir import TensorType
+from tests.backends.kernels import function_of, kernel_of, sym
+from tests.backends.test_triton_gemv import check, halves, inputs_for
+from tests.backends.test_tvm_kernels import randn, typed
+from tests.backends.triton_worker import Worker
+
+BF16, FP16 = torch.bfloat16, torch.float16
+TILE = OverlappedTile(64, 64, 32, 3)
+BACKEND = TritonBackend("sm_90", sms=2, tile=TILE)  # few programs, so that each has many tiles
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    one = Worker()
+    yield one
+    one.close()
+
+
+Case = tuple[list[TensorType], Callable[..., Any]]
+CASES: dict[str, Case] = {
+    "plain": ([typed(FP16, 64, 64), typed(FP16, 64, 64)], lambda b, x, w: b.linear(x, w)),
+    "tails": ([typed(BF16, 150, 72), typed(BF16, 88, 72)], lambda b, x, w: b.linear(x, w)),
+    "odd columns": ([typed(FP16, 70, 40), typed(FP16, 33, 40)], lambda b, x, w: b.linear(x, w)),
+    "one step": ([typed(FP16, 200, 16), typed(FP16, 64, 16)], lambda b, x, w: b.linear(x, w)),
+    "bias, gelu": (
+        [typed(FP16, 2, 90, 96), typed(FP16, 72, 96), typed(FP16, 72)],
+        lambda b, x, w, c: b.gelu(b.linear(x, w, c)),
+    ),
+    "bias, residual": (
+        [typed(FP16, 2, 90, 96), typed(FP16, 136, 96), typed(FP16, 136), typed(FP16, 2, 90, 136)],
+        lambda b, x, w, c, r: b.add(b.linear(x, w, c), r),
+    ),
+    "two results": (
+        [typed(BF16, 200, 64), typed(BF16, 40, 64), typed(BF16, 200, 40)],
+        lambda b, x, w, r: (lambda y: [y, b.silu(y)])(b.add(b.linear(x, w), r)),
+    ),
+    "a result of another type": (
+        [typed(FP16, 100, 64), typed(FP16, 40, 64)],
+        lambda b, x, w: b.cast(b.linear(x, w), dtype=BF16),
+    ),
+    "gate times up": (
+        [typed(BF16, 133, 64), typed(BF16, 176, 64)],
+        lambda b, x, w: halves(b, b.linear(x, w)),
+    ),
+    "a part of the weight": (
+        [typed(BF16, 100, 64), typed(BF16, 144, 64)],
+        lambda b, x, w: b.relu(b.linear(x, b.slice(w, axis=0, start=48, stop=112))),
+    ),
+    "columns of x": (
+        [typed(BF16, 100, 192), typed(BF16, 48, 64)],
+        lambda b, x, w: b.relu(b.linear(b.slice(x, axis=1, start=64, stop=128), w)),
+    ),
+}  # fmt: skip
+
+
+def run(worker: Worker, case: Case) -> str:
+    types, build = case
+    torch.manual_seed(0)
+    return check(worker, function_of(types, build), inputs_for(types), "matmul", backend=BACKEND)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products(worker: Worker, name: str) -> None:
+    assert "warp_specialize" in run(worker, CASES[name])
+
+
+@pytest.mark.parametrize("rows", [1, 65, 500])
+def test_symbolic_rows(worker: Worker, rows: int) -> None:
+    types = [typed(BF16, sym("s"), 32), typed(BF16, 72, 32)]
+    function = function_of(types, lambda b, x, w: b.silu(b.linear(x, w)))
+    inputs = [randn(rows, 32).bfloat16(), randn(72, 32).bfloat16()]
+    check(worker, function, inputs, "matmul", backend=BACKEND)
+
+
+def test_what_is_no_matrix_is_refused() -> None:
+    scattered = [typed(FP16, 5, 4, 8, 16), typed(FP16, 48, 64)]
+    function = function_of(
+        scattered,
+        lambda b, x, w: b.linear(b.reshape(b.permute(x, axes=(0, 2, 1, 3)), shape=(5, 8, 64)), w),
+    )
+    with pytest.raises(BackendError, match="no matrices"):
+        BACKEND.generate([kernel_of(function, "matmul")])
+    short = [typed(FP16, 64, 60), typed(FP16, 64, 60)]  # rows of 120 bytes
+    function = function_of(short, lambda b, x, w: b.linear(x, w))
+    with pytest.raises(BackendError, match="no matrices"):
+        BACKEND.generate([kernel_of(function, "matmul")])
+
+
+@pytest.mark.parametrize("name", ["bias, gelu", "bias, residual", "gate times up", "odd columns"])
+def test_compiles_for_hopper(name: str) -> None:
+    types, build = CASES[name]
+    backend = TritonBackend("sm_90", tile=OverlappedTile())
+    made = backend.compile([kernel_of(function_of(types, build), "matmul")])
+    (launch,) = made.launches[made.names[0]]
+    assert launch.binary.warps == 12 and len(launch.binary.maps) == len(launch.code.maps)
+    assert launch.binary.shared <= 227 << 10 and "wgmma" in launch.binary.ptx
