@@ -160,4 +160,7 @@ def derive_generator(
     insert = InsertKvCache(capacity=capacity, batch=batch, extend=min(extend, capacity))
     PassManager([*CLEAN_PIPELINE, insert], Context(), validate=validate).run(module)
     del module.functions["main"]
+    first = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
+    if isinstance(first, int) and "encode" in module.functions:
+        module.metadata["kv_cache"]["decoder_start_token_id"] = first
     return module

@@ -11,6 +11,7 @@ a cache may be contiguous, a ring, paged or quantized.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,16 @@ class TokenLoop:
         # A token that attention reads is written over; what a recurrence has summed up is not.
         self.can_go_back = all(item["kind"] == "tokens" for item in facts.get("state", []))
         self._dtype = dtype_of(specs[0].dtype)
-        self._state = [StateTensor(dtype_of(s.dtype), tuple(s.shape)) for s in specs[1:]]
+        # What an encoder made of the source text, between the ids and the state.
+        first = 1 + int(facts.get("fixed", 0))
+        self.fixed: tuple[Tensor, ...] = ()
+        self._state = [StateTensor(dtype_of(s.dtype), tuple(s.shape)) for s in specs[first:]]
+
+    def given(self, fixed: Sequence[Tensor]) -> TokenLoop:
+        """The loop over texts that read these tensors, which no token changes."""
+        loop = copy.copy(self)
+        loop.fixed = tuple(fixed)
+        return loop
 
     def empty(self, rows: int) -> State:
         """The state before the first token of `rows` texts."""
@@ -90,10 +100,10 @@ class TokenLoop:
 
         Prompts that are longer than `chunk` run in pieces: memory for one piece.
         """
-        if not chunk or ids.shape[1] <= chunk:
-            logits, *state = self._prefill([ids.to(self._dtype), *state])
-            return logits[:, -1], state
-        for start in range(0, ids.shape[1], chunk):
+        # The first piece too: a state that is not written token by token begins there.
+        first = ids[:, :chunk] if chunk else ids
+        logits, *state = self._prefill([first.to(self._dtype), *self.fixed, *state])
+        for start in range(first.shape[1], ids.shape[1], chunk or 1):
             position = torch.tensor(start, device=self.device)
             logits, state = self.extend(ids[:, start : start + chunk], position, state)
         return logits[:, -1], state
@@ -105,12 +115,13 @@ class TokenLoop:
                 f"{ids.shape[1]} tokens at once, and the model was compiled for {self.most}",
                 advice=f"compile with extend={ids.shape[1]} (--extend {ids.shape[1]})",
             )
-        logits, *state = self._extend([ids.to(self._dtype), position, *state])
+        logits, *state = self._extend([ids.to(self._dtype), position, *self.fixed, *state])
         return logits, state
 
     def decode(self, tokens: Tensor, position: Tensor, state: State) -> tuple[Tensor, State]:
         """Runs one token a row, [B], at `position` (int64 []): its logits [B, V], the state."""
-        logits, *state = self._decode([tokens[:, None].to(self._dtype), position, *state])
+        ids = tokens[:, None].to(self._dtype)
+        logits, *state = self._decode([ids, position, *self.fixed, *state])
         return logits[:, -1], state
 
     def text(

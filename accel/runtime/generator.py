@@ -26,6 +26,7 @@ from accel.runtime.generation_options import GenerationOptions
 from accel.runtime.plan import FunctionPlan
 from accel.runtime.prompts import Prompts
 from accel.runtime.sampling import Choice, Processor, Recording, Sampling
+from accel.runtime.sources import Sources
 from accel.runtime.speculation import Draft, PromptLookup, Proposer, Speculation
 from accel.runtime.text import TextStream, Words
 
@@ -78,6 +79,7 @@ class Generator:
         prefill, decode: run flat lists of tensors.
         device: where the functions run.
         extend: runs several tokens at once; speculation and prefills in pieces need it.
+        encode: of an encoder-decoder: makes of source ids what the other functions read.
     """
 
     def __init__(
@@ -87,11 +89,15 @@ class Generator:
         decode: Run,
         device: torch.device | None = None,
         extend: Run | None = None,
+        encode: Run | None = None,
     ) -> None:
         facts = plan.metadata["kv_cache"]
+        self.encode = encode
+        self.start_token: int | None = facts.get("decoder_start_token_id")
         self.capacity, self.vocabulary = int(facts["capacity"]), int(facts["vocabulary"])
         self.device = device or torch.device("cpu")
-        if self.device.type == "cuda" and isinstance(decode, CompiledFunction):
+        on_device = self.device.type == "cuda" and isinstance(decode, CompiledFunction)
+        if on_device and encode is None:
             self.loop: TokenLoop = DeviceLoop(plan, prefill, decode, self.device, extend)
         else:
             self.loop = TokenLoop(plan, prefill, decode, self.device, extend)
@@ -108,6 +114,8 @@ class Generator:
         tokenizer: Words | None = None,
         logits_processor: Sequence[Processor] = (),
         assistant_model: Any = None,
+        decoder_input_ids: Tensor | Sequence[Sequence[int]] | None = None,
+        decoder_start_token_id: int | None = None,
         **options: Any,
     ) -> Tensor | Generated:
         """Prompts and what follows them: int64 [B, n + new], padded on the right.
@@ -121,6 +129,9 @@ class Generator:
             tokenizer: needed for `stop_strings`.
             logits_processor: functions of ids [B, n] and scores [B, V] to scores.
             assistant_model: a compiled model with the same vocabulary that proposes tokens.
+            decoder_input_ids, decoder_start_token_id: of an encoder-decoder, whose `input_ids` are
+                source texts: how the texts begin that it makes; by default with the model's own
+                first token.
             options: see `accel.runtime.generation_options.GenerationOptions`.
 
         Rows of equal length run together if the model was compiled for any number of rows, else
@@ -132,6 +143,13 @@ class Generator:
         chosen = GenerationOptions.of(options, generation_config)
         stops = chosen.stops()
         pad = chosen.pad_token_id if chosen.pad_token_id is not None else next(iter(stops), 0)
+        sources = None
+        if self.encode is not None:
+            sources = Sources.of(input_ids, attention_mask, self.vocabulary, self.device)
+            first = self.start_token if decoder_start_token_id is None else decoder_start_token_id
+            input_ids, attention_mask = sources.start(decoder_input_ids, first), None
+        elif decoder_input_ids is not None or decoder_start_token_id is not None:
+            raise OptionError("the model has no encoder, so its text begins with input_ids")
         prompts = Prompts.of(input_ids, attention_mask, pad, self.device)
         new = chosen.new_tokens(prompts.ids.shape[1])
         prompts.check(new, self.capacity, self.vocabulary)
@@ -144,11 +162,15 @@ class Generator:
             assistant=getattr(assistant_model, "generator", assistant_model),
             tokenizer=tokenizer,
             processors=tuple(logits_processor),
+            sources=sources,
         )
         if streamer is not None:
             streamer.put(prompts.ids.cpu())
-        groups = prompts.groups(self.rows if not call.speculates else 1)
-        made = [call.run(prompts, rows, streamer) for rows in groups]
+        rows = self.rows if not call.speculates else 1
+        groups = prompts.groups(rows)
+        if sources is not None:
+            groups = sources.split(groups, rows)
+        made = [call.run(prompts, group, streamer) for group in groups]
         if streamer is not None:
             streamer.end()
         result = call.result(prompts, groups, made)
@@ -183,7 +205,9 @@ class _Call:
         assistant: Generator | None,
         tokenizer: Words | None,
         processors: tuple[Processor, ...],
+        sources: Sources | None = None,
     ) -> None:
+        self.sources = sources
         self.generator, self.options, self.limits = generator, options, limits
         self.words, self.strings = tokenizer, options.strings()
         if self.strings and tokenizer is None:
@@ -235,7 +259,11 @@ class _Call:
         if self.words is not None and self.strings:
             streams = [TextStream(self.words, self.strings) for _ in rows]
         put = self._put(streamer, streams)
-        loop: TokenLoop | Speculation = self._speculation(sampling) or self.generator.loop
+        model = self.generator.loop
+        if self.sources is not None and self.generator.encode is not None:
+            with torch.no_grad():
+                model = model.given(self.generator.encode([self.sources.together(rows)]))
+        loop: TokenLoop | Speculation = self._speculation(sampling, model) or model
         tokens = loop.text(text, self.limits, sampling, self.random, put)
         if isinstance(loop, Speculation):
             for name, count in loop.statistics.items():
@@ -246,7 +274,7 @@ class _Call:
             tokens[i, lengths[i] :] = self.limits.pad
         return _Row(tokens, lengths, sampling.choices if isinstance(sampling, Recording) else [])
 
-    def _speculation(self, sampling: Sampling) -> Speculation | None:
+    def _speculation(self, sampling: Sampling, loop: TokenLoop) -> Speculation | None:
         """What proposes tokens for one text, if so chosen."""
         options, model = self.options, self.generator
         if self.speculates and model.rows not in (None, 1):
@@ -264,7 +292,7 @@ class _Call:
             proposer = PromptLookup(options.max_matching_ngram_size or _LONGEST_MATCH)
         else:
             return None
-        return Speculation(model.loop, proposer, count, model.capacity)
+        return Speculation(loop, proposer, count, model.capacity)
 
     def _put(
         self, streamer: Streamer | None, streams: list[TextStream]

@@ -128,13 +128,14 @@ class CompiledModel:
                     advice="compile it with accel.compile_generator, or package it with "
                     "accel.package_generator or `accel compile --generate`",
                 )
-            extend = self.entry_points.get("extend")
+            extend, encode = (self.entry_points.get(n) for n in ("extend", "encode"))
             self._generator = Generator(
                 prefill.function.plan,
                 prefill.function,
                 decode.function,
                 prefill.function.device,
                 extend.function if extend is not None else None,
+                encode.function if encode is not None else None,
             )
         return self._generator
 

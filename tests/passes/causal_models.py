@@ -104,6 +104,38 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# Encoder-decoders.
+TRANSLATORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": (
+        "T5Config",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 16,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "bart": (
+        "BartConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            "max_position_embeddings": LARGEST,
+            "forced_eos_token_id": None,
+        },
+    ),
+}
 EAGER_ONLY = ("gemma2", "bloom", *RECURRENT)
 
 
@@ -111,11 +143,12 @@ def tiny(family: str, attention: str = "sdpa") -> Any:
     """A model of `transformers` with random weights."""
     import transformers
 
-    name, arguments = (FAMILIES | RECURRENT)[family]
+    name, arguments = (FAMILIES | RECURRENT | TRANSLATORS)[family]
     config = getattr(transformers, name)(**arguments)
     attention = "eager" if family in EAGER_ONLY else attention
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    kind = "AutoModelForSeq2SeqLM" if family in TRANSLATORS else "AutoModelForCausalLM"
+    model = getattr(transformers, kind).from_config(config, attn_implementation=attention)
     return model.eval()
 
 

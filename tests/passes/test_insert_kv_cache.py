@@ -16,7 +16,14 @@ from accel.passes.equivalence import TOLERANCE, check_decode
 from accel.passes.insert_kv_cache import InsertKvCache
 from accel.passes.manager import run_pipeline
 from accel.passes.pipelines import CLEAN_PIPELINE
-from tests.passes.causal_models import FAMILIES, LARGEST, RECURRENT, captured, tiny
+from tests.passes.causal_models import (
+    FAMILIES,
+    LARGEST,
+    RECURRENT,
+    TRANSLATORS,
+    captured,
+    tiny,
+)
 
 pytest.importorskip("transformers")
 
@@ -272,6 +279,31 @@ def recurrent(family: str) -> Module:
     module = capture_text(model, LARGEST, batch=0)
     run_pipeline(module, [*CLEAN_PIPELINE, f"insert_kv_cache{{capacity={CAPACITY},extend=3}}"])
     return module
+
+
+@pytest.mark.parametrize("family", TRANSLATORS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_encoder_decoders(family, attention):
+    module = capture_text(tiny(family, attention), LARGEST, batch=0)
+    run_pipeline(module, [*CLEAN_PIPELINE, f"insert_kv_cache{{capacity={CAPACITY},extend=3}}"])
+    assert module.metadata["kv_cache"]["fixed"] == 4  # keys and values of two cross-attentions
+    names = [op.name for op in module.functions["decode"].ops]
+    assert names.count("attention") == 2 and names.count("cached_attention") == 2
+    assert check_decode(module, prompts=(1, 3), batches=(2,), steps=2) <= TOLERANCE
+
+
+def test_a_wrong_relative_position_is_caught():
+    """The bias of T5 is a function of distances from the run-time position."""
+    module = capture_text(tiny("t5"), LARGEST, batch=0)
+    run_pipeline(module, [*CLEAN_PIPELINE, f"insert_kv_cache{{capacity={CAPACITY}}}"])
+    decode = module.functions["decode"]
+    position = next(a for a in decode.args if a.name == "position")
+    user = next(u for u in position.users if u.name not in ("dynamic_update", "cached_attention"))
+    b = Builder(before=user)
+    moved = b.add(position, b.scalar(1, torch.int64))
+    user.set_operand(user.operands.index(position), moved)
+    with pytest.raises(ContractError, match="decode equivalence"):
+        check_decode(module, prompts=(4,), batches=(2,), steps=2)
 
 
 def keep_one_token_less(module: Module) -> None:
