@@ -96,8 +96,7 @@ class Generator:
         self.start_token: int | None = facts.get("decoder_start_token_id")
         self.capacity, self.vocabulary = int(facts["capacity"]), int(facts["vocabulary"])
         self.device = device or torch.device("cpu")
-        on_device = self.device.type == "cuda" and isinstance(decode, CompiledFunction)
-        if on_device and encode is None:
+        if self.device.type == "cuda" and encode is None and isinstance(decode, CompiledFunction):
             self.loop: TokenLoop = DeviceLoop(plan, prefill, decode, self.device, extend)
         else:
             self.loop = TokenLoop(plan, prefill, decode, self.device, extend)

@@ -17,7 +17,7 @@ from tests.passes.causal_models import tiny
 pytest.importorskip("transformers")
 
 NEW = 24
-GEMMA = ("gemma3", "recurrent_gemma")
+TIED = ("gemma3", "recurrent_gemma", "t5")
 
 
 def varied(family: str) -> Any:
@@ -27,7 +27,8 @@ def varied(family: str) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.mul_(1 if "embed" in name and family in GEMMA else 6)
+                table = "embed" in name or "shared" in name
+                parameter.mul_(1 if table and family in TIED else 6)
     return model
 
 
