@@ -17,7 +17,7 @@ from accel.cli.output import Json, emit, emit_text, progress, tell
 from accel.compiler.text import text_files
 from accel.errors import OptionError
 from accel.frontends.checkpoints import PACKAGED, find_checkpoint, load_tokenizer
-from accel.runtime.completion import Completion, complete
+from accel.runtime.completion import Completion, complete, room
 from accel.runtime.model import CompiledModel
 from accel.runtime.text import Tokenizer
 
@@ -33,7 +33,9 @@ def generate(
         str, typer.Option("--tokenizer", help="A package, GGUF file or folder with another one.")
     ] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat format.")] = False,
-    new: Annotated[int, typer.Option("--new", help="How many tokens at most.")] = 128,
+    new: Annotated[
+        int | None, typer.Option("--new", help="How many tokens at most; default: 128 if they fit.")
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="Ends the text. Repeatable.")
@@ -109,6 +111,7 @@ def _summary(done: Completion, as_json: bool) -> None:
 
 def _print_ids(model: CompiledModel, ids: Tensor, options: dict[str, Any], as_json: bool) -> None:
     """Numbers in, numbers out: for a model without a tokenizer."""
+    options = {**room(model, ids.shape[1], options), **options}
     made = model.generate(ids, **options | {"return_dict_in_generate": True})
     tokens = made.sequences[0, ids.shape[1] :].tolist()
     logprobs = None if made.logprobs is None else made.logprobs[0].tolist()

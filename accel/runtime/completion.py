@@ -20,6 +20,7 @@ from accel.runtime.generator import Generated
 from accel.runtime.model import CompiledModel
 from accel.runtime.text import TextStream, Tokenizer, Words
 
+_TOKENS = 128
 Messages = Sequence[Mapping[str, str]]
 Prompt = str | Messages | Sequence[int]
 
@@ -90,7 +91,8 @@ def complete(
         tokenizer: instead of the one that the model carries.
         stream: gets each piece of text as soon as it is certain.
         options: as for `Generator.generate`; texts end at the tokenizer's end tokens unless
-            `eos_token_id` says otherwise.
+            `eos_token_id` says otherwise, and after 128 tokens, or where the cache is full, if
+            nothing says how long they may get.
 
     Raises OptionError without a tokenizer, InputError for prompts that are empty or too long, and
     what `generate` raises.
@@ -103,6 +105,7 @@ def complete(
             "model.generate with ids",
         )
     ids = tokens_of(words, prompt, chat)
+    options = {**room(model, len(ids), options), **options}
     stops = options.get("stop_strings") or []
     stops = [stops] if isinstance(stops, str) else list(stops)
     config = options.get("generation_config")
@@ -126,6 +129,15 @@ def complete(
         done.ended = "token"
     _add_logprobs(done, made)
     return done
+
+
+def room(model: CompiledModel, prompt: int, options: Mapping[str, Any]) -> dict[str, int]:
+    """How many tokens may follow where `options` do not say it."""
+    config = options.get("generation_config")
+    for name in ("max_new_tokens", "max_length"):
+        if options.get(name) is not None or getattr(config, name, None) is not None:
+            return {}
+    return {"max_new_tokens": max(min(_TOKENS, model.generator.capacity - prompt + 1), 0)}
 
 
 def tokens_of(words: Tokenizer, prompt: Prompt, chat: bool) -> list[int]:
