@@ -92,7 +92,9 @@ class _Capture:
         self.module = self._build(model)
 
     def _build(self, model: Any) -> Module:
-        fakes = fake_weights(self.fake_mode, self.weights)  # a tied one is one fake, stored once
+        to_cpu = all(leaf.device.type == "cpu" for leaf in self.leaves)
+        # A tied weight is one fake, stored once.
+        fakes = fake_weights(self.fake_mode, self.weights, to_cpu=to_cpu)
         calls, result, after = self._trace(model, fakes)
         outputs, description = tree.flatten(result)
         symbols = self.dynamic.symbols()

@@ -184,28 +184,33 @@ def _new(
         return FakeTensor(mode, meta, _CPU)
 
 
-def fake_weights(mode: FakeTensorMode, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fake_weights(
+    mode: FakeTensorMode, weights: Mapping[str, Tensor], *, to_cpu: bool = False
+) -> dict[str, Tensor]:
     """A fake for each weight; a tied weight, under several names, is one fake.
 
     Weights that share memory otherwise, and unusual ones, are left to PyTorch's own conversion.
+    With `to_cpu` the fakes are on the CPU wherever the weights are, so that a model on a GPU is
+    captured with inputs on the CPU.
     """
     distinct = {id(tensor): tensor for tensor in weights.values()}
     owners = Counter(map(storage_key, distinct.values()))
     made: dict[int, Tensor] = {}
     for key, tensor in distinct.items():
         plain = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
-        if owners[storage_key(tensor)] == 1 and _is_plain_weight(plain):
+        if owners[storage_key(tensor)] == 1 and _is_plain_weight(plain, to_cpu):
             made[key] = _new(mode, tuple(plain.shape), plain.stride(), plain.dtype)
         else:
+            plain = plain.cpu() if to_cpu else plain
             made[key] = mode.from_tensor(plain, static_shapes=True)
     return {name: made[id(tensor)] for name, tensor in weights.items()}
 
 
-def _is_plain_weight(tensor: Tensor) -> bool:
+def _is_plain_weight(tensor: Tensor, anywhere: bool) -> bool:
     return (
         type(tensor) is Tensor
         and tensor.layout is torch.strided
-        and tensor.device == _CPU
+        and (anywhere or tensor.device == _CPU)
         and not tensor.requires_grad
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and not tensor.is_conj()

@@ -86,6 +86,13 @@ class DeviceLoop(TokenLoop):
                     return desk
         return _Desk(self, rows)
 
+    def step_from(self, rows: int, position: int) -> Callable[[], None]:
+        """A greedy step at a desk of its own, for measuring: each call moves one token on."""
+        with torch.cuda.device(self.device), torch.no_grad():
+            desk = _Desk(self, rows)
+            desk.position.fill_(position)
+            return desk.step(Limits(2, frozenset(), 0), Sampling(), False)
+
     # What desks use.
 
     def first(self, ids: Tensor, state: State, chunk: int) -> Tensor:
@@ -138,7 +145,7 @@ class _Desk:
         generator: torch.Generator | None,
         put: Put | None,
     ) -> Tensor:
-        step = self._step(limits, sampling, generator is not None)
+        step = self.step(limits, sampling, generator is not None)
         if generator is not None:
             self.random.set_state(generator.get_state())
         self.position.fill_(ids.shape[1])
@@ -168,7 +175,7 @@ class _Desk:
         self.position.add_(1)
         return logits[:, -1]
 
-    def _step(self, limits: Limits, sampling: Sampling, seeded: bool) -> _Step:
+    def step(self, limits: Limits, sampling: Sampling, seeded: bool) -> _Step:
         room = 0
         while room < len(limits.stops):
             room = max(_STOPS, 2 * room)

@@ -71,7 +71,7 @@ def make_plan(planner: Planner) -> Plan:
     for number, value in enumerate(region.results):
         made = value.op
         if made is not None and made.has(Trait.UPDATE):
-            plan.writes[value] = Write(*made.operands[:3], number)
+            plan.writes[value] = Write(made.operands[0], made.operands[1], made.operands[2], number)
             continue
         plan.result = number
         while made is not None and made is not op:

@@ -1,0 +1,305 @@
+"""Generation on one GPU beside PyTorch: decode steps, prefill, whole texts.
+
+    python -m benchmarks.gpu_decode [--rows 1b_decode,8b_decode] [--systems accel,...] [--out FILE]
+
+Shapes of Llama-3.2-1B and Llama-3-8B in bfloat16, random weights made on the device. All systems
+of a row run in this process, on the same weights, one after another; CUDA graphs are allowed to
+all. accel compiles the plain model of `transformers`; Inductor gets a model written for it
+(`benchmarks.static_llama`) in three modes; `transformers` runs with its static cache. Each system's
+logits are compared with eager float32 before it is timed. A decode step is everything that a token
+costs on the device, its choice (greedy) included for accel; figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import accel
+from benchmarks.measure import RESULTS, machine
+from benchmarks.static_llama import StaticLlama
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+           "head_dim": 64, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "head_dim": 128, "tie_word_embeddings": False},
+}  # fmt: skip
+LEAST_ERROR = 2.0  # times the error of eager bfloat16: rounding in another order
+INDUCTOR = {"inductor": None, "inductor-reduce-overhead": "reduce-overhead",
+            "inductor-max-autotune": "max-autotune"}  # fmt: skip
+NEW = 256
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed: a decode step after `context` tokens, a prompt of so many, or a whole text."""
+
+    shape: str
+    kind: str  # "decode", "prefill", "text"
+    context: int
+    batch: int = 1
+
+    @property
+    def capacity(self) -> int:
+        return self.context + (NEW if self.kind == "text" else 64)
+
+
+ROWS = {
+    "1b_decode": Workload("1b", "decode", 1024),
+    "8b_decode": Workload("8b", "decode", 1024),
+    "8b_decode_b32": Workload("8b", "decode", 1024, 32),
+    "8b_decode_32k": Workload("8b", "decode", 32768),
+    "1b_prefill": Workload("1b", "prefill", 2048),
+    "8b_prefill": Workload("8b", "prefill", 2048),
+    "1b_text": Workload("1b", "text", 128),
+    "8b_text": Workload("8b", "text", 128),
+}
+
+
+@dataclass
+class Row:
+    """One system on one workload.
+
+    `milliseconds` of a step, a prompt or a text of 128 + 256 tokens. `error` of the logits is
+    relative to the largest one, against eager float32 (None where that takes too long).
+    """
+
+    workload: str
+    system: str
+    milliseconds: float
+    compile_seconds: float
+    error: float | None
+
+
+def build(shape: str) -> Any:
+    """The model of `transformers` with random weights, on the device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5,
+        max_position_embeddings=65536, rope_theta=500000.0, **SHAPES[shape],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    model = model.to_empty(device="cuda").eval()
+    for name, weight in model.named_parameters():
+        weight.data.normal_(1.0 if "norm" in name else 0.0, 0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).cuda()
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model
+
+
+class Accel:
+    """accel on the plain model."""
+
+    def __init__(self, model: Any, work: Workload) -> None:
+        target = "h200" if "H200" in torch.cuda.get_device_name() else "h100"
+        self.work = work
+        self.fast = accel.compile_generator(
+            model, capacity=work.capacity, batch=work.batch, target=target
+        )
+        self.loop: Any = self.fast.generator.loop
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """After a prompt; for decoding, its last token is a step."""
+        if self.work.kind == "prefill":
+            return self.loop.prefill(ids, self.loop.empty(len(ids)))[0]
+        _, state = self.loop.prefill(ids[:, :-1], self.loop.empty(len(ids)))
+        place = torch.tensor(ids.shape[1] - 1, device="cuda")
+        made: Tensor = self.loop.decode(ids[:, -1], place, state)[0]
+        return made
+
+    def call(self, ids: Tensor) -> Callable[[], Any]:
+        if self.work.kind == "text":
+            return lambda: self.fast.generate(ids, max_new_tokens=NEW)
+        if self.work.kind == "prefill":
+            state = self.loop.empty(len(ids))
+            return lambda: self.loop.prefill(ids, state)
+        step: Callable[[], None] = self.loop.step_from(len(ids), ids.shape[1])
+        return step
+
+
+class Static:
+    """The model written for Inductor, compiled in a mode of torch.compile."""
+
+    def __init__(self, model: Any, work: Workload, mode: str | None) -> None:
+        torch._dynamo.reset()
+        self.work = work
+        self.plain = StaticLlama(model, work.batch, work.capacity)
+        self.step = torch.compile(self.plain, mode=mode, fullgraph=True)
+        self.tokens = torch.arange(work.capacity, device="cuda")
+        self.run = self.step if work.kind == "prefill" else self.plain
+
+    def logits(self, ids: Tensor) -> Tensor:
+        last = ids.shape[1] - 1
+        if self.work.kind == "prefill":
+            return self.run(ids, self.tokens[: last + 1])[:, -1].clone()
+        self.plain(ids[:, :-1], self.tokens[:last])
+        return self.step(ids[:, -1:], self.tokens[last : last + 1])[:, -1].clone()
+
+    def call(self, ids: Tensor) -> Callable[[], Any]:
+        if self.work.kind == "text":
+            return lambda: self._text(ids)
+        if self.work.kind == "prefill":
+            return lambda: self.run(ids, self.tokens[: ids.shape[1]])
+        place = self.tokens[ids.shape[1] - 1 : ids.shape[1]].clone()
+        last = ids[:, -1:].clone()
+        return lambda: self.step(last, place)
+
+    def _text(self, ids: Tensor) -> Tensor:
+        count = ids.shape[1]
+        token = self.plain(ids, self.tokens[:count])[:, -1].argmax(-1, keepdim=True)
+        place = self.tokens[count : count + 1].clone()
+        made = [token]
+        for _ in range(NEW - 1):
+            token = self.step(token, place)[:, -1].argmax(-1, keepdim=True)
+            made.append(token)
+            place += 1
+        return torch.cat(made, 1)
+
+
+class Transformers:
+    """The model of `transformers` itself, eager, with its static cache."""
+
+    def __init__(self, model: Any, work: Workload) -> None:
+        self.model, self.work = model, work
+
+    def _cache(self, ids: Tensor) -> Any:
+        from transformers import StaticCache
+
+        cache = StaticCache(config=self.model.config, max_cache_len=self.work.capacity)
+        self.model(ids, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    def logits(self, ids: Tensor) -> Tensor:
+        made: Tensor = self.model(ids, logits_to_keep=1, use_cache=False).logits[:, -1]
+        return made
+
+    def call(self, ids: Tensor) -> Callable[[], Any]:
+        if self.work.kind == "prefill":
+            return lambda: self.model(ids, logits_to_keep=1, use_cache=False)
+        if self.work.kind == "text":
+            options = {"do_sample": False, "cache_implementation": "static"}
+            return lambda: self.model.generate(
+                ids, max_new_tokens=NEW, min_new_tokens=NEW, **options
+            )
+        cache = self._cache(ids[:, :-1])
+        last = ids[:, -1:].clone()
+        return lambda: self.model(last, past_key_values=cache, logits_to_keep=1)
+
+
+def systems() -> dict[str, Callable[[Any, Workload], Any]]:
+    made: dict[str, Callable[[Any, Workload], Any]] = {"transformers": Transformers}
+    for name, mode in INDUCTOR.items():
+        made[name] = lambda model, work, mode=mode: Static(model, work, mode)
+    made["accel"] = Accel
+    return made
+
+
+def time_calls(call: Callable[[], Any], kind: str) -> float:
+    """Median milliseconds of a call: by events on the device, whole texts by the clock."""
+    rounds, calls = {"decode": (7, 8), "prefill": (5, 3), "text": (3, 1)}[kind]
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(rounds):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = time.perf_counter()
+        first.record()
+        for _ in range(calls):
+            call()
+        last.record()
+        torch.cuda.synchronize()
+        clock = 1e3 * (time.perf_counter() - start)
+        times.append((clock if kind == "text" else first.elapsed_time(last)) / calls)
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def exact_logits(model: Any, ids: Tensor) -> Tensor:
+    """Eager float32, on the same weights, of the first row."""
+    wide = copy.deepcopy(model).float()
+    made: Tensor = wide(ids[:1], logits_to_keep=1, use_cache=False).logits[:, -1]
+    del wide
+    gc.collect()
+    torch.cuda.empty_cache()
+    return made
+
+
+@torch.no_grad()
+def measure(name: str, model: Any, chosen: list[str]) -> list[Row]:
+    work = ROWS[name]
+    torch.manual_seed(1)
+    ids = torch.randint(0, 128256, (work.batch, work.context), device="cuda")
+    exact = exact_logits(model, ids) if work.context <= 4096 else None
+    allowed = 0.0 if exact is None else _error(Transformers(model, work).logits(ids), exact)
+    rows: list[Row] = []
+    for system in chosen:
+        start = time.perf_counter()
+        made = systems()[system](model, work)
+        got = made.logits(ids)
+        call = made.call(ids)
+        for _ in range(2):
+            call()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        error = None if exact is None else _error(got, exact)
+        if error is not None and error > LEAST_ERROR * allowed:
+            raise RuntimeError(f"{system} on {name} is off by {error}, eager by {allowed}")
+        rows.append(Row(name, system, time_calls(call, work.kind), seconds, error))
+        print(f"{name:14} {system:26} {rows[-1].milliseconds:9.3f} ms  ready {seconds:6.1f} s  "
+              f"error {error}", flush=True)  # fmt: skip
+        del made, got, call
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    scale = exact.double().abs().max().clamp(min=1e-6)
+    return float((got[:1].double() - exact.double()).abs().max() / scale)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--systems", default=",".join(systems()))
+    parser.add_argument("--out", default=str(RESULTS / "gpu_decode.json"))
+    chosen = parser.parse_args()
+    rows: list[Row] = []
+    model, shape = None, ""
+    for name in chosen.rows.split(","):
+        if ROWS[name].shape != shape:
+            model = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            shape = ROWS[name].shape
+            model = build(shape)
+        rows += measure(name, model, chosen.systems.split(","))
+        own = {r.system: r.milliseconds for r in rows if r.workload == name}
+        peers = [v for k, v in own.items() if k != "accel"]
+        if peers and "accel" in own:
+            print(f"{name:14} best peer {min(peers):.3f} ms, ratio {min(peers) / own['accel']:.3f}",
+                  flush=True)  # fmt: skip
+    facts = {**machine(), "gpu": torch.cuda.get_device_name()}
+    result = {"machine": facts, "rows": [asdict(r) for r in rows]}
+    Path(chosen.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

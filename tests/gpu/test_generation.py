@@ -1,0 +1,198 @@
+"""Generation on the device: tokens of `transformers`, choices, stops, streams, caches in place."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import accel
+from accel.backends.triton import TritonBackend
+from accel.backends.triton.kernel import Slot
+from accel.compiler.gpu import kernel_binary
+from accel.errors import ExecutionError
+from accel.ir import interpret
+from accel.runtime.cuda import CudaLibrary
+from accel.runtime.cuda_code import pack
+from tests.backends.kernels import kernel_of
+from tests.backends.test_triton_cached import BOUND, CASES, Case
+from tests.gpu.device_kernels import device_arch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+NEW = 40
+
+
+def target() -> str:
+    return "h200" if "H200" in torch.cuda.get_device_name() else "h100"
+
+
+def run_on_device(case: Case, position: int) -> tuple[list[Tensor], list[Tensor]]:
+    """A cached attention kernel's results, and the interpreter's."""
+    function, inputs = case.function(), case.inputs(position)
+    arch = device_arch()
+    backend = TritonBackend(arch, tile=case.tile)
+    compiled = backend.compile([kernel_of(function, "cached_attention")])
+    (name,) = compiled.names
+    (launch,) = compiled.launches[name]
+    device = torch.device("cuda", torch.cuda.current_device())
+    library = CudaLibrary(pack(arch, {launch.name: kernel_binary(launch)}), device)
+    memory = {Slot("input", i): x.to(device) for i, x in enumerate(inputs)}
+    for i, result in enumerate(function.results):
+        shape = [int(d) for d in result.shape]
+        memory[Slot("result", i)] = torch.zeros(shape, dtype=result.dtype, device=device)
+    for written, read in launch.code.updates:
+        memory[launch.writes[written]].copy_(memory[launch.reads[read]])
+    for i, size in enumerate(compiled.scratch[name]):
+        memory[Slot("scratch", i)] = torch.zeros(int(size), dtype=torch.uint8, device=device)
+    words = [memory[s].data_ptr() for s in (*launch.reads, *launch.writes)]
+    array = (ctypes.c_int64 * len(words))(*words)
+    for _ in range(3):  # the parts' counters are ready again after each
+        library.function(launch.name)(ctypes.addressof(array))
+    torch.cuda.synchronize()
+    library.raise_failure()
+    got = [memory[Slot("result", i)].cpu() for i in range(len(function.results))]
+    return got, interpret(function, inputs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_over_a_cache(case: Case) -> None:
+    torch.manual_seed(0)
+    for position in (0, 17, case.capacity - case.tokens):
+        got, wanted = run_on_device(case, position)
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(
+                a.float(), b.float(), rtol=0, atol=2 * BOUND[case.dtype], equal_nan=True
+            )
+
+
+def test_a_position_outside_of_the_cache() -> None:
+    case = Case()
+    with pytest.raises(ExecutionError, match="out of range"):
+        run_on_device(case, case.capacity)
+
+
+def llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    }  # fmt: skip
+    config = transformers.LlamaConfig(**{**sizes, **options}, pad_token_id=0, eos_token_id=None)
+    return transformers.LlamaForCausalLM(config).to("cuda", dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Any, Any]:
+    model = llama()
+    return model, accel.compile_generator(model, capacity=128, batch=0, target=target())
+
+
+def expected(model: Any, ids: Tensor, **options: Any) -> Tensor:
+    made: Tensor = model.generate(
+        ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, **options
+    )
+    return made
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_greedy_tokens_are_those_of_transformers(small: tuple[Any, Any], rows: int) -> None:
+    model, fast = small
+    for length in (1, 5, 23):
+        ids = torch.randint(1, 1000, (rows, length), device="cuda")
+        wanted = expected(model, ids)
+        for _ in range(3):  # step by step, recorded, replayed
+            assert torch.equal(fast.generate(ids, max_new_tokens=NEW), wanted)
+
+
+def test_logits_of_every_step(small: tuple[Any, Any]) -> None:
+    """Against whole forwards; the caches are where they were."""
+    model, fast = small
+    loop, ids = fast.generator.loop, torch.randint(1, 1000, (2, 30), device="cuda")
+    state = loop.empty(2)
+    places = [part.data_ptr() for part in state]
+    with torch.no_grad():
+        logits, state = loop.prefill(ids[:, :10], state)
+        for i in range(10, 30):
+            wanted = model(ids[:, :i]).logits[:, -1]
+            torch.testing.assert_close(logits, wanted, rtol=0, atol=2e-5)
+            logits, state = loop.decode(ids[:, i], torch.tensor(i, device="cuda"), state)
+            assert [part.data_ptr() for part in state] == places
+
+
+def test_a_text_ends_where_the_loop_on_the_host_ends_it(small: tuple[Any, Any]) -> None:
+    model, fast = small
+    ids = torch.randint(1, 1000, (3, 9), device="cuda")
+    tokens = expected(model, ids)[:, 9:]
+    for place in (0, 3, 17, NEW - 1):
+        stops = tokens[:, place].tolist()
+        made = fast.generate(ids, max_new_tokens=NEW, eos_token_id=stops, pad_token_id=0)[:, 9:]
+        for row, own in zip(tokens.tolist(), made.tolist(), strict=True):
+            end = next(i for i, t in enumerate(row) if t in stops) + 1
+            assert own[:end] == row[:end] and not any(own[end:])
+
+
+def test_a_stream_gets_every_token_once(small: tuple[Any, Any]) -> None:
+    model, fast = small
+    ids = torch.randint(1, 1000, (1, 9), device="cuda")
+    wanted = expected(model, ids)
+    for stop in (None, int(wanted[0, 9 + 12])):
+        got: list[int] = []
+
+        class Stream:
+            def put(self, value: Tensor, got: list[int] = got) -> None:
+                got += value.reshape(-1).tolist()
+
+            def end(self, got: list[int] = got) -> None:
+                got.append(-1)
+
+        made = fast.generate(ids, max_new_tokens=NEW, streamer=Stream(), eos_token_id=stop)
+        assert got == [*made[0].tolist(), -1]
+        assert torch.equal(made, wanted[:, : made.shape[1]])
+
+
+def test_draws_follow_their_seed(small: tuple[Any, Any]) -> None:
+    _, fast = small
+    ids = torch.randint(1, 1000, (2, 9), device="cuda")
+
+    def draw(seed: int) -> Tensor:
+        options = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
+        made: Tensor = fast.generate(ids, max_new_tokens=NEW, seed=seed, **options)
+        return made
+
+    first = [draw(7) for _ in range(4)]
+    assert all(torch.equal(first[0], other) for other in first[1:])
+    assert not torch.equal(first[0], draw(8))
+
+
+def test_a_window_shorter_than_the_text() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=16, pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).to("cuda", torch.float32).eval()
+    fast = accel.compile_generator(model, capacity=96, target=target())
+    ids = torch.randint(1, 1000, (1, 25), device="cuda")
+    assert torch.equal(fast.generate(ids, max_new_tokens=NEW), expected(model, ids))
+
+
+def test_bfloat16_is_as_near_to_float32_as_eager() -> None:
+    model = llama(torch.bfloat16)
+    fast = accel.compile_generator(model, capacity=64, target=target())
+    ids = torch.randint(1, 1000, (1, 33), device="cuda")
+    loop = fast.generator.loop
+    with torch.no_grad():
+        _, state = loop.prefill(ids[:, :-1], loop.empty(1))
+        got, _ = loop.decode(ids[:, -1], torch.tensor(32, device="cuda"), state)
+        eager = model(ids).logits[:, -1].float()
+        exact = model.float()(ids).logits[:, -1]
+    assert (got.float() - exact).abs().max() <= 2 * (eager - exact).abs().max()
