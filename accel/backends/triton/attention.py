@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import torch
 
+from accel.backends.loops.phases import Planner
+from accel.backends.triton import attention_overlapped
 from accel.backends.triton.attention_loop import AttentionWriter, plan
 from accel.backends.triton.attention_overlapped import OverlappedAttention
-from accel.backends.triton.attention_tiles import OverlappedTile, Tile, candidates, choose
+from accel.backends.triton.attention_tiles import (
+    OverlappedTile,
+    Tile,
+    candidates,
+    choose_loop,
+    choose_overlapped,
+    library_is_faster,
+)
 from accel.backends.triton.kernel import Generator, KernelCode, Slot
 from accel.backends.triton.operands import StoredOperands
 from accel.ir.module import Op, Region
 
-__all__ = ["candidates", "generate", "reason"]
+__all__ = ["candidates", "choose", "generate", "library_reason", "reason"]
 
 _LARGEST_HEAD = 256
 _LARGEST_INT32 = (1 << 31) - (1 << 20)  # tiles may overrun a tensor by their size
+_OVERLAPPED_CAPABILITY = 90  # wgmma is Hopper's own
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,6 +49,26 @@ def reason(op: Op) -> str | None:
     return None
 
 
+def choose(kernel: Op, sms: int, capability: int) -> Tile:
+    """The tile of an attention kernel that nobody has measured: overlapped where possible."""
+    region = kernel.regions[0]
+    op = next(op for op in region.ops if op.name == "attention")
+    tile = choose_overlapped(op) if capability == _OVERLAPPED_CAPABILITY else None
+    if tile is None or attention_overlapped.reason(op) is not None:
+        return choose_loop(op)
+    made = plan(Planner(region))
+    return tile if attention_overlapped.operands_reason(made, tile) is None else choose_loop(op)
+
+
+def library_reason(op: Op, capability: int) -> str | None:
+    """Why a library computes an attention faster than a kernel; None if it does not."""
+    tile = choose_overlapped(op) if capability == _OVERLAPPED_CAPABILITY else None
+    batch, keys = op.operands[0].shape[0], op.operands[1].shape[2]
+    whole = batch == 1 or (isinstance(keys, int) and tile is not None and keys % tile.columns == 0)
+    overlapped = whole and tile is not None and attention_overlapped.reason(op) is None
+    return library_is_faster(op, overlapped)
+
+
 def _kind(region: Region) -> str:
     """The type of positions. A mask that is computed has no memory, however large it is."""
     counts = [v.type.numel() for v in (*region.args, *region.results)]
@@ -57,7 +87,7 @@ class AttentionGenerator(Generator):
         pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
         emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
         write = Slot("result", 0)
-        tile = self.tile or choose(made.op, self.sms)
+        tile = self.tile or choose_loop(made.op)
         writer = (
             OverlappedAttention(made, emitter, self.region, write.name, tile, self.sms)
             if isinstance(tile, OverlappedTile)

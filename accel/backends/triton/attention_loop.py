@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from accel.backends.loops.index import Affine, Axis
+from accel.backends.loops.index import Affine, Axis, Indexer
 from accel.backends.loops.merge import merged
 from accel.backends.loops.phases import Planner
 from accel.backends.loops.places import find_place
@@ -49,6 +49,7 @@ class Plan:
     """Axes of the loops, and where operands are read and the result is written."""
 
     op: Op
+    indexer: Indexer
     outer: tuple[Axis, ...]  # batch and head
     query: Index  # (b, h, i, depth) of q
     key: Index  # (b, g, j, depth) of k, depth down the rows
@@ -82,7 +83,7 @@ def plan(planner: Planner) -> Plan:
         survey.element(mask, broadcast_index(place, (0, 0, 0, 0), mask.shape))
     indexer.splits.clear()
     outer = tuple(sorted((batch.axes | head.axes), key=lambda a: a.order))
-    return Plan(op, outer, query_at, key_at, value_at, place, column, address,
+    return Plan(op, indexer, outer, query_at, key_at, value_at, place, column, address,
                 (*survey.reads, address), frozenset(survey.fixed))  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
+from accel.backends.loops.index import Indexer
 from accel.backends.loops.merge import merged
 from accel.backends.loops.phases import region_symbols
 from accel.backends.triton import dtypes
@@ -63,6 +64,26 @@ def _fits(queries: Dim, keys: Dim, offset: int) -> bool:
     return isinstance(queries, int) and isinstance(keys, int) and queries + offset <= keys
 
 
+def operands_reason(plan: Plan, tile: OverlappedTile) -> str | None:
+    """Why TMA does not bring these operands in these tiles; None if it does."""
+    return _operands(plan, plan.indexer, tile)[1]
+
+
+def _operands(plan: Plan, indexer: Indexer, tile: OverlappedTile) -> tuple[list[Tiles], str | None]:
+    q, k, v, _ = plan.op.arguments()
+    found = [
+        tiles_of(indexer, value, index, int(value.shape[3]))
+        for value, index in ((q, plan.query), (k, plan.key), (v, plan.value))
+    ]
+    made = [t for t in found if t is not None]
+    if len(made) < 3:
+        return made, "operands that are no matrices that TMA can copy"
+    if over(k.shape[2], tile.columns) and made[2].row.terms:
+        # Values beyond the end have the weight 0, but 0 times what is no number is none.
+        return made, "blocks of keys that overrun into the next batch"
+    return made, None
+
+
 class OverlappedAttention(AttentionWriter):
     """Writes the one program. Raises BackendError for what `reason` refuses, or operands that are
     no matrices."""
@@ -82,17 +103,10 @@ class OverlappedAttention(AttentionWriter):
         super().__init__(plan, emitter, target, tile)
         self.overlapped, self.sms = tile, sms
         self.symbols = list(region_symbols(region))
-        found = [
-            tiles_of(emitter.indexer, value, index, int(value.shape[3]))
-            for value, index in ((self.q, plan.query), (self.k, plan.key),
-                                 (self.v, plan.value))
-        ]  # fmt: skip
-        self.tiles = [t for t in found if t is not None]
-        if len(self.tiles) < 3:
-            raise BackendError("an attention whose operands are no matrices that TMA can copy")
-        if over(self.keys, tile.columns) and self.tiles[2].row.terms:
-            # Values beyond the end have the weight 0, but 0 times what is no number is none.
-            raise BackendError("an attention whose blocks of keys overrun into the next batch")
+        found, why = _operands(plan, emitter.indexer, tile)
+        if why is not None:
+            raise BackendError(f"no overlapped attention: {why}")
+        self.tiles = found
         self.names = ["first"]  # where a part of the work lies
 
     def write(self) -> Program:

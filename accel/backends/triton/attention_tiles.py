@@ -1,4 +1,7 @@
-"""Which tile an attention kernel takes, and whether a library is faster."""
+"""Which tile an attention kernel takes, and where a library is faster.
+
+Figures are those of an H200 (benchmarks/results/gpu_attention.json).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ from dataclasses import dataclass
 
 from accel.backends.triton.tiles import next_power
 from accel.ir.module import Op
+from accel.ir.types import Dim, product
 
 _SYMBOLIC_LENGTH = 2048
+_SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
+_LEAST_OVERLAPPED = 256  # queries: with fewer, setting the warps up costs more than it gains
 
 
 @dataclass(frozen=True)
@@ -28,59 +34,118 @@ class OverlappedTile:
     groups: int = 2
     columns: int = 128
     stages: int = 2
-    persistent: bool = True
+    persistent: bool = False
 
     @property
     def rows(self) -> int:
         """Queries of one program."""
         return 64 * self.groups
 
+    def shared_bytes(self, depth: int, width: int) -> int:
+        """Of queries, keys and values, and of the result on its way to memory."""
+        tiles = self.rows * depth + self.stages * self.columns * (depth + width)
+        return 2 * tiles + self.rows * width
+
 
 Tile = AttentionTile | OverlappedTile
 
 
-def choose(op: Op, sms: int) -> AttentionTile:
-    """The tile of an attention kernel."""
+def choose_loop(op: Op) -> AttentionTile:
+    """The tile of a kernel by `attention_loop`."""
     q, k, v, _ = op.arguments()
     size = max(int(q.shape[3]), int(v.shape[3]))
-    queries = q.shape[2] if isinstance(q.shape[2], int) else _SYMBOLIC_LENGTH
-    keys = k.shape[2] if isinstance(k.shape[2], int) else _SYMBOLIC_LENGTH
-    wide = q.dtype.itemsize > 2
-    if wide:
+    queries, keys = _known(q.shape[2]), _known(k.shape[2])
+    if q.dtype.itemsize > 2:
         best = AttentionTile(32, 32, 4, 2) if size <= 128 else AttentionTile(16, 32, 4, 2)
     elif size <= 64:
-        best = AttentionTile(128, 64, 4, 3)
+        best = AttentionTile(64, 128 if keys <= 128 else 64, 4, 3)
     elif size <= 128:
-        best = AttentionTile(128, 64, 8, 3)
+        short = queries <= 512 or op.attribute("softcap") is not None
+        best = AttentionTile(64, 64, 4, 3) if short else AttentionTile(128, 128, 8, 3)
     else:
-        best = AttentionTile(64, 64, 8, 2)
+        best = AttentionTile(128, 64, 8, 2)
     rows = min(best.rows, max(16, next_power(queries)))
     columns = min(best.columns, max(16, next_power(keys)))
     warps = min(best.warps, 4) if rows < best.rows else best.warps
     return AttentionTile(rows, columns, warps, best.stages)
 
 
-def candidates(kernel: Op, sms: int) -> list[AttentionTile]:
+def choose_overlapped(op: Op) -> OverlappedTile | None:
+    """The tile of a kernel by `attention_overlapped`; None where the loop is faster."""
+    q, k, v, _ = op.arguments()
+    if min(_known(q.shape[2]), _known(k.shape[2])) < _LEAST_OVERLAPPED:
+        return None
+    return OverlappedTile(2, 128 if max(int(q.shape[3]), int(v.shape[3])) <= 128 else 64, 2)
+
+
+def candidates(kernel: Op, sms: int) -> list[Tile]:
     """Tiles worth timing for a kernel."""
     op = next(op for op in kernel.regions[0].ops if op.name == "attention")
     q, k, v, _ = op.arguments()
-    size = max(int(q.shape[3]), int(v.shape[3]))
-    tallest = next_power(q.shape[2]) if isinstance(q.shape[2], int) else _SYMBOLIC_LENGTH
-    widest = next_power(k.shape[2]) if isinstance(k.shape[2], int) else _SYMBOLIC_LENGTH
-    held = 224 << 10
-    return [
+    depth, width = next_power(int(q.shape[3])), next_power(int(v.shape[3]))
+    tallest, widest = next_power(_known(q.shape[2])), next_power(_known(k.shape[2]))
+    overlapped = [
+        tile
+        for tile in _OVERLAPPED
+        if q.dtype.itemsize == 2
+        and (tile.groups == 2 or width <= 64)
+        and tile.rows <= tallest
+        and tile.columns <= widest
+        and tile.shared_bytes(depth, width) <= _SHARED_BYTES
+    ]
+    size = max(depth, width)
+    return overlapped + [
         AttentionTile(rows, columns, warps, stages)
         for rows, columns, warps, stages in _WORTH_TIMING
         if rows <= max(16, tallest)
         and columns <= max(16, widest)
-        and next_power(size) * q.dtype.itemsize * (rows + 2 * stages * columns) <= held
-        and rows * (next_power(size) + columns) <= warps * 32 * 160
+        and size * q.dtype.itemsize * (rows + 2 * stages * columns) <= _SHARED_BYTES
+        and rows * (size + columns) <= warps * 32 * 160
     ]
 
 
 # rows, columns, warps, stages
 _WORTH_TIMING = (
-    (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2),
-    (128, 64, 8, 2), (128, 128, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 4, 3),
-    (32, 64, 4, 3), (32, 64, 2, 2), (64, 128, 4, 3), (16, 64, 2, 3), (128, 128, 4, 2),
+    (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3),
+    (64, 64, 4, 2), (64, 32, 4, 3), (32, 64, 4, 3), (32, 64, 2, 2), (16, 64, 2, 3),
 )  # fmt: skip
+_OVERLAPPED = (
+    OverlappedTile(2, 128, 2),
+    OverlappedTile(2, 128, 2, True),
+    OverlappedTile(3, 128, 2),
+    OverlappedTile(3, 128, 4),
+    OverlappedTile(2, 128, 4),
+    OverlappedTile(2, 64, 4),
+    OverlappedTile(2, 64, 2),
+)
+
+
+def _known(length: Dim) -> int:
+    return length if isinstance(length, int) else _SYMBOLIC_LENGTH
+
+
+# -- whether it pays -------------------------------------------------------------------------
+
+_LIBRARY_RATE, _LOOP_RATE = 500e12, 300e12  # FLOP/s of 16-bit attention: cuDNN's, the loop's
+_LIBRARY_START = 3.5e-6  # seconds that a call of cuDNN takes longer than a kernel, if both are tiny
+
+
+def library_is_faster(op: Op, overlapped: bool) -> str | None:
+    """Why cuDNN's kernel is the better one; None if it is not.
+
+    `overlapped` says that `attention_overlapped` takes this, which is as fast. A mask, a window or
+    a cap means a mask of all pairs for the library, or that it has no kernel.
+    """
+    q, k, _, mask = op.arguments()
+    special = mask is not None or op.attribute("window") is not None
+    special = special or op.attribute("softcap") is not None or op.attribute("offset") != 0
+    if special or overlapped:
+        return None
+    if q.dtype.itemsize > 2:
+        return "a library multiplies float32 on its own path"
+    flops = product((4, *q.shape, k.shape[2]))
+    if not isinstance(flops, int):
+        return "an unknown number of queries or keys"
+    share = 0.5 if op.attribute("causal") else 1.0
+    lost = share * flops * (1 / _LOOP_RATE - 1 / _LIBRARY_RATE)
+    return None if lost < _LIBRARY_START else f"cuDNN saves {1e6 * (lost - _LIBRARY_START):.1f} us"
