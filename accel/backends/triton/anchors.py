@@ -31,12 +31,17 @@ class Anchor:
         candidates: (the `accel.kernel` op, multiprocessors) -> tiles worth timing, the likeliest
             to pay first; what does not compile or does not fit the device is left out when it is
             tried. None: nothing to choose.
+        choose: (the `accel.kernel` op, multiprocessors, capability) -> the tile where none was
+            measured, for kinds whose choice depends on the architecture.
+        library_reason: (op, capability) -> why a library is faster; None if it is not.
     """
 
     ops: tuple[str, ...]
     reason: Callable[[Op], str | None]
     generate: Generate
     candidates: Candidates | None = None
+    choose: Callable[[Op, int, int], Any] | None = None
+    library_reason: Callable[[Op, int], str | None] | None = None
 
 
 ANCHORS: dict[str, Anchor] = {
@@ -47,7 +52,14 @@ ANCHORS: dict[str, Anchor] = {
         ("cached_attention",), cached.reason, cached.generate, cached.candidates
     ),
     "update": Anchor(("dynamic_update",), updates.reason, updates.generate),
-    "attention": Anchor(("attention",), attention.reason, attention.generate),
+    "attention": Anchor(
+        ("attention",),
+        attention.reason,
+        attention.generate,
+        attention.candidates,
+        attention.choose,
+        attention.library_reason,
+    ),
     "depthwise": Anchor(("conv",), depthwise.reason, depthwise.generate),
 }
 
@@ -60,6 +72,21 @@ def reason(op: Op, kind: str) -> str | None:
     if op.name not in anchor.ops:
         return f"accel.{op.name} is not accel.{' or accel.'.join(anchor.ops)}"
     return anchor.reason(op)
+
+
+def library_reason(op: Op, kind: str, capability: int) -> str | None:
+    """Why a library does better than a kernel of this kind; None if it does not, or the kind asks
+    elsewhere."""
+    ask = ANCHORS[kind].library_reason
+    return None if ask is None else ask(op, capability)
+
+
+def choose(kernel: Op, sms: int, capability: int) -> Any:
+    """The tile of an `accel.kernel` op by the model of its kind; None where `generate` chooses."""
+    anchor = ANCHORS.get(str(kernel.attribute("kind")))
+    if anchor is None or anchor.choose is None:
+        return None
+    return anchor.choose(kernel, sms, capability)
 
 
 def neighbour_reason(op: Op, neighbour: Op) -> str | None:

@@ -196,6 +196,8 @@ class TritonBackend:
                     f"no generated kernel: {reason}", where=str(op.location or kernel.location)
                 )
         make, tile = anchors.generator(kind), self.tile_of(kernel)
+        if tile is None:
+            tile = anchors.choose(kernel, self.sms, capability(self.arch))
         code = make(name, region, print_op(kernel), self.sms, tile)
         if capability(self.arch) >= dependent.FIRST_CAPABILITY:
             constants = {Slot("input", i).name for i in constant_operands(kernel)}
