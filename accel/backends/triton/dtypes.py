@@ -179,6 +179,13 @@ def cast(value: Expr, kind: str) -> Expr:
     return Expr(f"{solid(value)}.to({element_type(kind)})", kind, value.dims)
 
 
+def _fits(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a small float holds every value of the source: bytes, or narrower ones."""
+    if target.itemsize == 1 or source == torch.bool:
+        return False
+    return source in SUB_BYTE_BITS or source.itemsize == 1
+
+
 def convert(value: Expr, source: torch.dtype, target: torch.dtype, block: Block) -> Expr:
     """`Tensor.to` on one scalar, both sides in their compute types."""
     have, want = compute(source), compute(target)
@@ -187,7 +194,8 @@ def convert(value: Expr, source: torch.dtype, target: torch.dtype, block: Block)
             return value
         return Expr(f"({solid(value)} != {number(0, have)})", "bool", value.dims)
     if target.is_floating_point:
-        return rounded(cast(value, want), target, block) if source != target else value
+        wide = cast(value, want)
+        return wide if source == target or _fits(source, target) else rounded(wide, target, block)
     if source.is_floating_point and want not in ("int32", "int64"):
         # As CUDA does: through an integer that holds what the small one wraps.
         return cast(cast(value, "int64"), want)

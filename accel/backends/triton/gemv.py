@@ -36,7 +36,7 @@ from accel.ir.types import Dim, is_float, product
 MOST_ROWS = 4  # of x: each costs a multiplication for every element of the weight
 _MOST_SUMS = 16  # of one program: they live in registers
 _MAX_ROUNDS = 8
-_NARROW = 32  # results a multiprocessor: fewer need small programs to be spread evenly
+_MANY = 256  # results a multiprocessor: programs come and go, large ones in less order
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,20 @@ def reason(op: Op) -> str | None:
 def choose(columns: int, depth: int, streams: int, rows: int, sms: int) -> GemvTile:
     """The tile for `columns` results, sums over `depth` of `streams` rows of the weight each.
 
-    `rows` is x's. A thread loads 32 to 64 elements at once, so that a few programs keep enough
-    bytes in flight. Measured on an H200 (benchmarks/results/gpu_products.json).
+    `rows` is x's. A thread has 64 to 128 elements of the weight on their way before it waits for
+    earlier kernels, so that a few programs keep enough bytes in flight. Measured on an H200, in
+    CUDA graphs of whole tokens (benchmarks/results/gpu_products.json).
     """
-    if streams * rows == 2 and depth == 2048:
-        tile = GemvTile(1, 2048, 4)
-    elif streams * rows > 1:
-        tile = GemvTile(2, 1024, 4)
-    elif columns <= _NARROW * sms:
+    if rows > 1:
+        tile = GemvTile(2, 2048, 8) if depth <= 8192 and streams == 1 else GemvTile(2, 1024, 4)
+    elif streams > 1:
+        tile = GemvTile(8, 1024, 4) if depth == 2048 else GemvTile(4, 1024, 4, 1, 2)
+    elif depth <= 2048 or columns > _MANY * sms:
         tile = GemvTile(2, 2048, 4)
-    elif columns <= 2 * _NARROW * sms:
-        tile = GemvTile(2, 2048, 8)
+    elif depth % 4096 == 0:
+        tile = GemvTile(2, 4096, 8)
     else:
-        tile = GemvTile(4, 2048, 4, 3)
+        tile = GemvTile(2, 1024, 4, 1, 4)
     span = min(tile.columns, next_power(depth))
     return replace(tile, columns=span, warps=max(1, min(tile.warps, span // 256)))
 
@@ -92,14 +93,15 @@ def candidates(kernel: Op, sms: int) -> list[GemvTile]:
     op = next(op for op in kernel.regions[0].ops if op.name == "linear")
     span = next_power(int(op.operands[0].shape[-1]))
     found = {
-        GemvTile(rows, min(columns, span), warps, stages)
-        for columns in (2048, 1024, 512)
+        GemvTile(rows, min(columns, span), warps, 1, ahead)
+        for columns in (4096, 2048, 1024)
         for rows in (1, 2, 4, 8)
         for warps in (4, 8, 2)
-        for stages in (1, 3)
-        if 8 <= rows * min(columns, span) // (32 * warps) <= 128
+        for ahead in (1, 2, 4)
+        if 32 <= rows * min(columns, span) * ahead // (32 * warps) <= 128
+        and (ahead == 1 or ahead * columns <= span)
     }
-    return sorted(found, key=lambda t: (t.stages, -t.columns, t.rows, t.warps))
+    return sorted(found, key=lambda t: (t.ahead, -t.columns, t.rows, t.warps))
 
 
 # -- the region ------------------------------------------------------------------------------
