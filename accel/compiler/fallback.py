@@ -12,7 +12,7 @@ from typing import Any
 
 from accel.backends.triton import TritonBackend, kernel_fingerprint
 from accel.compiler import gpu
-from accel.compiler.kernel_jobs import Job, compile_kernels
+from accel.compiler.kernel_jobs import Job, compile_many
 from accel.compiler.lower import KernelSymbol
 from accel.compiler.options import Options
 from accel.compiler.variants import dissolve
@@ -65,14 +65,13 @@ def compile_launches(
 
 def _compile_many(module: Module, backend: TritonBackend) -> None:
     """Into the cache; what fails does so again, where it is looked at."""
-    jobs: dict[str, Job] = {}
+    unique: dict[str, Op] = {}
     for function in module.functions.values():
         for op in function.ops:
             if op.name == "kernel":
-                job = Job.of(op, backend, backend.tile_of(op))
-                jobs[job.key] = job
-    if len(jobs) >= _MANY:
-        compile_kernels(list(jobs.values()), least=_MANY)
+                unique.setdefault(kernel_fingerprint(op), op)
+    if len(unique) >= _MANY:
+        compile_many([Job.of(op, backend, backend.tile_of(op)) for op in unique.values()], _MANY)
 
 
 def _next(

@@ -1,6 +1,7 @@
 """Kernels compiled by several processes at once, into the compile cache.
 
-    compile_kernels([Job.of(op, backend, tile), ...], workers=8)
+    with Workers(8) as workers:
+        workers.compile([Job.of(op, backend, tile), ...])
 
 Triton compiles one kernel in 0.2 to 2 s on one core. A worker is a Python process of its own that
 reads jobs as JSON lines (a kernel's IR text, the architecture, a tile by how it prints) and answers
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,46 +80,75 @@ def module_of(kernel: Op) -> Module:
     return module
 
 
-def compile_kernels(
-    jobs: Sequence[Job],
-    *,
-    workers: int | None = None,
-    deadline: float | None = None,
-    least: int = 0,
-) -> dict[str, AccelError | None]:
-    """By key of each job that was done: None, or why it failed.
+class Workers:
+    """Processes that compile kernels. Use it as a context manager, or `close` it.
 
     Args:
-        workers: processes; by default one for every few jobs, at most one a core.
-        deadline: `time.monotonic()` after which no further job is started.
-        least: fewer jobs that the cache does not answer are left alone.
+        count: by default one a core, at most 16; with less than 2 this process compiles.
     """
-    cache = CompileCache()
-    pending: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    done: dict[str, AccelError | None] = {}
-    unique = {job.key: job for job in jobs}
-    for key, job in unique.items():
-        if cache.get(key) is not None:
-            done[key] = None
-        else:
+
+    def __init__(self, count: int | None = None) -> None:
+        count = min(_cores(), _MOST_WORKERS) if count is None else count
+        self._workers = [_Worker() for _ in range(count if count > 1 else 0)]
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Starts the processes now, so that they are there when there is work."""
+        for worker in self._workers:
+            worker.start()
+
+    def compile(
+        self, jobs: Sequence[Job], deadline: float | None = None
+    ) -> dict[str, AccelError | None]:
+        """By key of each job that was done: None, or why it failed.
+
+        Args:
+            deadline: `time.monotonic()` after which no further job is started.
+        """
+        missing = not_cached(jobs)
+        done: dict[str, AccelError | None] = {job.key: None for job in jobs}
+        pending: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        for job in missing:
+            del done[job.key]
             pending.put(job)
-    left = len(unique) - len(done)
-    if left < least:
+        if not self._workers:
+            _work(pending, done, deadline, compile_job)
+            return done
+        threads = [
+            threading.Thread(target=_work, args=(pending, done, deadline, worker.run))
+            for worker in self._workers[: len(missing)]
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         return done
-    if workers is None:
-        workers = min(_cores(), _MOST_WORKERS, left // _WORTH_A_WORKER)
-    if workers < 2:
-        _work(pending, done, deadline, None)
-        return done
-    threads = [
-        threading.Thread(target=_work, args=(pending, done, deadline, _Worker()))
-        for _ in range(min(workers, left))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return done
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+
+
+def not_cached(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs that the cache does not answer, each once."""
+    cache = CompileCache()
+    unique = {job.key: job for job in jobs}
+    return [job for key, job in unique.items() if cache.get(key) is None]
+
+
+def compile_many(jobs: Sequence[Job], least: int) -> None:
+    """Fills the cache by several processes, if there are `least` kernels that it does not know and
+    cores to share them."""
+    missing = not_cached(jobs)
+    count = min(_cores(), _MOST_WORKERS, len(missing) // _WORTH_A_WORKER)
+    if len(missing) >= least and count > 2:
+        with Workers(count) as workers:
+            workers.compile(missing)
 
 
 def _cores() -> int:
@@ -131,28 +161,25 @@ def _work(
     pending: queue.SimpleQueue[Job],
     done: dict[str, AccelError | None],
     deadline: float | None,
-    worker: _Worker | None,
+    run: Callable[[Job], AccelError | None],
 ) -> None:
-    """Takes jobs until there are none, or the time is up; in a worker, or in this process."""
-    try:
-        while deadline is None or time.monotonic() < deadline:
-            try:
-                job = pending.get_nowait()
-            except queue.Empty:
-                return
-            done[job.key] = compile_job(job) if worker is None else worker.run(job)
-    finally:
-        if worker is not None:
-            worker.close()
+    """Takes jobs until there are none, or the time is up."""
+    while deadline is None or time.monotonic() < deadline:
+        try:
+            job = pending.get_nowait()
+        except queue.Empty:
+            return
+        done[job.key] = run(job)
 
 
 class _Worker:
-    """A process that compiles; started with its first job."""
+    """A process that compiles."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, job: Job) -> AccelError | None:
+    def start(self) -> subprocess.Popen[str]:
+        """The process; a new one if it is not running."""
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _START, str(_ROOT)],
@@ -160,26 +187,33 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-        assert self._process.stdin is not None and self._process.stdout is not None
+        return self._process
+
+    def run(self, job: Job) -> AccelError | None:
+        process = self.start()
+        assert process.stdin is not None and process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps(asdict(job)) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
+            process.stdin.write(json.dumps(asdict(job)) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
         except OSError:
             answer = ""
         if not answer:
-            code = self._process.wait()
+            code = process.wait()
             return BackendError(f"the process that compiles kernels ended (code {code})")
         failure = json.loads(answer)
         return BackendError(**failure) if failure else None
 
     def close(self) -> None:
-        if self._process is None:
+        """Ends the process, which is idle: what it compiled is in the cache."""
+        process, self._process = self._process, None
+        if process is None:
             return
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
 
 
 def compile_job(job: Job) -> AccelError | None:

@@ -164,7 +164,7 @@ class Ceilings:
 def ceilings(device: torch.device, *, cached: bool = True) -> Ceilings:
     """The device's ceilings; measured in half a second where the cache does not know them."""
     name = device_name(device)
-    key = cache_key("ceilings", name)
+    key = cache_key("ceilings", "2", name)
     cache = CompileCache()
     entry = cache.get(key) if cached else None
     if entry is None:
@@ -178,19 +178,19 @@ def ceilings(device: torch.device, *, cached: bool = True) -> Ceilings:
 def _measure_ceilings(device: torch.device, name: str) -> Ceilings:
     room = torch.cuda.mem_get_info(device)[0]
     count = int(min(2 << 30, room // 8))
-    bandwidth = 2 * count / _copy_seconds(count, device)
     flops = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         size = 8192 if dtype != torch.float32 else 4096
         seconds = _product_seconds(size, dtype, device)
         flops[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
+    bandwidth = 2 * count / _copy_seconds(count, device)  # last: clocks are up by now
     return Ceilings(name, bandwidth, flops)
 
 
 def _copy_seconds(count: int, device: torch.device) -> float:
-    source = torch.empty(count, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    return graph_seconds([partial(target.copy_, source)] * 2, device)
+    """A kernel's copy: the copy engines, which `copy_` may use, are slower on some GPUs."""
+    source = torch.randint(0, 1 << 30, (count // 4,), dtype=torch.int32, device=device)
+    return graph_seconds([partial(torch.neg, source, out=torch.empty_like(source))] * 8, device)
 
 
 def _product_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:

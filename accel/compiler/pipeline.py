@@ -166,9 +166,24 @@ def lower_module(
     after: PassManager | None = None,
 ) -> Program:
     """From the tensor level to a program: kernels, tuning, code, plans. `after` ran last."""
+    tuner = _tuner(target, options, context)
+    try:
+        return _lower(module, target, options, context, after, tuner)
+    finally:
+        if tuner is not None:
+            tuner.close()
+
+
+def _lower(
+    module: Module,
+    target: Target,
+    options: Options,
+    context: Context,
+    after: PassManager | None,
+    tuner: Tuner | None,
+) -> Program:
     start = time.perf_counter()
     backend = context.generator
-    tuner = _tuner(target, options, context)
     names = gpu.KERNEL_PIPELINE if target.kind == "cuda" else KERNEL_PIPELINE
     pipeline: list[str | Pass] = list(names)
     if tuner is not None:

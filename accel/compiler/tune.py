@@ -25,7 +25,7 @@ from accel import __version__
 from accel.backends.triton import TritonBackend, kernel_fingerprint
 from accel.compiler import measure
 from accel.compiler.cache import CompileCache, cache_key
-from accel.compiler.kernel_jobs import Job, compile_kernels
+from accel.compiler.kernel_jobs import Job, Workers
 from accel.compiler.targets import Target
 from accel.compiler.variants import (
     KERNEL,
@@ -164,6 +164,7 @@ class Tuner:
         self.most, self.limit = _LIMITS[mode]
         self.seconds = 0.0
         self.choices: dict[str, Choice] = {}
+        self.workers = Workers() if clock is not None else Workers(0)
         self._cache = CompileCache()
 
     def tune(self, kernels: Sequence[Op]) -> dict[str, Choice]:
@@ -201,6 +202,8 @@ class Tuner:
 
     def _compile(self, kernels: Sequence[Op], deadline: float) -> dict[Op, list[Variant]]:
         """What to time; its code is in the cache afterwards, as far as the time allows."""
+        if kernels:
+            self.workers.start()
         variants = {op: variants_of(op, self.backend, self.most) for op in kernels}
         jobs = [
             Job.of(op, self.backend, variant.tile)
@@ -209,8 +212,12 @@ class Tuner:
             if variant.label != LIBRARY
         ]
         left = deadline - time.monotonic()
-        compile_kernels(jobs, deadline=time.monotonic() + 0.6 * left)
+        self.workers.compile(jobs, time.monotonic() + 0.6 * left)
         return variants
+
+    def close(self) -> None:
+        """Ends the processes that compile."""
+        self.workers.close()
 
     def _choose(
         self, kernel: Op, calls: int, variants: Mapping[Op, list[Variant]], deadline: float
