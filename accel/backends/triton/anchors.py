@@ -14,6 +14,7 @@ from accel.backends.triton import attention, cached, depthwise, gemv, matmul, sk
 from accel.backends.triton.kernel import KernelCode, generate
 from accel.backends.triton.tiles import KERNEL_TILES
 from accel.ir.module import Op, Region
+from accel.ir.types import product
 
 Generate = Callable[[str, Region, str, int, Any], KernelCode]
 Candidates = Callable[[Op, int], Sequence[Any]]
@@ -98,9 +99,20 @@ def neighbour_reason(op: Op, neighbour: Op) -> str | None:
         halves = neighbour.result.shape[axis] * 2 == op.result.shape[axis]
         plain = axis == op.result.type.rank - 1 and neighbour.attribute("step") == 1
         return None if plain and halves else "a slice that is no half of the columns"
-    if neighbour.name == "rms_norm" and gemv.reason(op) is None:
+    if neighbour.name == "rms_norm" and product_kind(op) == "gemv":
         return None
     return f"accel.{neighbour.name} does not ride along with a linear"
+
+
+def product_kind(op: Op) -> str:
+    """The kind of kernel that multiplies a linear's rows fastest, whatever is around it.
+
+    Each row of a gemv's x costs multiplications on slow units; tensor cores take 16 rows at once.
+    """
+    on_tensor_cores = skinny.reason(op) is None
+    if gemv.reason(op) is None and (product(op.result.shape[:-1]) in (1, 2) or not on_tensor_cores):
+        return "gemv"
+    return "skinny" if on_tensor_cores else "matmul"
 
 
 def is_whole(op: Op, kind: str) -> bool:

@@ -132,12 +132,16 @@ class TritonBackend:
         return _type_reason(neighbour) or anchors.neighbour_reason(op, neighbour)
 
     def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:
-        if self.supports_anchor(op, "gemv") is None:
-            return "gemv", None
-        return "matmul", None if self.measures else matmul.saves(op, members, self.sms)
+        kind = anchors.product_kind(op)
+        if kind == "matmul" and not self.measures:
+            return kind, matmul.saves(op, members, self.sms)
+        return kind, None
 
     def supports_anchor(self, op: Op, kind: str) -> str | None:
-        return _type_reason(op) or anchors.reason(op, kind)
+        reason = _type_reason(op) or anchors.reason(op, kind)
+        if reason is None and not self.measures:
+            return anchors.library_reason(op, kind, capability(self.arch))
+        return reason
 
     def supports_decoding(self, op: Op) -> str | None:
         if op.definition.decompose is None:

@@ -1,10 +1,10 @@
 """Kernels of kind "skinny": linears of a few dozen rows, which stream their weight once.
 
-With 5 to 64 rows of x a product is still bound by reading its weight, but has too many
+With 3 to 64 rows of x a product is still bound by reading its weight, but has too many
 multiplications for the units that a gemv runs on. Here the weight's rows are the rows of tensor
-core tiles (COLS of them a program) and x's rows are their columns (all of them, ROWS a power of two), so
-that a tile of 64 weights meets as few as 16 rows of x. The loop over K keeps several blocks of the
-weight in flight.
+core tiles (COLS of them a program) and x's rows are their columns (all of them: ROWS, a power of
+two), so that a tile of 64 weights meets as few as 16 rows of x. The loop over K keeps several
+blocks of the weight in flight.
 
 Few results make few programs: then SPLIT of them share a tile's sum over K. Each leaves its part in
 scratch memory, and the one that is done last adds them up, always in the same order, and computes
