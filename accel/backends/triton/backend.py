@@ -206,8 +206,8 @@ class TritonBackend:
         if capability(self.arch) >= dependent.FIRST_CAPABILITY:
             constants = {Slot("input", i).name for i in constant_operands(kernel)}
             for launch in code.launches:
-                if launch.gluon:  # starts when its predecessor has ended
-                    continue
+                if launch.gluon and f"{dependent.WAIT}()" not in launch.source:
+                    continue  # starts when its predecessor has ended
                 known = constants | set(launch.sizes)
                 launch.source = dependent.overlapped(launch.source, launch.name, known)
                 launch.dependent = True

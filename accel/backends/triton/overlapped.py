@@ -366,6 +366,7 @@ class OverlappedWriter(MatmulWriter):
             "    mbarrier.init(turn.index(i), count=1)",
             "    mbarrier.init(arrived.index(i), count=1)",
             "fence_async_shared()",
+            "gdc_wait()",  # the last kernel has ended; barriers are ready by then
             "tl.warp_specialize([",
             *(f"    (multiply, ({i}, left, right, {out}.index({i}), ready, free, turn, "
               f"arrived.index({i}), {shared}))," for i in range(_GROUPS)),
