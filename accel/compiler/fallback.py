@@ -17,7 +17,7 @@ from accel.compiler.lower import KernelSymbol
 from accel.compiler.options import Options
 from accel.compiler.variants import dissolve
 from accel.config import cache_dir, logger
-from accel.errors import BackendError
+from accel.errors import AccelError, BackendError
 from accel.ir.module import Module, Op
 from accel.ir.printer import print_op
 from accel.passes.base import Context
@@ -89,10 +89,18 @@ def _next(
                     dissolve(op)
         PassManager(list(_PIPELINE), context).run(module)
     name = f"accel_{print_[:16]}"
-    reason = failure.what.partition("\n")[0]
+    reason = _reason(failure)
     _log.warning("kernel %s does not compile: %s; its source is %s; %s computes it",
                  name, reason, source, instead)  # fmt: skip
     return Failure(name, reason, str(source), instead, str(kernel.location or ""))
+
+
+def _reason(failure: BaseException) -> str:
+    """The last line of what was raised first: the ones before it show Triton's source."""
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+    text = failure.what if isinstance(failure, AccelError) else str(failure)
+    return next((line for line in reversed(text.splitlines()) if line.strip()), text)[:300]
 
 
 def _save(kernel: Op, backend: TritonBackend) -> Path:
