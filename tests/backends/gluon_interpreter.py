@@ -183,28 +183,63 @@ def store_tile(one: MapArgument, place: Sequence[Any], source: Shared) -> None:
     part.copy_(source.data[: part.shape[0], : part.shape[1]])
 
 
-class Total:
-    """Sums of products, some of which may still be under way."""
+class Product:
+    """One product that is under way: operands in shared memory are read when it is waited for."""
 
-    def __init__(self, data: Tensor, pending: list[tuple[Tensor, Tensor]]) -> None:
-        self.data, self.pending = data, pending
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left, self.right = left, right
+        self.result: Tensor | None = None
+
+    def finish(self) -> None:
+        self.result = self.left.float() @ self.right.float()
+
+
+class Total:
+    """A sum of products, some of which may still be under way."""
+
+    def __init__(self, data: Tensor, products: list[Product]) -> None:
+        self.data, self.products = data, products
+
+
+_THREAD = threading.local()  # products of a partition, in the order in which they were issued
+
+
+def _issued() -> list[Product]:
+    if not hasattr(_THREAD, "issued"):
+        _THREAD.issued = []
+    issued: list[Product] = _THREAD.issued
+    return issued
 
 
 def warpgroup_mma_init(value: Any) -> Total:
     return value if isinstance(value, Total) else Total(_values(value, torch.float32), [])
 
 
-def warpgroup_mma(left: Shared, right: Shared, total: Total, *, is_async: bool) -> Total:
+def warpgroup_mma(
+    left: Any, right: Shared, total: Any, *, use_acc: bool = True, is_async: bool
+) -> Total:
     assert is_async
-    return Total(total.data, [*total.pending, (left.data, right.data)])
+    held = left.data if isinstance(left, Shared) else _values(left, right.data.dtype)
+    product = Product(held, right.data)
+    _issued().append(product)
+    before = warpgroup_mma_init(total)
+    if not use_acc:
+        return Total(torch.zeros_like(before.data), [product])
+    return Total(before.data, [*before.products, product])
 
 
 def warpgroup_mma_wait(num_outstanding: int, deps: Sequence[Total]) -> Any:
+    """Finishes this partition's products, the first ones first, up to so many."""
     (total,) = deps
-    data, pending = total.data, list(total.pending)
-    while len(pending) > num_outstanding:
-        left, right = pending.pop(0)
-        data = data + left.float() @ right.float()
+    issued = _issued()
+    while len(issued) > num_outstanding:
+        issued.pop(0).finish()
+    data, pending = total.data, []
+    for product in total.products:
+        if product.result is None:
+            pending.append(product)
+        else:
+            data = data + product.result
     return Total(data, pending) if pending else _tensor(data)
 
 
@@ -217,7 +252,9 @@ class _Language:
 
     NVMMADistributedLayout = staticmethod(lambda *args: None)
     SliceLayout = staticmethod(lambda *args: None)
-    constexpr = int
+    DotOperandLayout = staticmethod(lambda *args: None)
+    BlockedLayout = staticmethod(lambda *args: None)
+    constexpr = staticmethod(lambda value: value)
     static_range = range
 
     def __getattr__(self, name: str) -> Any:
@@ -228,6 +265,9 @@ class _Language:
 
     def zeros(self, shape: Sequence[int], dtype: Any, layout: object = None) -> Any:
         return _tensor(torch.zeros(*shape))
+
+    def full(self, shape: Sequence[int], value: Any, dtype: Any, layout: object = None) -> Any:
+        return triton_language.full(shape, value, dtype)
 
     def convert_layout(self, value: Any, layout: object) -> Any:
         return value

@@ -132,12 +132,12 @@ class OverlappedAttention(AttentionWriter):
         values = {"ROWS": tile.rows, "COLS": tile.columns, "DEPTH": self.depth,
                   "WIDTH": self.width, "STAGES": tile.stages, "GROUPS": tile.groups}  # fmt: skip
         lines = [f"{name} = tl.constexpr({value})" for name, value in values.items()]
-        form = "tl.constexpr(tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {}, 16]))"
+        form = "tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {}, 16])"
         across = self.width // 8
         lines += [
-            f"SCORES = {form.format(tile.columns)}",
-            f"RESULT = {form.format(self.width)}",
-            "WEIGHTS = tl.constexpr(tl.DotOperandLayout(0, RESULT.value, 2))",
+            f"SCORES = tl.constexpr({form.format(tile.columns)})",
+            f"RESULT = tl.constexpr({form.format(self.width)})",
+            f"WEIGHTS = tl.constexpr(tl.DotOperandLayout(0, {form.format(self.width)}, 2))",
             f"STORED = tl.constexpr(tl.BlockedLayout([1, 8], [{32 // min(across, 32)}, "
             f"{min(across, 32)}], [4, 1], [1, 0]))",
         ]

@@ -1,0 +1,162 @@
+"""Attention in Gluon: through the interpreter with its barriers and copies, compiled for Hopper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from accel.backends.triton import TritonBackend
+from accel.backends.triton.attention_tiles import OverlappedTile
+from accel.errors import BackendError
+from accel.ir import Function, TensorType, WeightStore, interpret
+from tests.backends.kernels import function_of, kernel_of, sym
+from tests.backends.test_triton_attention import LIMITS, alibi, fused, heads, inputs_of, merged
+from tests.backends.test_tvm_kernels import typed
+from tests.backends.triton_kernels import InterpretedKernels
+from tests.backends.triton_worker import Worker
+
+BF16, FP16, BOOL = torch.bfloat16, torch.float16, torch.bool
+TILE = OverlappedTile(2, 64, 2, True)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    one = Worker()
+    yield one
+    one.close()
+
+
+def backend(tile: OverlappedTile = TILE) -> TritonBackend:
+    """Few programs, so that each has several parts of the work."""
+    return TritonBackend("sm_90", sms=3, tile=tile)
+
+
+def check(
+    worker: Worker, function: Function, inputs: Sequence[Tensor], tile: OverlappedTile = TILE
+) -> str:
+    runner = InterpretedKernels([function], worker, ["attention"], backend(tile))
+    (want,) = interpret(function, inputs, WeightStore(), oracle=True)
+    (got,) = runner(0, inputs)
+    bound = LIMITS[got.dtype] * float(want.abs().max())
+    assert float((got.double() - want).abs().max()) <= bound, runner.source(0)
+    return runner.source(0)
+
+
+def plain(b: Any, q: Any, k: Any, v: Any, mask: Any = None, **attributes: Any) -> Any:
+    """[B, S, H * D], heads of 64."""
+    split = [heads(b, x, 64) for x in (q, k, v)]
+    if mask is not None:
+        mask = b.reshape(mask, shape=(mask.shape[0], 1, 1, mask.shape[1]))
+    return merged(b, b.attention(*split, mask, scale=0.125, **attributes))
+
+
+def three(batch: int, queries: int, keys: int, count: int, groups: int) -> list[TensorType]:
+    return [typed(FP16, batch, queries, 64 * count), *[typed(FP16, batch, keys, 64 * groups)] * 2]
+
+
+S = sym("s0")
+CASES: dict[str, tuple[list[TensorType], Callable[..., Any], int]] = {
+    "one part": (three(1, 128, 64, 1, 1), plain, 0),
+    "fused, causal": (
+        [typed(BF16, 2, 256, 3 * 2 * 64)], lambda b, x: fused(b, x, size=64, causal=True), 0,
+    ),
+    "fused, groups, tails": (
+        [typed(BF16, 1, 200, 6 * 64)], lambda b, x: fused(b, x, size=64, groups=2, causal=True), 0,
+    ),
+    "tails of queries": (three(2, 150, 192, 2, 1), plain, 0),
+    "an offset": (
+        three(1, 130, 200, 2, 2), lambda b, *x: plain(b, *x, causal=True, offset=70), 0,
+    ),
+    "an offset that blocks do not end at, and few keys": (
+        three(1, 130, 100, 1, 1), lambda b, *x: plain(b, *x, causal=True, offset=7), 0,
+    ),
+    "a window": (
+        three(1, 400, 400, 2, 1), lambda b, *x: plain(b, *x, causal=True, window=100), 0,
+    ),
+    "a window of one": (
+        three(1, 200, 200, 1, 1), lambda b, *x: plain(b, *x, causal=True, window=1), 0,
+    ),
+    "a cap": (three(1, 128, 128, 1, 1), lambda b, *x: plain(b, *x, softcap=3.0), 0),
+    "keys that are none": (
+        [*three(2, 130, 192, 2, 2), typed(BOOL, 2, 192)],
+        lambda b, *x: plain(b, *x, causal=True, offset=62), 0,
+    ),
+    "heads first, a bias of distances": ([typed(FP16, 1, 4, 128, 64)] * 3, alibi, 0),
+    "wider values": (
+        [typed(BF16, 2, 2, 128, 64), typed(BF16, 2, 2, 128, 64), typed(BF16, 2, 2, 128, 128)],
+        lambda b, *x: b.attention(*x, scale=0.2, causal=True), 0,
+    ),
+    "symbolic": (
+        [typed(BF16, 1, S, 6 * 64)], lambda b, x: fused(b, x, size=64, groups=1, causal=True), 140,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_oracle(worker: Worker, name: str) -> None:
+    types, build, size = CASES[name]
+    source = check(worker, function_of(types, build), inputs_of(types, size))
+    assert "warp_specialize" in source
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [OverlappedTile(2, 128, 2), OverlappedTile(3, 64, 4), OverlappedTile(3, 128, 3, True)],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["fused, causal", "a window"])
+def test_other_tiles(worker: Worker, name: str, tile: OverlappedTile) -> None:
+    types, build, size = CASES[name]
+    if name == "fused, causal":
+        types = [typed(BF16, 2, 384, 3 * 2 * 64)]
+    check(worker, function_of(types, build), inputs_of(types, size), tile)
+
+
+def test_what_is_refused() -> None:
+    def why(types: list[TensorType], build: Callable[..., Any]) -> str:
+        with pytest.raises(BackendError) as caught:
+            backend().generate([kernel_of(function_of(types, build), "attention")])
+        return str(caught.value)
+
+    overrun = three(2, 128, 100, 1, 1)
+    assert "next batch" in why(overrun, plain)
+    assert "size 40" in why(
+        [typed(FP16, 1, 1, 128, 40)] * 3, lambda b, *x: b.attention(*x, scale=1.0)
+    )
+    assert "first key" in why(
+        three(1, 128, 128, 1, 1), lambda b, *x: plain(b, *x, causal=True, offset=-3)
+    )
+    turned = [typed(FP16, 1, 2, 128, 64), typed(FP16, 1, 2, 64, 128), typed(FP16, 1, 2, 128, 64)]
+    assert "no matrices" in why(
+        turned, lambda b, q, k, v: b.attention(q, b.permute(k, axes=(0, 1, 3, 2)), v, scale=1.0)
+    )
+
+
+def test_the_model_takes_it_on_hopper_where_it_fits() -> None:
+    def sources(arch: str, length: int) -> bool:
+        types = [typed(BF16, 2, length, 3 * 2 * 64)]
+        function = function_of(types, lambda b, x: fused(b, x, size=64, causal=True))
+        made = TritonBackend(arch).generate([kernel_of(function, "attention")])[1]
+        return "warp_specialize" in next(iter(made.values())).launches[0].source
+
+    assert sources("sm_90", 1024)
+    assert not sources("sm_80", 1024)  # no wgmma
+    assert not sources("sm_90", 1000)  # the last block of keys would read the next batch
+    assert not sources("sm_90", 128)
+
+
+@pytest.mark.parametrize("name", ["fused, groups, tails", "a window", "keys that are none"])
+def test_compiles_for_hopper(name: str) -> None:
+    types, build, _ = CASES[name]
+    kernel = kernel_of(function_of(types, build), "attention")
+    made = (
+        backend(OverlappedTile()).compile([kernel])
+        if name != "keys that are none"
+        else (backend().compile([kernel]))
+    )
+    (launch,) = made.launches[made.names[0]]
+    assert launch.binary.shared <= 227 << 10 and len(launch.binary.maps) == 3
