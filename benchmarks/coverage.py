@@ -57,7 +57,7 @@ class Accel:
         self.backend = make_backend(self._compile)
 
     def _compile(
-        self, module: Module, options: Mapping[str, Any], device: torch.device, training: bool
+        self, module: Module, options: Mapping[str, Any], device: torch.device
     ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
         self.programs += 1
         for name, count in module.metadata["fallbacks"].items():

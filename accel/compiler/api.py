@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -284,12 +284,12 @@ def compile_function(
     target: str | Target = "cpu",
     *,
     device: torch.device | None = None,
-    graph: bool = True,
+    keep: Collection[int] | None = None,
 ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """Compiles a captured module to a function on flat lists of tensors (for `torch.compile`).
 
-    On a GPU, `device` says which, and `graph` whether calls are recorded as CUDA graphs.
+    On a GPU, `device` says which, and `keep` which results its recordings do not copy.
     """
     with collection_paused():
         program = compile_module(module, get_target(target), Options.of(options))
-        return to_function(program, module.main.name, device=device, graph=graph)
+        return to_function(program, module.main.name, device=device, keep=keep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,7 @@ def to_function(
     prepared: PreparedCalls | None = None,
     device: torch.device | None = None,
     graph: bool = True,
+    keep: Collection[int] | None = None,
 ) -> CompiledFunction:
     """One function on flat lists of tensors, on `device` (by default the current one)."""
     device = device or device_of(program.target.kind)
@@ -74,6 +75,7 @@ def to_function(
         prepared=prepared,
         device=device,
         graph=graph,
+        keep=keep,
     )
 
 

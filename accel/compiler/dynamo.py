@@ -19,14 +19,14 @@ from accel.ir.module import Module
 
 
 def _compile(
-    module: Module, options: Mapping[str, Any], device: torch.device, training: bool
+    module: Module, options: Mapping[str, Any], device: torch.device
 ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     rest = dict(options)
     target = rest.pop("target", None)
     chosen = target_of(device) if target is None else get_target(str(target))
-    # Activations are results: a recorded graph would copy each of them.
     place = device if chosen.kind == "cuda" and device.type == "cuda" else None
-    return compile_function(module, rest, chosen, device=place, graph=not training)
+    keep = module.main.metadata.get("kept")
+    return compile_function(module, rest, chosen, device=place, keep=keep)
 
 
 accel_backend = make_backend(_compile)

@@ -36,7 +36,7 @@ from accel.ir.interpret import interpret
 from accel.ir.module import Module
 
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-CompileFunction = Callable[[Module, Mapping[str, Any], torch.device, bool], Compiled]
+CompileFunction = Callable[[Module, Mapping[str, Any], torch.device], Compiled]
 
 _log = logger("frontends")
 
@@ -48,7 +48,6 @@ def interpret_module(
     module: Module,
     options: Mapping[str, Any],
     device: torch.device | None = None,
-    training: bool = False,
 ) -> Compiled:
     """A `CompileFunction` that runs the reference interpreter."""
     return lambda inputs: interpret(module.main, inputs, module.weights)
@@ -57,9 +56,10 @@ def interpret_module(
 def make_backend(compile_function: CompileFunction) -> Callable[..., Any]:
     """A Dynamo backend over any `CompileFunction`.
 
-    `compile_function(module, options, device, training)` returns a callable over one tensor per
-    argument of `module.main`, on that device, that returns one tensor per result; in training these
-    are kept for the backward. The backend raises CaptureError, OptionError,
+    `compile_function(module, options, device)` returns a callable over one tensor per argument of
+    `module.main`, on that device, that returns one tensor per result. In training the function's
+    metadata says which results ("kept") are not the user's: activations and gradients, which live
+    until autograd or an optimizer is done with them. The backend raises CaptureError, OptionError,
     and the compiler's errors.
     """
 
@@ -81,14 +81,13 @@ def make_backend(compile_function: CompileFunction) -> Callable[..., Any]:
         if not 0 <= budget <= 1:
             raise OptionError(f"activation_memory_budget is {budget}", advice="give 0 to 1")
 
-        training = _wants_gradients(graph, inputs)
         device = _device_of(graph, inputs)
 
         def compile_module(module: Module) -> Compiled:
             with _disable_current_modes():
-                return compile_function(module, rest, device, training)
+                return compile_function(module, rest, device)
 
-        if not training:
+        if not _wants_gradients(graph, inputs):
             try:
                 return InferenceGraph(graph, inputs, compile_module, freeze)
             except CaptureError as error:
@@ -123,11 +122,24 @@ def _with_autograd(
     compile_module: Callable[[Module], Compiled],
     budget: float,
 ) -> Callable[..., Any]:
-    def now(aten: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+    own = 0  # how many of the forward's outputs are not there for the backward
+
+    def cut(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        nonlocal own
+        own = options["num_fwd_outputs"]
+        return partition(joint, inputs, **options)
+
+    def inference(aten: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         return make_boxed_func(GraphCallable(import_aten_graph(aten, examples), compile_module))
+
+    def now(aten: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        program = import_aten_graph(aten, examples)
+        _mark_kept(program, own)
+        return make_boxed_func(GraphCallable(program, compile_module))
 
     def later(aten: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         program = import_aten_graph(aten, examples, may_fix=False)  # code is made on first use
+        _mark_kept(program, 0)
         made: list[GraphCallable] = []
 
         def run(*args: Any) -> Any:
@@ -140,13 +152,21 @@ def _with_autograd(
     wrapped = aot_autograd(
         fw_compiler=now,
         bw_compiler=later,
-        inference_compiler=now,
-        partition_fn=partition,
+        inference_compiler=inference,
+        partition_fn=cut,
         decompositions=get_decompositions(_IN_PARTS),
     )
     with functorch_config.patch(activation_memory_budget=budget, recompute_views=True):
         result: Callable[..., Any] = wrapped(graph, inputs)
     return result
+
+
+def _mark_kept(program: Program, own: int) -> None:
+    """Notes which results the user does not see: those after the first `own` outputs."""
+    seen = {o.index for o in program.outputs[:own] if o.kind in ("result", "number")}
+    seen |= {result for _, result in program.writes}
+    last = {o.index for o in program.outputs[own:] if o.kind == "result"}
+    program.module.main.metadata["kept"] = sorted(last - seen)
 
 
 def partition(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:

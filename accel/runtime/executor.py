@@ -24,7 +24,7 @@ import threading
 import traceback
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import length_hint
 from typing import Any
@@ -37,6 +37,7 @@ from accel.runtime.analysis import analyze
 from accel.runtime.binding import Binding, Sizes
 from accel.runtime.cuda_graph import GraphLimit, GraphRunner
 from accel.runtime.interfaces import HostCode, Libraries
+from accel.runtime.kept_graph import KeptGraphRunner
 from accel.runtime.plan import FunctionPlan, Step
 from accel.runtime.prepare import PreparedCalls, WeightSource, prepare
 from accel.runtime.runs import Run
@@ -63,6 +64,7 @@ class CompiledFunction:
         prepared: packed weights, shared between the functions of a model.
         device: where inputs, buffers and results are; the weights must be there too.
         graph: on a GPU, record the steps as a CUDA graph.
+        keep: results that recordings hand out without a copy (`kept_graph`), for training.
     """
 
     def __init__(
@@ -75,8 +77,9 @@ class CompiledFunction:
         prepared: PreparedCalls | None = None,
         device: torch.device = _CPU,
         graph: bool = True,
+        keep: Collection[int] | None = None,
     ) -> None:
-        self.plan, self.device, self.graph = plan, device, graph
+        self.plan, self.device, self.graph, self.keep = plan, device, graph, keep
         self.analysis = analyze(plan)
         self.signature = Signature(plan, device)
         self._sizes = Sizes(plan, self.analysis)
@@ -202,16 +205,15 @@ class CompiledFunction:
     ) -> GraphRunner:
         """Runs steps on the GPU, as a recorded graph from the second call on."""
         check = getattr(self._host, "raise_failure", None) or _nothing
-        record, name = self.graph, self.plan.name
-        return GraphRunner(
-            steps,
-            self.device,
-            check,
-            donates=self.plan.donates,
-            record=record,
-            name=name,
-            pool=pool,
-        )
+        options: dict[str, Any] = {
+            "donates": self.plan.donates,
+            "record": self.graph,
+            "name": self.plan.name,
+            "pool": pool,
+        }
+        if self.keep is not None:
+            return KeptGraphRunner(steps, self.device, check, keep=self.keep, **options)
+        return GraphRunner(steps, self.device, check, **options)
 
     def _bind(self, lane: _Lane, inputs: Sequence[Tensor]) -> _Bound:
         """The slow path: full checks, then closures for these sizes."""

@@ -32,7 +32,6 @@ class Recording:
         module: Module,
         options: Mapping[str, Any],
         device: torch.device,
-        training: bool,
     ) -> Compiled:
         verify(module)
         self.modules.append(module)

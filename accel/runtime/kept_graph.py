@@ -1,0 +1,167 @@
+"""CUDA graphs for the two halves of a training step, whose results are not copied.
+
+A forward hands gigabytes of activations to its backward, and that gradients to an optimizer; copies
+would cost more than recording saves. So a recording's results are handed out where they lie, as
+tensors that share their memory, and a recording is replayed only when nobody holds one of them: the
+storages' reference counts say so, whatever holds them (autograd's saved tensors, a view, `.grad`).
+Else another recording is made or taken, with memory of its own: a second microbatch before the
+first one's backward, gradients that are added up. Beyond a few recordings a call runs step by step,
+with new memory.
+
+Arguments that come from the same memory again and again (parameters; a forward's activations, which
+lie in its recording) are read where they are, and a recording is taken only if they lie there
+still. All others (a batch) are copied to the recording's own memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.config import logger
+from accel.errors import ExecutionError, OutOfMemoryError
+from accel.runtime.cuda_graph import RECORDING, GraphRunner, _dense_copy, _is_aligned, _share
+
+_log = logger("runtime")
+
+_MOST = 4  # recordings of one function and set of sizes
+_REMEMBERED = 4  # calls whose addresses are remembered
+_STABLE = 0.9  # of the arguments' bytes must come from known places before a recording
+_PATIENT = 8  # calls that wait for that
+
+
+@dataclass
+class Recording:
+    """One graph: where it reads, which arguments are copied there, what it hands out."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    copied: list[int]
+    fixed: list[tuple[int, int, tuple[int, ...]]]  # argument, its address and strides
+    results: list[Tensor]
+    handed: list[tuple[Any, int]]  # storages of results that are not copied, references at rest
+
+    def fits(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether what is read in place lies where it lay, and nobody holds the results."""
+        for i, address, stride in self.fixed:
+            given = inputs[i]
+            if given.data_ptr() != address or given.stride() != stride:
+                return False
+        return all(_references(storage) <= count for storage, count in self.handed)
+
+
+class KeptGraphRunner(GraphRunner):
+    """Runs steps on a device, recorded once their arguments come from known places.
+
+    `keep` are the results that are handed out without a copy; the others are copied.
+    """
+
+    def __init__(self, *args: Any, keep: Collection[int], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._keep = frozenset(keep)
+        self._recordings: list[Recording] = []
+        self._known: list[deque[int]] = []
+        self._places: list[bool] = []  # which arguments lie where they lay before
+
+    @property
+    def recorded(self) -> bool:
+        return bool(self._recordings)
+
+    def drop(self) -> None:
+        """Gives the recordings back; their results stay as long as somebody holds them."""
+        self._recordings, self._known, self._calls = [], [], 1
+
+    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        self._check()
+        self._wait_for_last_call()
+        try:
+            for one in self._recordings:
+                if one.fits(inputs):
+                    return self._hand_out(one, inputs)
+            self._calls += 1
+            stable = self._learn(inputs)
+            ready = stable >= _STABLE or self._calls >= _PATIENT
+            room = self._calls > 1 and len(self._recordings) < _MOST
+            if self._record and ready and room:
+                made = self._record_steps(inputs)
+                if made is not None:
+                    return self._hand_out(made, inputs)
+            return self._step_by_step(inputs)
+        finally:
+            assert self._done is not None
+            self._done.record()
+
+    def _learn(self, inputs: Sequence[Tensor]) -> float:
+        """The share of the arguments' bytes that lie where they lay in an earlier call."""
+        if not self._known:
+            self._known = [deque(maxlen=_REMEMBERED) for _ in inputs]
+        total = same = 0
+        self._places = []
+        for tensor, known in zip(inputs, self._known):
+            address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+            total += size
+            self._places.append(address in known and _is_aligned(tensor))
+            if self._places[-1]:
+                same += size
+            else:
+                known.append(address)
+        return same / total if total else 1.0
+
+    def _hand_out(self, one: Recording, inputs: Sequence[Tensor]) -> list[Tensor]:
+        for i in one.copied:
+            one.inputs[i].copy_(inputs[i])
+        one.graph.replay()
+        return [r.detach() if i in self._keep else r.clone() for i, r in enumerate(one.results)]
+
+    def _record_steps(self, inputs: Sequence[Tensor]) -> Recording | None:
+        taken = set(self._donates.values())
+        in_place = [place and i not in taken for i, place in enumerate(self._places)]
+        read = [x if place else _dense_copy(x) for x, place in zip(inputs, in_place)]
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(side):
+                # Libraries set themselves up on this stream; state must not change by that.
+                self._steps([x if place else _dense_copy(x) for x, place in zip(read, in_place)])
+            side.synchronize()
+            with (
+                RECORDING,
+                torch.cuda.graph(graph, self._pool, side, capture_error_mode="thread_local"),
+            ):
+                results = self._steps(read)
+        except (RuntimeError, ExecutionError) as error:
+            self._record = False
+            if isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError)):
+                _log.warning("'%s': no memory for another recording", self._name)
+                self.reason = "no memory for a recording"
+                torch.cuda.empty_cache()
+                return None
+            self.reason = str(error)
+            _log.warning("'%s' runs without a CUDA graph: %s", self._name, error)
+            return None
+        torch.cuda.current_stream().wait_stream(side)
+        self._keep -= {i for i in self._keep if any(_share(results[i], x) for x in read)}
+        made = Recording(
+            graph,
+            read,
+            [i for i, place in enumerate(in_place) if not place],
+            [(i, x.data_ptr(), x.stride()) for i, x in enumerate(read) if in_place[i]],
+            results,
+            [],
+        )
+        storages = [results[i].untyped_storage() for i in sorted(self._keep)]
+        made.handed = [(s, _references(s)) for s in storages]
+        self._recordings.append(made)
+        return made
+
+
+def _references(storage: Any) -> int:
+    """How many tensors and Python objects share a storage."""
+    count: Callable[[int], int] = torch._C._storage_Use_Count
+    return count(storage._cdata)
