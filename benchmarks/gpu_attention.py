@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from accel.backends.triton import TritonBackend
-from accel.backends.triton.attention_tiles import AttentionTile, candidates
+from accel.backends.triton.attention_tiles import Tile, candidates
 from accel.compiler.gpu import kernel_binary
 from accel.ir import Builder, Op, TensorType, definition
 from accel.ir.module import Region, Value
@@ -168,6 +168,8 @@ CASES = {
         Case("llama_8b_2k", 1, 32, 2048, 128, groups=8),
         Case("llama_1b_2k", 1, 32, 2048, 64, groups=8),
         Case("gpt2_b8", 8, 12, 1024, 64),
+        Case("heads_of_80", 8, 16, 1024, 80),
+        Case("bert_b32_f32", 32, 12, 128, 64, causal=False, dtype=torch.float32),
         Case("bert_b1", 1, 12, 128, 64, causal=False, dtype=FP16),
         Case("bert_b32", 32, 12, 128, 64, causal=False, dtype=FP16),
         Case("bert_b32_keys", 32, 12, 128, 64, causal=False, mask="keys", dtype=FP16),
@@ -198,7 +200,7 @@ class Compiled:
     code: bytes
 
 
-def compile_one(name: str, tile: AttentionTile | None, arch: str) -> Compiled | str:
+def compile_one(name: str, tile: Tile | None, arch: str) -> Compiled | str:
     """Machine code of a case, or why there is none."""
     backend = TritonBackend(arch, tile=tile)
     try:
@@ -215,7 +217,7 @@ def compile_all(
     names: Sequence[str], sweep: bool, arch: str, workers: int, folder: Path | None = None
 ) -> list[Compiled]:
     """All kernels; each is stored in `folder` as soon as there is one."""
-    jobs: list[tuple[str, AttentionTile | None]] = [(name, None) for name in names]
+    jobs: list[tuple[str, Tile | None]] = [(name, None) for name in names]
     if sweep:
         jobs += [(n, tile) for n in names for tile in candidates(kernel_of(CASES[n]), 132)]
     context = multiprocessing.get_context("spawn")

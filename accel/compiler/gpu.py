@@ -28,6 +28,7 @@ KERNEL_PIPELINE = (
     "select_depthwise",
     "select_products",
     "select_cached",
+    "select_attention{masks=true}",
     "flash_layout",
     "select_libraries",
     "decompose",
