@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from accel.backends.triton import TritonBackend, gemv, matmul
+from accel.backends.triton.overlapped import OverlappedTile
 from accel.compiler.gpu import kernel_binary
 from accel.ir import Builder, Op, TensorType, definition
 from accel.ir.module import Region, Value
@@ -123,6 +124,15 @@ def _decode(name: str, hidden: int, inner: int, qkv: int, vocabulary: int) -> li
     ]
 
 
+def _prefill(name: str, rows: int, hidden: int, inner: int, qkv: int) -> list[Case]:
+    return [
+        Case(f"{name}_qkv", rows, qkv, hidden),
+        Case(f"{name}_o", rows, hidden, hidden, after="residual"),
+        Case(f"{name}_gate_up", rows, 2 * inner, hidden, after="gate"),
+        Case(f"{name}_down", rows, hidden, inner, after="residual"),
+    ]
+
+
 def _encoder(name: str, rows: int) -> list[Case]:
     half = torch.float16
     return [
@@ -142,10 +152,11 @@ CASES = {
         *_encoder("bert_b32", 4096),
         *_encoder("vit_b1", 197),
         *_encoder("vit_b64", 12608),
+        *_prefill("8b_2048", 2048, 4096, 14336, 6144),
     )
 }
 
-Tile = gemv.GemvTile | matmul.MatmulTile
+Tile = gemv.GemvTile | matmul.Tile
 
 
 def tiles(case: Case) -> list[Tile]:
@@ -164,12 +175,15 @@ def tiles(case: Case) -> list[Tile]:
             matmul.MatmulTile(rows, columns, depth, warps, stages)
             for (rows, columns, warps), depth, stages in product(sizes, (64, 128), (3, 5))
         ]
-    sizes = [(128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4),
-             (64, 128, 4)]  # fmt: skip
+    sizes = [(128, 256, 8), (256, 128, 8), (128, 128, 4), (64, 128, 4)]
+    halves = 2 if case.after == "gate" else 1
     return [
-        matmul.MatmulTile(rows, columns, depth, warps, stages)
-        for (rows, columns, warps), depth, stages in product(sizes, (32, 64), (3, 4))
-    ]
+        *(matmul.MatmulTile(rows, columns // halves, 64, warps, 3)
+          for rows, columns, warps in sizes),
+        *(OverlappedTile(rows, columns, 64, stages, group)
+          for rows, columns, stages in ((128, 128, 4), (128, 128, 5), (64, 256, 3), (64, 128, 6))
+          for group in (8, 16)),
+    ]  # fmt: skip
 
 
 def kernel_of(case: Case) -> Op:
