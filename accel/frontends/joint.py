@@ -29,6 +29,7 @@ _MEAN = 1
 def rewrite_joint(joint: fx.GraphModule) -> None:
     """All rewrites, in place. Graphs without their patterns stay as they are."""
     changed = _drop_detaches(joint.graph) + _slice_splits(joint.graph)
+    changed += _permute_transposes(joint.graph)
     changed += fuse_cross_entropy(joint.graph)
     if any(_on_gpu(node) for node in joint.graph.nodes if node.op == "placeholder"):
         changed += pad_products(joint.graph)
@@ -71,6 +72,28 @@ def _slice_splits(graph: fx.Graph) -> int:
             )
             part.replace_all_uses_with(made)
             graph.erase_node(part)
+        graph.erase_node(node)
+        found += 1
+    return found
+
+
+def _permute_transposes(graph: fx.Graph) -> int:
+    """Transposes become permutes, and unsafe views views: partitioners know no others as views."""
+    found = 0
+    for node in list(graph.nodes):
+        value = _value(node)
+        if value is None or node.kwargs:
+            continue
+        if node.target is _aten.transpose.int:
+            axes = list(range(value.dim()))
+            first, second = (int(a) % value.dim() for a in node.args[1:])
+            axes[first], axes[second] = axes[second], axes[first]
+            made = _Writer(graph, node, node)(_aten.permute.default, node.args[0], axes)
+        elif node.target is _aten._unsafe_view.default:
+            made = _Writer(graph, node, node)(_aten.view.default, *node.args)
+        else:
+            continue
+        node.replace_all_uses_with(made)
         graph.erase_node(node)
         found += 1
     return found
