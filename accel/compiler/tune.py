@@ -149,6 +149,7 @@ class Tuner:
         libraries: what may take a kernel's ops instead.
         mode: "quick" or "full".
         clock: None leaves everything to the cost model, for `reason`.
+        remember: take what was measured before from the cache.
     """
 
     def __init__(
@@ -158,9 +159,11 @@ class Tuner:
         mode: str,
         clock: Clock | None,
         reason: str = "",
+        *,
+        remember: bool = True,
     ) -> None:
         self.backend, self.libraries, self.mode = backend, libraries, mode
-        self.clock, self.reason = clock, reason
+        self.clock, self.reason, self.remember = clock, reason, remember
         self.most, self.limit = _LIMITS[mode]
         self.seconds = 0.0
         self.choices: dict[str, Choice] = {}
@@ -269,7 +272,7 @@ class Tuner:
 
     def _recorded(self, kernel: Op, calls: int) -> Choice | None:
         """What was measured before; what a full search found serves a quick one too."""
-        if self.clock is None:
+        if self.clock is None or not self.remember:
             return None
         for mode in dict.fromkeys((self.mode, "full")):
             entry = self._cache.get(self._key(kernel, mode))
