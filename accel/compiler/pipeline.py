@@ -230,7 +230,8 @@ def _tuner(target: Target, options: Options, context: Context) -> Tuner | None:
         return None
     clock, reason = clock_for(target)
     backend.measures = clock is not None
-    return Tuner(backend, context.libraries, options.tune, clock, reason)
+    remember = options.cache
+    return Tuner(backend, context.libraries, options.tune, clock, reason, remember=remember)
 
 
 def tensor_pipeline(options: Options) -> list[str]:
