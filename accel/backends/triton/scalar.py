@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from accel.backends.triton import dtypes
+from accel.backends.triton.gelu import gelu, gelu_backward
 from accel.backends.triton.text import Block, Expr, dims_of, number, solid
 from accel.ir.module import Op, Value
 from accel.ir.types import SUB_BYTE_BITS, is_float, is_integer
@@ -33,8 +34,8 @@ def supports(op: Op) -> str | None:
     if any(is_storage_only(v.dtype) for v in (*op.operands, *op.results)):
         return f"arithmetic on {op.operands[0].dtype}"
     dtype = op.operands[0].dtype if op.name != "where" else op.operands[1].dtype
-    if op.name == "gelu":
-        return None if op.attribute("approximate") == "none" else "has a decomposition"
+    if op.name in ("gelu", "gelu_backward"):
+        return None
     if op.name in _ANY or op.name in ("where", "bitcast", "clamp", "relu"):
         return None
     if is_float(dtype) and (op.name in _FLOAT or op.name in _DIVISIONS or op.name == "pow"):
@@ -216,14 +217,6 @@ def _relu(op: Op, args: list[Expr], block: Block) -> Expr:
     return Expr(f"tl.where({x} < {zero}, {zero}, {x})", kind, x.dims)
 
 
-def _gelu(op: Op, args: list[Expr], block: Block) -> Expr:
-    kind, x = dtypes.compute(op.result.dtype), solid(args[0])
-    root = number(math.sqrt(0.5), kind)
-    erf = block.let(f"libdevice.erf({x} * {root})", kind, x.dims, "erf")
-    half = block.let(f"{x} * 0.5", kind, x.dims, "half")
-    return Expr(f"{half} * {erf} + {half}", kind, x.dims)
-
-
 def _integer_division(op: Op, args: list[Expr], block: Block, *, floor: bool) -> tuple[Expr, Expr]:
     """Quotient and remainder by a constant; Triton's own // and % truncate."""
     x = solid(args[0])
@@ -352,7 +345,7 @@ _NO_BLOCK: Any = None
 _SPECIAL: dict[str, Callable[[Op, list[Expr], Block], Expr]] = {
     "where": _where, "cast": _cast, "bitcast": _bitcast, "clamp": _clamp, "relu": _relu,
     "remainder": _remainder, "fmod": _fmod, "floor_div": _floor_div, "trunc_div": _trunc_div,
-    "pow": _power, "gelu": _gelu,
+    "pow": _power, "gelu": gelu, "gelu_backward": gelu_backward,
 }  # fmt: skip
 _DIVISIONS = {"remainder", "fmod", "floor_div", "trunc_div"}
 
