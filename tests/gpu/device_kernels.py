@@ -29,25 +29,28 @@ def device_arch() -> str:
     return f"sm_{major}{minor}"
 
 
-def compile_some(suite: Suite, arch: str, numbers: list[int]) -> dict[int, tuple[object, bytes]]:
+def compile_some(
+    suite: Suite, arch: str, numbers: list[int], kind: str, weights: int | None
+) -> dict[int, tuple[object, bytes]]:
     """Launch descriptions and packed code of some of a suite's functions, by number."""
     functions, backend = suite(), TritonBackend(arch)
     made: dict[int, tuple[object, bytes]] = {}
     for number in numbers:
-        compiled = backend.compile([kernel_of(functions[number])])
+        compiled = backend.compile([kernel_of(functions[number], kind, weights)])
         (name,) = compiled.names
         launches = compiled.launches[name]
         code = {one.name: kernel_binary(one) for one in launches}
         described = [(one.name, one.reads, one.writes, one.code.sizes) for one in launches]
-        sizes = compiled.scratch[name]
+        sizes = compiled.scratch[name], compiled.zeroed[name]
         made[number] = ((described, sizes, compiled.sources), pack(arch, code))
     return made
 
 
 class DeviceKernels:
-    """The functions that `suite()` makes (the same in every process), compiled for this GPU."""
+    """The functions that `suite()` makes (the same in every process), compiled for this GPU as
+    kernels of one kind. Arguments from number `weights` on are constants, if it is given."""
 
-    def __init__(self, suite: Suite) -> None:
+    def __init__(self, suite: Suite, kind: str = "pointwise", weights: int | None = None) -> None:
         self.functions, self.made = suite(), {}
         count = len(self.functions)
         workers = min(16, os.cpu_count() or 1, max(count // 4, 1))
@@ -55,7 +58,8 @@ class DeviceKernels:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
             arch = [device_arch()] * workers
-            for part in pool.map(compile_some, [suite] * workers, arch, parts):
+            options = [kind] * workers, [weights] * workers
+            for part in pool.map(compile_some, [suite] * workers, arch, parts, *options):
                 self.made.update(part)
         self.libraries: dict[int, CudaLibrary] = {}
 
@@ -65,7 +69,7 @@ class DeviceKernels:
     def __call__(self, number: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Results, on the CPU. Raises ExecutionError for an index out of range."""
         function = self.functions[number]
-        (launches, scratch, _), code = self.made[number]  # type: ignore[misc]
+        (launches, (scratch, zeroed), _), code = self.made[number]  # type: ignore[misc]
         device = torch.device("cuda", torch.cuda.current_device())
         if number not in self.libraries:
             self.libraries[number] = CudaLibrary(code, device)
@@ -83,7 +87,8 @@ class DeviceKernels:
             memory[Slot("result", i)] = poisoned(shape, result.dtype).to(device)
         for i, size in enumerate(scratch):
             count = int(substitute(size, symbols))
-            memory[Slot("scratch", i)] = poisoned([count], torch.uint8).to(device)
+            made = poisoned([count], torch.uint8).to(device)
+            memory[Slot("scratch", i)] = made.zero_() if i in zeroed else made
         for name, reads, writes, sizes in launches:
             if any(memory[s].numel() == 0 for s in writes):
                 continue
