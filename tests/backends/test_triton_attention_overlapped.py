@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -116,6 +117,41 @@ def test_other_tiles(worker: Worker, name: str, tile: OverlappedTile) -> None:
     check(worker, function_of(types, build), inputs_of(types, size), tile)
 
 
+def random_case(seed: int) -> tuple[list[TensorType], Callable[..., Any], OverlappedTile]:
+    """Attention that TMA can bring, in random shapes and tiles."""
+    r = random.Random(seed)
+    groups, share, columns = r.choice((1, 2)), r.choice((1, 2, 3)), r.choice((64, 128))
+    batch = r.choice((1, 2))
+    keys = columns * r.randrange(1, 6) if batch > 1 else r.randrange(2, 500)
+    queries = r.randrange(2, keys + 2)
+    attributes: dict[str, Any] = {"scale": r.choice((0.1, 0.2))}
+    if r.random() < 0.7:
+        attributes |= {"causal": True, "offset": r.choice((0, max(keys - queries, 0)))}
+        if r.random() < 0.5 and queries + attributes["offset"] <= keys:
+            attributes["window"] = r.choice((1, 70, 128, 300))
+    if r.random() < 0.3:
+        attributes["softcap"] = r.choice((2.0, 30.0))
+    depth, dtype = r.choice((64, 64, 128)), r.choice((BF16, FP16))
+    types = [typed(dtype, batch, queries, groups * share * depth)]
+    types += [typed(dtype, batch, keys, groups * depth)] * 2
+    if r.random() < 0.4:
+        types.append(typed(BOOL, batch, 1, 1, keys))
+    tile = OverlappedTile(3 if depth == 64 and r.random() < 0.4 else 2, columns,
+                          2 if depth > 64 else r.choice((2, 3)), r.random() < 0.5)  # fmt: skip
+
+    def build(b: Any, *x: Any) -> Any:
+        split = [heads(b, y, depth) for y in x[:3]]
+        return merged(b, b.attention(*split, *x[3:], **attributes))
+
+    return types, build, tile
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_attentions(worker: Worker, seed: int) -> None:
+    types, build, tile = random_case(seed)
+    check(worker, function_of(types, build), inputs_of(types, 0, seed), tile)
+
+
 def test_what_is_refused() -> None:
     def why(types: list[TensorType], build: Callable[..., Any]) -> str:
         with pytest.raises(BackendError) as caught:
@@ -153,10 +189,6 @@ def test_the_model_takes_it_on_hopper_where_it_fits() -> None:
 def test_compiles_for_hopper(name: str) -> None:
     types, build, _ = CASES[name]
     kernel = kernel_of(function_of(types, build), "attention")
-    made = (
-        backend(OverlappedTile()).compile([kernel])
-        if name != "keys that are none"
-        else (backend().compile([kernel]))
-    )
+    made = backend().compile([kernel])
     (launch,) = made.launches[made.names[0]]
     assert launch.binary.shared <= 227 << 10 and len(launch.binary.maps) == 3

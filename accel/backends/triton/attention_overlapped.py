@@ -55,7 +55,8 @@ def reason(op: Op) -> str | None:
         return "queries before the first key"
     if op.attribute("window") is not None:
         sizes = (q.shape[2], k.shape[2])
-        fits = causal and (sizes[0] == sizes[1] if offset == 0 else _fits(*sizes, offset))
+        square = sizes[0] == sizes[1] and offset == 0
+        fits = causal and (square or _fits(*sizes, offset))
         return None if fits else "queries behind the last key"
     return None
 
