@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from accel.backends.triton import TritonBackend
 from accel.backends.triton.attention_tiles import Tile
 from accel.compiler.gpu import kernel_binary
-from accel.ir import TensorType, WeightStore, interpret
+from accel.ir import Function, TensorType, WeightStore, interpret
+from accel.ir.interpret import bind_symbols
+from accel.ir.types import substitute
+from accel.runtime.cuda import CudaLibrary
 from accel.runtime.cuda_code import pack
 from accel.runtime.interfaces import Operand
 from accel.runtime.libraries.torch_native import ScaledDotProduct, cudnn_is_faster
 from tests.backends import test_triton_attention as loop
 from tests.backends import test_triton_attention_overlapped as overlapped
-from tests.backends.kernels import function_of, kernel_of
+from tests.backends.kernels import function_of, kernel_of, poisoned
 from tests.backends.test_tvm_kernels import typed
 from tests.gpu.device_kernels import device_arch
-from tests.gpu.test_products import Compiled, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,6 +38,36 @@ pytestmark = [
 ]
 BF16, FP16, BOOL = torch.bfloat16, torch.float16, torch.bool
 RANDOM = 60
+
+
+@dataclass
+class Compiled:
+    """One kernel: `reads` are the inputs that it takes, `sizes` the symbols after the tensors."""
+
+    function: Function
+    name: str
+    reads: list[int]
+    sizes: tuple[str, ...]
+    code: bytes
+    source: str
+
+
+def run(one: Compiled, inputs: list[Tensor]) -> Tensor:
+    """The result, on the CPU."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    symbols = bind_symbols(one.function, [tuple(t.shape) for t in inputs])
+    (result,) = one.function.results
+    memory = [t.to(device) for t in inputs]
+    out = poisoned([int(substitute(d, symbols)) for d in result.shape], result.dtype).to(device)
+    words = [memory[i].data_ptr() for i in one.reads] + [out.data_ptr()]
+    words += [symbols[s] for s in one.sizes]
+    library = CudaLibrary(one.code, device)
+    library.function(one.name)(ctypes.addressof((ctypes.c_int64 * len(words))(*words)))
+    torch.cuda.synchronize()
+    library.raise_failure()
+    return out.cpu()
+
+
 Job = tuple[list[TensorType], Callable[..., Any], int, Tile | None]
 
 
@@ -119,7 +154,7 @@ def test_against_the_oracle(key: tuple[str, str]) -> None:
     one = compiled(arch)[key]
     inputs = loop.inputs_of(types, size, 1)
     (want,) = interpret(one.function, inputs, WeightStore(), oracle=True)
-    (got,) = run(one, inputs)
+    got = run(one, inputs)
     bound = loop.LIMITS[got.dtype] * max(float(want.abs().max()), 1e-3)
     assert float((got.double() - want).abs().max()) <= bound, one.source
 
@@ -132,7 +167,7 @@ def test_a_batch_does_not_see_the_others(key: tuple[str, str]) -> None:
     types, _, size, _ = jobs(arch)[key]
     inputs = loop.inputs_of(types, size, 2)
     inputs[0][1:] = float("nan")
-    (got,) = run(compiled(arch)[key], inputs)
+    got = run(compiled(arch)[key], inputs)
     assert bool(got[0].isfinite().all()) and bool(got[1].isnan().all())
 
 
