@@ -20,6 +20,7 @@ from torch import nn
 
 from accel.compiler.assemble import to_contents, to_model
 from accel.compiler.capture_text import capture_text, plain_forward
+from accel.compiler.choice import add_choices
 from accel.compiler.options import Options
 from accel.compiler.pipeline import Program, compile_module
 from accel.compiler.targets import Target, get_target
@@ -151,6 +152,8 @@ def derive_generator(
     model: Any, capacity: int, batch: int = 1, *, extend: int = 0, validate: bool = False
 ) -> Module:
     """The module with @prefill, @decode and @extend, before the compiler's own passes."""
+        if get_target(target).kind == "cuda":
+            add_choices(module, capacity)
     if capacity < 2 or batch < 0 or extend < 0:
         raise OptionError(
             f"a cache of {capacity} positions for {batch} texts, extended by {extend} tokens"

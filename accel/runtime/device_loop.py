@@ -1,10 +1,10 @@
 """The token loop on a GPU: a step, its choice of a token included, is one recorded CUDA graph.
 
-A *desk* is what a step reads and writes, always at the same addresses: the state, the token, the
-position, the history of what was chosen. A recorded step runs @decode, moves the position on,
-chooses the next tokens (drawing from torch's generators, which graphs advance), ends the rows that
-met a stop token and notes the tokens in the history. The host only replays: it looks at the history
-behind the device's back, every few steps and one step late, and waits for nothing but the end.
+A *desk* is what a step reads and writes, always at the same addresses: the state, the token, its
+position, the history (each token that was chosen, at its position). A recorded step runs @decode
+and chooses the next tokens: by @advance, which was compiled with the model, or by torch's operators
+(drawing from its generators, which graphs advance). The host only replays: it looks at the history
+one step late, and at what has ended every few steps, and waits for nothing but the end.
 
 Desks are kept from text to text, each with its state: as many as ran at the same time, at most two
 idle ones. The first step of a desk with new options runs step by step, which lets libraries set
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,14 +26,14 @@ from accel.config import logger
 from accel.runtime.cuda_graph import RECORDING
 from accel.runtime.decoding import Limits, State, TokenLoop
 from accel.runtime.executor import CompiledFunction
-from accel.runtime.plan import FunctionPlan
+from accel.runtime.plan import FunctionPlan, dtype_of
 from accel.runtime.sampling import Sampling
 
 _log = logger("runtime")
 _IDLE = 2  # desks kept without a text
 _GRAPHS = 4  # recorded steps of a desk
 _LOOK = 8  # steps between two looks at whether all rows have ended
-_STOPS = 16  # stop tokens of a recorded step, at least
+_STOPS = 16  # stop tokens of a recorded step: as many, or twice, four times...
 
 Put = Callable[[Tensor], bool | None]
 
@@ -42,8 +42,8 @@ class DeviceLoop(TokenLoop):
     """A `TokenLoop` whose texts are chosen on the device. Thread-safe.
 
     Args:
-        capacity: tokens that a text may have.
         others: as for `TokenLoop`; `decode` is the compiled function, whose steps are recorded.
+        advances: compiled greedy choices, by the number of stop tokens (`accel.compiler.choice`).
     """
 
     def __init__(
@@ -53,9 +53,10 @@ class DeviceLoop(TokenLoop):
         decode: CompiledFunction,
         device: torch.device,
         extend: Any = None,
+        advances: Mapping[int, CompiledFunction] | None = None,
     ) -> None:
         super().__init__(plan, prefill, decode, device, extend)
-        self._function = decode
+        self._function, self.advances = decode, dict(advances or {})
         self._capacity = int(plan.metadata["kv_cache"]["capacity"])
         self._idle: list[_Desk] = []
         self._lock = threading.Lock()
@@ -111,6 +112,12 @@ class DeviceLoop(TokenLoop):
         """Raises ExecutionError for what a kernel of a finished step reported."""
         self._function.raise_failure()
 
+    def logits_like(self, rows: int) -> Tensor:
+        """Memory for logits [B, 1, V] as @decode makes them."""
+        spec = self._function.plan.values[self._function.plan.outputs[0]]
+        sizes = [d if isinstance(d, int) else rows for d in spec.shape]
+        return torch.empty(sizes, dtype=dtype_of(spec.dtype), device=self.device)
+
     @property
     def id_type(self) -> torch.dtype:
         return self._dtype
@@ -128,9 +135,8 @@ class _Desk:
         self.state = loop.empty(rows)
         self.token = torch.zeros(rows, 1, dtype=loop.id_type, device=device)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self.count = torch.zeros(1, 1, dtype=torch.int64, device=device)  # tokens in the history
-        self.history = torch.zeros(rows, loop.capacity + 1, dtype=torch.int64, device=device)
-        self.running = torch.ones(rows, dtype=torch.bool, device=device)
+        self.history = torch.zeros(rows, loop.capacity + 2, dtype=torch.int64, device=device)
+        self.running = torch.ones(rows, 1, dtype=torch.bool, device=device)
         self.pad = torch.zeros((), dtype=torch.int64, device=device)
         self.random = torch.Generator(device)
         self._run: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
@@ -148,12 +154,12 @@ class _Desk:
         step = self.step(limits, sampling, generator is not None)
         if generator is not None:
             self.random.set_state(generator.get_state())
-        self.position.fill_(ids.shape[1])
-        self.count.zero_()
+        first = ids.shape[1]
+        self.position.fill_(first - 1)
         self.running.fill_(True)
         self.pad.fill_(limits.pad)
         step.advance(self.loop.first(ids, self.state, limits.chunk))
-        watch = _Watch(self, limits, put)
+        watch = _Watch(self, first, limits, put)
         for number in range(1, limits.new):
             if watch.is_over(number):
                 break
@@ -162,7 +168,7 @@ class _Desk:
         if generator is not None:
             generator.set_state(self.random.get_state())
         self.loop.check()
-        return self.history[:, :made].clone()
+        return self.history[:, first : first + made].clone()
 
     def decode(self) -> Tensor:
         """@decode over this memory: logits [B, V]."""
@@ -172,7 +178,6 @@ class _Desk:
             self._pool = torch.cuda.graph_pool_handle()
         logits, *made = self._run(inputs)
         _keep(self.state, made)
-        self.position.add_(1)
         return logits[:, -1]
 
     def step(self, limits: Limits, sampling: Sampling, seeded: bool) -> _Step:
@@ -188,7 +193,7 @@ class _Desk:
             self._recorded.popitem(last=False)
         if room:
             stops = sorted(limits.stops)
-            step.stops.copy_(torch.tensor([*stops, *stops[:1] * (room - len(stops))]))
+            step.stops.copy_(torch.tensor([[*stops, *stops[:1] * (room - len(stops))]]))
         return step
 
 
@@ -199,7 +204,11 @@ class _Step:
         self, desk: _Desk, sampling: Sampling, generator: torch.Generator | None, room: int
     ) -> None:
         self.desk, self.sampling, self.generator = desk, sampling, generator
-        self.stops = torch.zeros(room, dtype=torch.int64, device=desk.loop.device)
+        self.stops = torch.zeros(1, room, dtype=torch.int64, device=desk.loop.device)
+        self._advance: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
+        advance = desk.loop.advances.get(room)
+        if advance is not None and sampling == Sampling():
+            self._advance = advance.reserve(self._memory(desk.loop.logits_like(desk.rows)))
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
 
@@ -221,14 +230,25 @@ class _Step:
     def advance(self, logits: Tensor) -> None:
         """Chooses the tokens after logits [B, V], and notes them."""
         desk = self.desk
-        tokens = self.sampling.choose(logits, desk.token, self.generator)
+        if self._advance is not None:
+            memory = self._memory(logits[:, None])
+            made = self._advance(memory)
+            _keep(memory[1:], made)
+            return
+        tokens = self.sampling.choose(logits, desk.token, self.generator)[:, None]
         if self.stops.numel():
             tokens = torch.where(desk.running, tokens, desk.pad)
-            ended = (tokens[:, None] == self.stops).any(1)
+            ended = (tokens == self.stops).any(1, keepdim=True)
             desk.running.logical_and_(ended.logical_not_())
-        desk.history.scatter_(1, desk.count.expand(desk.rows, 1), tokens[:, None])
-        desk.token.copy_(tokens[:, None])
-        desk.count.add_(1)
+        desk.position.add_(1)
+        desk.history.scatter_(1, desk.position.expand(desk.rows, 1), tokens)
+        desk.token.copy_(tokens)
+
+    def _memory(self, logits: Tensor) -> list[Tensor]:
+        """The arguments of @advance, or of @advance_until: logits [B, 1, V], then state."""
+        desk = self.desk
+        made = [logits, desk.token, desk.position, desk.history]
+        return [*made, desk.running, desk.pad, self.stops] if self.stops.numel() else made
 
     def _record(self) -> None:
         desk = self.desk
@@ -253,10 +273,10 @@ class _Step:
 class _Watch:
     """What the host learns of a text while it runs: tokens for `put`, and whether it has ended."""
 
-    def __init__(self, desk: _Desk, limits: Limits, put: Put | None) -> None:
-        self.desk, self.put, self.stops = desk, put, limits.stops
+    def __init__(self, desk: _Desk, first: int, limits: Limits, put: Put | None) -> None:
+        self.desk, self.first, self.put, self.stops = desk, first, put, limits.stops
         self.pinned = torch.zeros(2, desk.rows, dtype=torch.int64, pin_memory=True)
-        self.flag = torch.ones(desk.rows, dtype=torch.bool, pin_memory=True)
+        self.flag = torch.ones(desk.rows, 1, dtype=torch.bool, pin_memory=True)
         self.events = [torch.cuda.Event(), torch.cuda.Event()]
         self.looked: torch.cuda.Event | None = None
         self.seen = 0  # columns that `put` has got
@@ -292,7 +312,7 @@ class _Watch:
         if not self.stops:
             torch.cuda.current_stream().synchronize()
             return most
-        made = desk.history[:, : int(desk.count)].cpu()
+        made = desk.history[:, self.first : int(desk.position) + 1].cpu()
         stopped = torch.isin(made, torch.tensor(sorted(self.stops)))
         first = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, made.shape[1])
         return int(first.max())
@@ -303,7 +323,7 @@ class _Watch:
             place = self.copied % 2
             if self.copied - self.seen == 2:
                 self._hand_out()
-            column = self.desk.history[:, self.copied]
+            column = self.desk.history[:, self.first + self.copied]
             self.pinned[place].copy_(column, non_blocking=True)
             self.events[place].record()
             self.copied += 1
@@ -320,8 +340,16 @@ class _Watch:
             self.ended, self.over = ended, self.over or all(ended)
 
 
+def stop_tokens(plan: FunctionPlan) -> int:
+    """With how many stop tokens a compiled choice compares."""
+    last = plan.values[plan.inputs[-1]]
+    count = last.shape[-1] if last.name == "stops" else 0
+    assert isinstance(count, int)
+    return count
+
+
 def _keep(state: State, made: Sequence[Tensor]) -> None:
     """The state is where it was; what a function returned elsewhere is copied there."""
-    for own, new in zip(state, made, strict=True):
+    for own, new in zip(state, made):
         if own.data_ptr() != new.data_ptr():
             own.copy_(new)

@@ -11,7 +11,7 @@ the model check several tokens, is in `accel.runtime.speculation`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -80,6 +80,7 @@ class Generator:
         device: where the functions run.
         extend: runs several tokens at once; speculation and prefills in pieces need it.
         encode: of an encoder-decoder: makes of source ids what the other functions read.
+        advances: greedy choices on a GPU, by the number of stop tokens that they know.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Generator:
         device: torch.device | None = None,
         extend: Run | None = None,
         encode: Run | None = None,
+        advances: Mapping[int, CompiledFunction] | None = None,
     ) -> None:
         facts = plan.metadata["kv_cache"]
         self.encode = encode
@@ -97,7 +99,7 @@ class Generator:
         self.capacity, self.vocabulary = int(facts["capacity"]), int(facts["vocabulary"])
         self.device = device or torch.device("cpu")
         if self.device.type == "cuda" and encode is None and isinstance(decode, CompiledFunction):
-            self.loop: TokenLoop = DeviceLoop(plan, prefill, decode, self.device, extend)
+            self.loop: TokenLoop = DeviceLoop(plan, prefill, decode, self.device, extend, advances)
         else:
             self.loop = TokenLoop(plan, prefill, decode, self.device, extend)
         rows = plan.values[plan.inputs[0]].shape[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 from accel.errors import OptionError
 from accel.names import near
 from accel.runtime.convention import Convention
+from accel.runtime.device_loop import stop_tokens
 from accel.runtime.executor import CompiledFunction
 from accel.runtime.generator import Generator
 from accel.runtime.report import explain
@@ -129,6 +130,8 @@ class CompiledModel:
                     "accel.package_generator or `accel compile --generate`",
                 )
             extend, encode = (self.entry_points.get(n) for n in ("extend", "encode"))
+            choices = (self.entry_points.get(n) for n in ("advance", "advance_until"))
+            found = [entry.function for entry in choices if entry is not None]
             self._generator = Generator(
                 prefill.function.plan,
                 prefill.function,
@@ -136,6 +139,7 @@ class CompiledModel:
                 prefill.function.device,
                 extend.function if extend is not None else None,
                 encode.function if encode is not None else None,
+                {stop_tokens(f.plan): f for f in found},
             )
         return self._generator
 
