@@ -143,6 +143,8 @@ def _compile(
     with collection_paused():
         module = derive_generator(model, capacity, batch, extend=extend, validate=chosen.validate)
         seconds = time.perf_counter() - start
+        if get_target(target).kind == "cuda":
+            add_choices(module, capacity)
         program = compile_module(module, get_target(target), chosen)
     program.seconds = {"capture": seconds, **program.seconds}
     return program
@@ -152,8 +154,6 @@ def derive_generator(
     model: Any, capacity: int, batch: int = 1, *, extend: int = 0, validate: bool = False
 ) -> Module:
     """The module with @prefill, @decode and @extend, before the compiler's own passes."""
-        if get_target(target).kind == "cuda":
-            add_choices(module, capacity)
     if capacity < 2 or batch < 0 or extend < 0:
         raise OptionError(
             f"a cache of {capacity} positions for {batch} texts, extended by {extend} tokens"
