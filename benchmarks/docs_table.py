@@ -18,6 +18,7 @@ from accel.cli.passes import describe
 from accel.passes.registry import load_passes
 from benchmarks.docs_coverage import coverage_lines, op_db_lines
 from benchmarks.docs_gpu import gpu_lines
+from benchmarks.docs_gpu_attention import attention_lines
 from benchmarks.docs_gpu_products import product_lines
 from benchmarks.measure import ROOT, TITLES, geometric_mean, load_results
 
@@ -86,6 +87,7 @@ def render() -> str:
         ("cpu", cpu_section),
         ("gpu", gpu_section),
         ("gpu_products", products_section),
+        ("gpu_attention", attention_section),
         ("compile_time", compile_time_section),
         ("memory", memory_section),
         ("compression", compression_section),
@@ -103,6 +105,10 @@ def render() -> str:
 
 def gpu_section(data: dict[str, Any]) -> str:
     return "\n".join(gpu_lines(data))
+
+
+def attention_section(data: dict[str, Any]) -> str:
+    return "\n".join(attention_lines(data))
 
 
 def products_section(data: dict[str, Any]) -> str:
