@@ -19,6 +19,7 @@ from accel.passes.registry import load_passes
 from benchmarks.docs_coverage import coverage_lines, op_db_lines
 from benchmarks.docs_gpu import gpu_lines
 from benchmarks.docs_gpu_attention import attention_lines
+from benchmarks.docs_gpu_decode import decode_lines
 from benchmarks.docs_gpu_products import product_lines
 from benchmarks.measure import ROOT, TITLES, geometric_mean, load_results
 
@@ -88,6 +89,7 @@ def render() -> str:
         ("gpu", gpu_section),
         ("gpu_products", products_section),
         ("gpu_attention", attention_section),
+        ("gpu_decode", generation_section),
         ("compile_time", compile_time_section),
         ("memory", memory_section),
         ("compression", compression_section),
@@ -109,6 +111,10 @@ def gpu_section(data: dict[str, Any]) -> str:
 
 def attention_section(data: dict[str, Any]) -> str:
     return "\n".join(attention_lines(data))
+
+
+def generation_section(data: dict[str, Any]) -> str:
+    return "\n".join(decode_lines(data))
 
 
 def products_section(data: dict[str, Any]) -> str:

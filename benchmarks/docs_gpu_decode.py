@@ -1,0 +1,62 @@
+"""The section of docs/benchmarks.md on generation, from benchmarks/results/gpu_decode.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TITLES = {
+    "transformers": "transformers, static cache",
+    "inductor": "Inductor",
+    "inductor-reduce-overhead": "reduce-overhead",
+    "inductor-max-autotune": "max-autotune",
+    "accel": "accel",
+}
+
+
+def decode_lines(data: dict[str, Any]) -> list[str]:
+    """Milliseconds of each system and the ratio to the best peer; then ready time and error."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        rows.setdefault(row["workload"], {})[row["system"]] = row
+    systems = [s for s in _TITLES if any(s in r for r in rows.values())]
+    head = [_TITLES[s] for s in systems]
+    lines = [
+        "## GPU, generation",
+        "",
+        f"{data['machine']['gpu']}; torch {data['machine']['packages']['torch']}, transformers "
+        f"{data['machine']['packages']['transformers']}. Shapes of Llama-3.2-1B and Llama-3-8B in",
+        "bfloat16, random weights; a step after 1024 tokens (32k: after 32768), a prompt of 2048,",
+        "a text of 128 + 256 tokens. Inductor compiles a model written for it, with merged",
+        "projections and static caches; accel the plain model of transformers.",
+        "",
+        "Milliseconds (medians; CUDA graphs allowed to all), and how many times faster accel is",
+        "than the best peer.",
+        "",
+        _line(["workload", *head, "ratio"]),
+        _line(["---"] * (len(head) + 2)),
+    ]
+    for name, own in rows.items():
+        peers = [own[s]["milliseconds"] for s in systems if s != "accel" and s in own]
+        ratio = f"{min(peers) / own['accel']['milliseconds']:.2f}" if peers else ""
+        cells = [f"{own[s]['milliseconds']:.3f}" if s in own else "" for s in systems]
+        lines.append(_line([name, *cells, ratio]))
+    lines += [
+        "",
+        "Seconds until a system is ready (compiled, warm), and the largest error of the logits",
+        "against eager float32, relative to the largest one.",
+        "",
+        _line(["workload", *head]),
+        _line(["---"] * (len(head) + 1)),
+    ]
+    for name, own in rows.items():
+        lines.append(_line([name, *(_ready(own[s]) if s in own else "" for s in systems)]))
+    return [*lines, ""]
+
+
+def _ready(row: dict[str, Any]) -> str:
+    error = "" if row["error"] is None else f", {row['error']:.0e}"
+    return f"{row['compile_seconds']:.1f} s{error}"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
