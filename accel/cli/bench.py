@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import accel
 from accel import tree
-from accel.cli.calls import Call, Entry, InputFile, Inputs, Seed, Sizes, Trust, prepare_call
+from accel.cli.calls import Call, Entry, InputFile, Inputs, Seed, Sizes, Trust, Tune, prepare_call
 from accel.cli.capture import Example, load_example
 from accel.cli.figures import heaviest, measured, rows_table, total
 from accel.cli.output import Json, emit, facts, format_seconds, progress, table
@@ -60,7 +60,7 @@ def bench(
         ),
     ] = "eager",
     target: Annotated[str, typer.Option("--target", help="Of a model; see accel targets.")] = "cpu",
-    tune: Annotated[str, typer.Option("--tune", help="Of a model: off, quick or full.")] = "off",
+    tune: Tune = "off",
     kernels: Annotated[
         bool | None,
         typer.Option("--kernels/--no-kernels", help="Each kernel beside its floor (GPU: default)."),

@@ -34,6 +34,9 @@ Sizes: TypeAlias = Annotated[
 ]
 Entry: TypeAlias = Annotated[str, typer.Option("--entry", help="Entry point; default: the first.")]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", help="Of random inputs.")]
+Tune: TypeAlias = Annotated[
+    str, typer.Option("--tune", help="Time kernels on the GPU here: off, quick or full.")
+]
 Trust: TypeAlias = Annotated[
     bool, typer.Option("--trust", help="Load native code that no key you trust has signed.")
 ]

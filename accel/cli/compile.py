@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
 import accel
+from accel.cli.calls import Tune
 from accel.cli.capture import load_example
 from accel.cli.explain import tuning_parts
 from accel.cli.inspect import counts, describe
@@ -21,6 +22,13 @@ from accel.passes.ledger import Ledger
 from accel.runtime.artifact import Artifact
 
 app = typer.Typer()
+
+Extend: TypeAlias = Annotated[
+    int, typer.Option("--extend", help="With --generate: tokens at once, to speculate (N + 1).")
+]
+Undo: TypeAlias = Annotated[
+    bool, typer.Option("--undo", help="Take back a lossy pass that is past its bound.")
+]
 
 
 @app.command()
@@ -39,10 +47,7 @@ def compile(
         int,
         typer.Option("--generate", help="A language model: tokens of its key/value cache."),
     ] = 0,
-    extend: Annotated[
-        int,
-        typer.Option("--extend", help="With --generate: tokens at once, to speculate (N + 1)."),
-    ] = 0,
+    extend: Extend = 0,
     target: Annotated[str, typer.Option("--target", help="See accel targets.")] = "cpu",
     passes: Annotated[
         list[str] | None,
@@ -54,14 +59,10 @@ def compile(
     validate: Annotated[
         bool, typer.Option("--validate", help="Check every pass's contract. Slow.")
     ] = False,
-    undo: Annotated[
-        bool, typer.Option("--undo", help="Take back a lossy pass that is past its bound.")
-    ] = False,
+    undo: Undo = False,
     no_kernels: Annotated[bool, typer.Option("--no-kernels", help="Generate no kernels.")] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile everything anew.")] = False,
-    tune: Annotated[
-        str, typer.Option("--tune", help="Time kernels on the GPU here: off, quick, full.")
-    ] = "off",
+    tune: Tune = "off",
     dump_dir: Annotated[str, typer.Option(help="Folder for numbered IR dumps.")] = "",
     print_after: Annotated[str, typer.Option(help='Print IR after this pass, or "all".')] = "",
     stop_after: Annotated[str, typer.Option(help="Stop the passes after this one.")] = "",
