@@ -110,7 +110,9 @@ class TritonBackend:
 
     def candidates(self, kernel: Op) -> Sequence[Any]:
         """Tiles worth timing for an `accel.kernel` op, besides the cost model's own choice."""
-        return anchors.candidates(kernel, self.sms)
+        own = capability(self.arch)
+        made = anchors.candidates(kernel, self.sms)
+        return [tile for tile in made if getattr(tile, "capability", own) == own]
 
     def supports(self, op: Op) -> str | None:
         """None if a kernel region may hold this op, else the reason why not."""

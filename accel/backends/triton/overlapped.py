@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -51,8 +52,11 @@ _TMA_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp3
 class OverlappedTile:
     """Results of one group of warps, the part of K of one step, and how many steps are in flight.
 
-    `columns` are shared by the accumulators of gate and up.
+    `columns` are shared by the accumulators of gate and up. `capability`: the instructions are
+    those of one architecture, Hopper's.
     """
+
+    capability: ClassVar[int] = 90
 
     rows: int = 128
     columns: int = 128
