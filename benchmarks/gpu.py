@@ -1,20 +1,25 @@
 """Whole models on one GPU beside eager PyTorch and Inductor: time of a call, compile time, error.
 
-    python -m benchmarks.gpu [--names bert_b1,bert_b32] [--out FILE]
+    python -m benchmarks.gpu [--names bert_b1,gpt2_train_b8] [--systems eager,accel] [--out FILE]
 
-All systems run in this process, on the same inputs, one after another; CUDA graphs are allowed to
-all. A figure is the median of many calls between two CUDA events. Each system's outputs are
-compared with eager float32 before it is timed.
+All systems of a row run in this process, on the same inputs, one after another, and compile without
+anything cached; CUDA graphs are allowed to all. A figure is the median of many calls between two
+CUDA events; a call of a training row is forward, backward and optimizer. Each system's outputs (or
+gradients) are compared with eager float32 before it is timed. Rows that FILE has of other workloads
+stay, if they were measured on the same kind of GPU with the same torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
-import statistics
+import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,102 +29,57 @@ import torch
 from torch import Tensor, nn
 
 import accel
-from benchmarks.measure import RESULTS, machine
-
-ROUNDS, CALLS = 15, 20
-LARGEST_ERROR = 3e-2  # of the largest output, against float32: half precision over 12 layers
-LARGEST_BFLOAT16_ERROR = 8e-2  # three bits fewer, over 16 layers
-
-
-@dataclass
-class Workload:
-    """A model in 16 bits, the arguments of one call, and the largest error that is no failure."""
-
-    model: nn.Module
-    kwargs: dict[str, Tensor]
-    bound: float = LARGEST_ERROR
-
-
-def bert(batch: int) -> Workload:
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    model = BertModel(BertConfig()).half().eval()
-    return Workload(model, {"input_ids": torch.randint(0, 30000, (batch, 128))})
-
-
-def vit(batch: int) -> Workload:
-    from transformers import ViTConfig, ViTModel
-
-    torch.manual_seed(0)
-    model = ViTModel(ViTConfig()).half().eval()
-    return Workload(model, {"pixel_values": torch.randn(batch, 3, 224, 224).half()})
-
-
-def resnet(batch: int) -> Workload:
-    from transformers import ResNetConfig, ResNetModel
-
-    torch.manual_seed(0)
-    model = ResNetModel(ResNetConfig()).half().eval()
-    return Workload(model, {"pixel_values": torch.randn(batch, 3, 224, 224).half()})
-
-
-def llama_step(batch: int) -> Workload:
-    """Llama-3.2-1B's shape, one token without a cache: the linears of a decode step."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=64, use_cache=False,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config).bfloat16().eval()
-    inputs = {"input_ids": torch.randint(0, 128256, (batch, 1))}
-    return Workload(model.cpu(), inputs, bound=LARGEST_BFLOAT16_ERROR)
-
-
-WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "bert_b1": lambda: bert(1),
-    "bert_b32": lambda: bert(32),
-    "vit_b1": lambda: vit(1),
-    "vit_b64": lambda: vit(64),
-    "llama1b_step_b1": lambda: llama_step(1),
-    "resnet50_b1": lambda: resnet(1),
-    "resnet50_b64": lambda: resnet(64),
-}
+from accel.compiler.dynamo import accel_backend
+from accel.compiler.targets import target_of
+from benchmarks.gpu_workloads import WORKLOADS, Workload
+from benchmarks.measure import RESULTS, geometric_mean, machine, time_calls
+from benchmarks.training import training_step
 
 Call = Callable[..., Any]
+# A system makes two things of a workload whose model is on the GPU: the call that is checked, with
+# its outputs (or the loss), and the model that it runs.
+Build = Callable[[Workload], tuple[Call, nn.Module]]
 
 
-def eager(work: Workload, target: str) -> Call:
+def on_device(work: Workload) -> nn.Module:
     return copy.deepcopy(work.model).cuda()
 
 
-def inductor(mode: str | None) -> Callable[[Workload, str], Call]:
-    def build(work: Workload, target: str) -> Call:
-        torch._dynamo.reset()
-        return torch.compile(copy.deepcopy(work.model).cuda(), mode=mode)
+def eager(work: Workload) -> tuple[Call, nn.Module]:
+    model = on_device(work)
+    return model, model
+
+
+def inductor(mode: str | None) -> Build:
+    def build(work: Workload) -> tuple[Call, nn.Module]:
+        model = on_device(work)
+        return torch.compile(model, mode=mode), model
 
     return build
 
 
-def accel_compiled(work: Workload, target: str) -> Call:
-    return accel.compile(work.model, kwargs=work.kwargs, target=target, options={"cache": False})
+def accel_compiled(work: Workload) -> tuple[Call, nn.Module]:
+    if work.trains:
+        model = on_device(work)
+        return torch.compile(model, backend=accel_backend), model
+    target = target_of(torch.device("cuda"))
+    return accel.compile(work.model, kwargs=work.kwargs, target=target), work.model
 
 
-SYSTEMS: dict[str, Callable[[Workload, str], Call]] = {
+SYSTEMS: dict[str, Build] = {
     "eager": eager,
     "inductor": inductor(None),
     "inductor-reduce-overhead": inductor("reduce-overhead"),
+    "inductor-max-autotune": inductor("max-autotune"),
     "accel": accel_compiled,
 }
+USUAL = [name for name in SYSTEMS if name != "inductor-max-autotune"]  # which compiles for minutes
 
 
 @dataclass
 class Row:
-    """One system on one workload. `error` is relative to the largest output in float32."""
+    """One system on one workload. `error` is relative to the largest output in float32, or for
+    training the distance of all gradients from those in float32, relative to their length."""
 
     workload: str
     system: str
@@ -130,71 +90,134 @@ class Row:
 
 def tensors_of(outputs: Any) -> list[Tensor]:
     values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    values = [values] if isinstance(values, Tensor) else values
     return [v for v in values if isinstance(v, Tensor)]
 
 
-def time_calls(call: Callable[[], Any]) -> float:
-    """Median milliseconds of a call."""
-    for _ in range(10):
-        call()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(ROUNDS):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        for _ in range(CALLS):
-            call()
-        last.record()
-        torch.cuda.synchronize()
-        times.append(first.elapsed_time(last) / CALLS)
-    return statistics.median(times)
+def gradients(call: Call, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The loss, and all gradients in one vector."""
+    model.zero_grad(set_to_none=True)
+    loss = call(**inputs)
+    loss.backward()
+    parts = [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return [loss.detach().clone(), torch.cat(parts)]
 
 
-def measure(name: str, target: str) -> list[Row]:
+def results(
+    work: Workload, call: Call, model: nn.Module, inputs: Mapping[str, Tensor]
+) -> list[Tensor]:
+    if work.trains:
+        return gradients(call, model, inputs)
+    return [t.clone() for t in tensors_of(call(**inputs))]
+
+
+def errors(work: Workload, got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    return max(_error(g, e, norm=work.trains) for g, e in zip(got, exact, strict=True))
+
+
+def _error(got: Tensor, exact: Tensor, *, norm: bool) -> float:
+    exact = exact.double()
+    size = (lambda t: t.norm()) if norm else (lambda t: t.abs().max())
+    return float(size(got.double() - exact) / size(exact).clamp(min=1e-6))
+
+
+def measure(name: str, systems: Sequence[str]) -> list[Row]:
+    """One row of the table: every system on one workload."""
     work = WORKLOADS[name]()
     inputs = {k: v.cuda() for k, v in work.kwargs.items()}
     wide = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
-    rows: list[Row] = []
-    with torch.no_grad():
-        exact = tensors_of(copy.deepcopy(work.model).cuda().float()(**wide))
-        for system, build in SYSTEMS.items():
-            start = time.perf_counter()
-            call = build(work, target)
-            for _ in range(3):
-                got = tensors_of(call(**inputs))
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-            error = max(_error(g, e) for g, e in zip(got, exact, strict=True))
-            if error > work.bound:
-                raise RuntimeError(f"{system} on {name} is off by {error}")
-            row = Row(name, system, time_calls(partial(call, **inputs)), seconds, error)
-            rows.append(row)
-            print(f"{name:10} {system:26} {row.milliseconds:8.3f} ms  compile {seconds:6.1f} s  "
-                  f"error {error:.1e}", flush=True)  # fmt: skip
-    return rows
+    with nullcontext() if work.trains else torch.no_grad():
+        model = on_device(work).float()
+        exact = [t.cpu() for t in results(work, model, model, wide)]
+        del model
+        return [_measure(name, system, work, inputs, exact) for system in systems]
 
 
-def _error(got: Tensor, exact: Tensor) -> float:
-    scale = exact.double().abs().max().clamp(min=1e-6)
-    return float((got.double() - exact.double()).abs().max() / scale)
+def _measure(
+    name: str, system: str, work: Workload, inputs: dict[str, Tensor], exact: list[Tensor]
+) -> Row:
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["ACCEL_CACHE_DIR"] = folder
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+        os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
+        start = time.perf_counter()
+        call, model = SYSTEMS[system](work)
+        for _ in range(3):
+            got = results(work, call, model, inputs)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        error = errors(work, [t.cpu() for t in got], exact)
+        if not error <= work.bound:
+            raise RuntimeError(f"{system} on {name} is off by {error}")
+        timed: Call = training_step(model, call) if work.trains else call
+        milliseconds = time_calls(partial(timed, **inputs))
+    print(f"{name:16} {system:26} {milliseconds:8.3f} ms  compile {seconds:6.1f} s  "
+          f"error {error:.1e}", flush=True)  # fmt: skip
+    return Row(name, system, milliseconds, seconds, error)
+
+
+def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """By workload: how many times faster than the best peer accel is, and how many times faster it
+    compiles than Inductor with CUDA graphs."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["workload"], {})[row["system"]] = row
+    made = {}
+    for name, own in found.items():
+        peers = [r["milliseconds"] for s, r in own.items() if s != "accel"]
+        if "accel" in own and peers:
+            other = own.get("inductor-reduce-overhead", own["accel"])
+            made[name] = (
+                min(peers) / own["accel"]["milliseconds"],
+                other["compile_seconds"] / own["accel"]["compile_seconds"],
+            )
+    return made
+
+
+def merged(path: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The new rows, and those of other workloads that a file has from an equal machine."""
+    fresh = [asdict(r) for r in rows]
+    if not path.is_file():
+        return fresh
+    before = json.loads(path.read_text())
+    alike = before["machine"].get("gpu") == facts["gpu"] and (
+        before["machine"]["packages"]["torch"] == facts["packages"]["torch"]
+    )
+    names = {r.workload for r in rows}
+    kept = [r for r in before["rows"] if r["workload"] not in names] if alike else []
+    order = list(WORKLOADS)
+    return sorted([*kept, *fresh], key=lambda r: order.index(r["workload"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--names", default=",".join(WORKLOADS))
+    parser.add_argument("--systems", default=",".join(USUAL))
     parser.add_argument("--out", default=str(RESULTS / "gpu.json"))
     chosen = parser.parse_args()
-    device = torch.cuda.get_device_name()
-    target = "h200" if "H200" in device else "h100"
-    rows = [row for name in chosen.names.split(",") for row in measure(name, target)]
+    systems, path = chosen.systems.split(","), Path(chosen.out)
+    facts = {**machine(), "gpu": torch.cuda.get_device_name()}
+    rows: list[Row] = []
     for name in chosen.names.split(","):
-        own = {r.system: r.milliseconds for r in rows if r.workload == name}
-        peer = min(v for k, v in own.items() if k != "accel")
-        print(f"{name:10} accel {own['accel']:.3f} ms, best peer {peer:.3f} ms, "
-              f"ratio {peer / own['accel']:.3f}")  # fmt: skip
-    facts = {**machine(), "gpu": device}
-    result = {"machine": facts, "target": target, "rows": [asdict(r) for r in rows]}
-    Path(chosen.out).write_text(json.dumps(result, indent=2) + "\n")
+        rows += measure(name, systems)
+        result = {
+            "machine": facts,
+            "target": target_of(torch.device("cuda")).name,
+            "rows": merged(path, facts, rows),
+        }
+        path.write_text(json.dumps(result, indent=2) + "\n")  # a later row may be cut off
+    found = ratios([asdict(r) for r in rows])
+    for name, (speed, compiling) in found.items():
+        print(f"{name:16} {speed:.3f} of the best peer, compiles {compiling:.1f} times faster")
+    if found:
+        speeds = [speed for speed, _ in found.values()]
+        worst = min(found, key=lambda name: found[name][0])
+        print(f"geometric mean {geometric_mean(speeds):.3f}, "
+              f"worst {found[worst][0]:.3f} ({worst})")  # fmt: skip
 
 
 if __name__ == "__main__":

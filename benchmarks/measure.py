@@ -7,10 +7,13 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
@@ -23,6 +26,33 @@ TITLES = {
     "accel": "accel",
 }
 PACKAGES = ("torch", "apache-tvm", "onnxruntime", "transformers")
+
+
+def time_calls(call: Callable[[], object], seconds: float = 0.6) -> float:
+    """Median milliseconds of a call on the current GPU, between events on its stream.
+
+    Short calls are timed many at a time, so that what the host does between two is part of it;
+    rounds go on for about so many seconds.
+    """
+    for _ in range(5):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    one = max((time.perf_counter() - start) / 3, 1e-6)
+    calls = max(1, min(20, int(0.02 / one)))
+    times = []
+    for _ in range(max(9, min(50, int(seconds / (one * calls))))):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(calls):
+            call()
+        last.record()
+        torch.cuda.synchronize()
+        times.append(first.elapsed_time(last) / calls)
+    return statistics.median(times)
 
 
 def geometric_mean(values: Sequence[float]) -> float:
