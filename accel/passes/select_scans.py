@@ -1,0 +1,78 @@
+"""Gives running sums and products to the kernel generator, with the elementwise ops around them.
+
+Padded batches number their tokens by a running sum of the mask, samplers cut a running sum of
+probabilities: a comparison or a cast before, a subtraction or another comparison after. As one
+kernel a row is read once and written once. Contract: exact (the kernel's region is the ops it
+replaces).
+
+    %1 = "accel.ne"(%mask, %zero)                 %3 = "accel.kernel"(%mask) ({
+    %2 = "accel.cumsum"(%1) {axis = 1}     ->       ne, cumsum, sub
+    %3 = "accel.sub"(%2, %one)                    }) {kind = "scan"}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from accel.ir.capability import KernelGenerator
+from accel.ir.module import Module, Op
+from accel.ir.op import Trait
+from accel.ir.types import same_shape
+from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
+from accel.passes.outline import elementwise_epilogue, finish_outline, is_full, outline
+
+SCANS = ("cumsum", "cumprod")
+
+
+@register_pass
+@dataclass
+class SelectScans(Pass):
+    """Outlines scans with at most `most` elementwise ops before and after each."""
+
+    name: ClassVar[str] = "select_scans"
+    contract: ClassVar[Contract] = EXACT
+
+    most: int = 8
+
+    def run(self, module: Module, context: Context) -> None:
+        if context.generator is None:
+            return
+        for function in module.functions.values():
+            order = {op: i for i, op in enumerate(function.ops)}
+            for op in [o for o in function.ops if o.name in SCANS]:
+                self._select(op, context, context.generator, order)
+
+    def _select(
+        self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
+    ) -> None:
+        reason = generator.supports_anchor(op, "scan")
+        if reason is not None:
+            context.miss(self.name, op, reason)
+            return
+        if not context.rewrite(self.name, op):
+            return
+        after = elementwise_epilogue(op, generator, self.most)
+        ops = sorted((*self._before(op, generator), op, *after), key=order.__getitem__)
+        attributes = {"backend": generator.name, "kind": "scan"}
+        kernel = outline(ops, "kernel", attributes, self.name, inline=is_full)
+        last = ops[-1]
+        assert last.parent is not None
+        last.parent.insert_before(kernel, last)
+        order[kernel] = order[last]
+        finish_outline(kernel, ops)
+
+    def _before(self, op: Op, generator: KernelGenerator) -> list[Op]:
+        """Elementwise ops that nothing but the scan uses."""
+        found: list[Op] = []
+        pending = [op.operands[0]]
+        while pending and len(found) < self.most:
+            value = pending.pop()
+            made = value.op
+            if made is None or not made.has(Trait.ELEMENTWISE) or value.single_user is None:
+                continue
+            if not same_shape(value.shape, op.result.shape) or generator.supports(made) is not None:
+                continue
+            found.append(made)
+            pending.extend(made.operands)
+        return found
