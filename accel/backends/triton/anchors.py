@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accel.backends.triton import attention, cached, depthwise, gemv, matmul, skinny, updates
+from accel.backends.triton import attention, cached, depthwise, gemv, matmul, scan, skinny, updates
 from accel.backends.triton.kernel import KernelCode, generate
 from accel.backends.triton.tiles import KERNEL_TILES
 from accel.ir.module import Op, Region
@@ -61,6 +61,7 @@ ANCHORS: dict[str, Anchor] = {
         attention.choose,
         attention.library_reason,
     ),
+    "scan": Anchor(scan.OPS, scan.reason, scan.generate),
     "depthwise": Anchor(("conv",), depthwise.reason, depthwise.generate),
 }
 
