@@ -29,6 +29,7 @@ KERNEL_PIPELINE = (
     "select_products",
     "select_cached",
     "select_attention{masks=true}",
+    "select_scans",
     "flash_layout",
     "select_libraries",
     "decompose",
