@@ -25,7 +25,7 @@ from accel import __version__
 from accel.backends.triton import TritonBackend, kernel_fingerprint
 from accel.compiler import measure
 from accel.compiler.cache import CompileCache, cache_key
-from accel.compiler.kernel_jobs import Job, Workers
+from accel.compiler.kernel_jobs import Workers
 from accel.compiler.targets import Target
 from accel.compiler.variants import (
     KERNEL,
@@ -35,6 +35,7 @@ from accel.compiler.variants import (
     build,
     dissolve,
     has_library_variant,
+    job_of,
     model_choice,
     variants_of,
 )
@@ -63,7 +64,7 @@ class Choice:
     """How one kernel is computed.
 
     Attributes:
-        chosen: "kernel" (with the cost model's tile), "library", or a tile.
+        chosen: "kernel" (with the cost model's tile), "library", a tile, or "as" another kind.
         by: "measured", or "cost model".
         seconds, model_seconds: of one call, measured, of this choice and of the cost model's.
         tried: how many variants were timed.
@@ -166,12 +167,18 @@ class Tuner:
         self.clock, self.reason, self.remember = clock, reason, remember
         self.most, self.limit = _LIMITS[mode]
         self.seconds = 0.0
+        self.tiles_only = False
         self.choices: dict[str, Choice] = {}
         self.workers = Workers() if clock is not None else Workers(0)
         self._cache = CompileCache()
 
-    def tune(self, kernels: Sequence[Op]) -> dict[str, Choice]:
-        """Choices by fingerprint, of these kernels and all before; sets the backend's tiles."""
+    def tune(self, kernels: Sequence[Op], *, tiles_only: bool = False) -> dict[str, Choice]:
+        """Choices by fingerprint, of these kernels and all before; sets the backend's tiles.
+
+        Args:
+            tiles_only: kernels stay what they are, only tiles are chosen.
+        """
+        self.tiles_only = tiles_only
         start = time.monotonic()
         unique: dict[str, Op] = {}
         calls: dict[str, int] = {}
@@ -208,8 +215,10 @@ class Tuner:
         if kernels:
             self.workers.start()
         variants = {op: variants_of(op, self.backend, self.most) for op in kernels}
+        if self.tiles_only:
+            variants = {op: [v for v in found if v.is_tile] for op, found in variants.items()}
         jobs = [
-            Job.of(op, self.backend, variant.tile)
+            job_of(op, variant, self.backend)
             for op, found in variants.items()
             for variant in found
             if variant.label != LIBRARY
@@ -225,7 +234,7 @@ class Tuner:
     def _choose(
         self, kernel: Op, calls: int, variants: Mapping[Op, list[Variant]], deadline: float
     ) -> Choice:
-        model = model_choice(kernel, self.backend)
+        model = KERNEL if self.tiles_only else model_choice(kernel, self.backend)
         choice = Choice(_name(kernel), str(kernel.attribute("kind")), calls, model,
                         "cost model", model, reason=self.reason)  # fmt: skip
         if self.clock is None:
@@ -285,8 +294,9 @@ class Tuner:
         assert self.clock is not None
         sizes = ",".join(f"{n}={v}" for n, v in sorted(_sizes(kernel).items()))
         versions = (__version__, self.backend.version(), torch.__version__)
+        what = "tiles" if self.tiles_only and has_library_variant(kernel) else ""
         return cache_key("tuning", *versions, kernel_fingerprint(kernel), sizes,
-                         self.clock.name, mode)  # fmt: skip
+                         self.clock.name, mode, what)  # fmt: skip
 
     def report(self) -> dict[str, Any]:
         """For people: what was chosen, by whom, and what a call of the program gains."""
@@ -316,10 +326,11 @@ class TuneProducts(Pass):
         kernels = [k for k in kernels_of(module) if has_library_variant(k)]
         choices = self.tuner.tune(kernels)
         for kernel in kernels:
-            if choices[kernel_fingerprint(kernel)].chosen != LIBRARY:
-                continue
-            if context.rewrite("library", kernel):
+            chosen = choices[kernel_fingerprint(kernel)].chosen
+            if chosen == LIBRARY and context.rewrite("library", kernel):
                 dissolve(kernel)
+            elif chosen.startswith("as ") and context.rewrite("kind", kernel):
+                kernel.attributes["kind"] = chosen.removeprefix("as ")
         context.notes.update(summary(self.tuner.report()))
 
 
@@ -331,7 +342,9 @@ def summary(report: Mapping[str, Any]) -> dict[str, Any]:
     """A report without its list of kernels, for the ledger."""
     counts: dict[str, int] = {}
     for choice in report["kernels"]:
-        kind = choice["chosen"] if choice["chosen"] in (KERNEL, LIBRARY) else "tile"
+        chosen = str(choice["chosen"])
+        kind = "kind" if chosen.startswith("as ") else "tile"
+        kind = chosen if chosen in (KERNEL, LIBRARY) else kind
         counts[kind] = counts.get(kind, 0) + 1
     return {k: v for k, v in report.items() if k != "kernels"} | {"chosen": counts}
 

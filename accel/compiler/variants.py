@@ -1,7 +1,8 @@
 """The ways in which one `accel.kernel` can be computed, each as a program of its own.
 
-The cost model's kernel comes first, then the same kernel with other tiles, then (for kernels that a
-select pass made) what libraries and kernels for the rest would do. Tiles whose source is one that
+The cost model's kernel comes first; for kernels that a select pass made, what libraries and kernels
+for the rest would do, and other kinds of kernels around the same op (a product of few rows may be
+"gemv", "skinny" or "matmul"); then the same kernel with other tiles. Tiles whose source is one that
 is tried already are left out.
 """
 
@@ -11,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accel.backends.triton import TritonBackend
+from accel.backends.triton import TritonBackend, anchors
 from accel.backends.triton.anchors import ANCHORS
 from accel.compiler import gpu
-from accel.compiler.kernel_jobs import module_of, with_tile
+from accel.compiler.kernel_jobs import Job, module_of, with_tile
 from accel.compiler.lower import lower_function
 from accel.compiler.options import Options
 from accel.errors import BackendError
@@ -26,15 +27,27 @@ from accel.passes.manager import PassManager
 from accel.runtime.plan import FunctionPlan
 
 KERNEL, LIBRARY = "kernel", "library"  # labels; other variants are called as their tile prints
-LIBRARY_PIPELINE = ("select_libraries", "decompose", "cse", "dce", "fuse", "dce")
+
+
+def place_in(pipeline: Sequence[object]) -> int:
+    """Where tuning belongs among the passes: after those that make kernels around an op."""
+    names = [str(each).partition("{")[0] for each in pipeline]
+    made = [i for i, n in enumerate(names) if n.startswith("select_") and n != "select_libraries"]
+    return max(made, default=-1) + 1
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way: the cost model's kernel, a tile, or libraries."""
+    """One way: the cost model's kernel, a tile, another kind of kernel, or libraries."""
 
     label: str
     tile: Any = None
+    kind: str = ""
+
+    @property
+    def is_tile(self) -> bool:
+        """Whether the kernel stays what it is."""
+        return self.label != LIBRARY and not self.kind
 
 
 @dataclass(frozen=True)
@@ -56,17 +69,19 @@ def has_library_variant(kernel: Op) -> bool:
 
 def model_choice(kernel: Op, backend: TritonBackend) -> str:
     """What the cost model takes: its kernel, or a library."""
-    region = kernel.regions[0]
-    op = next((o for o in region.ops if o.name == "linear"), None)
-    if op is None or not has_library_variant(kernel):
+    region, kind = kernel.regions[0], str(kernel.attribute("kind"))
+    plain = TritonBackend(backend.arch, backend.sms)
+    op = next((o for o in region.ops if anchors.is_whole(o, kind)), None)
+    if op is None:
         return KERNEL
+    if op.name != "linear":
+        return KERNEL if plain.supports_anchor(op, kind) is None else LIBRARY
     decoding = _behind(op.operands[1])
     members = [
         o
         for o in region.ops
         if o not in decoding and not o.has(Trait.TERMINATOR) and o.name != "full"
     ]
-    plain = TritonBackend(backend.arch, backend.sms)
     return KERNEL if plain.product_kind(op, members)[1] is None else LIBRARY
 
 
@@ -98,8 +113,39 @@ def variants_of(kernel: Op, backend: TritonBackend, most: int) -> list[Variant]:
         if len(made) == most:
             break
     if has_library_variant(kernel):
-        made.insert(1, Variant(LIBRARY))
+        made[1:1] = [Variant(LIBRARY), *_other_kinds(kernel, backend)]
     return made
+
+
+def _other_kinds(kernel: Op, backend: TritonBackend) -> list[Variant]:
+    """Kinds of kernels that may be built around the same op, and that take the whole region."""
+    own = str(kernel.attribute("kind"))
+    found = []
+    for kind, anchor in ANCHORS.items():
+        op = next((o for o in kernel.regions[0].ops if o.name in anchor.ops), None)
+        if kind == own or op is None or backend.supports_anchor(op, kind) is not None:
+            continue
+        variant = Variant(f"as {kind}", kind=kind)
+        try:
+            backend.generate([as_kind(kernel, kind)])
+        except BackendError:
+            continue
+        found.append(variant)
+    return found
+
+
+def as_kind(kernel: Op, kind: str) -> Op:
+    """A copy of the kernel, of another kind; its operands are arguments of a module of its own."""
+    (copy,) = (op for op in module_of(kernel).main.ops if op.name == "kernel")
+    if kind:
+        copy.attributes["kind"] = kind
+    return copy
+
+
+def job_of(kernel: Op, variant: Variant, backend: TritonBackend) -> Job:
+    """The compilation that a variant of the kernel needs."""
+    chosen = as_kind(kernel, variant.kind) if variant.kind else kernel
+    return Job.of(chosen, backend, variant.tile)
 
 
 def _source(kernel: Op, backend: TritonBackend) -> str:
@@ -113,11 +159,14 @@ def build(
     """Compiles a variant, mostly from the cache. Raises BackendError where it has no code."""
     module = module_of(kernel)
     (copy,) = (op for op in module.main.ops if op.name == "kernel")
+    if variant.kind:
+        copy.attributes["kind"] = variant.kind
     chosen = with_tile(backend, copy, variant.tile)
     if variant.label == LIBRARY:
         dissolve(copy)
         context = Context(generator=chosen, libraries=libraries)
-        PassManager(list(LIBRARY_PIPELINE), context).run(module)
+        rest = gpu.KERNEL_PIPELINE[place_in(gpu.KERNEL_PIPELINE) :]
+        PassManager(list(rest), context).run(module)
     module.main.donates = _updates(module.main)
     symbols, code, sources = gpu.compile_launches(module, chosen, Options())
     plan = lower_function(module.main, module, symbols)

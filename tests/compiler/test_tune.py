@@ -89,12 +89,8 @@ class InterpreterClock:
             results = interpret(trial.function, inputs, trial.module.weights)
         else:
             (kernel,) = (op for op in trial.function.ops if op.name == "kernel")
-            run = InterpretedKernels(
-                [as_function(kernel)],
-                self.worker,
-                [str(kernel.attribute("kind"))],
-                backend_of(kernel, trial.label),
-            )
+            kind, backend = str(kernel.attribute("kind")), backend_of(kernel, trial.label)
+            run = InterpretedKernels([as_function(kernel)], self.worker, [kind], backend)
             start = time.perf_counter()
             results = run(0, inputs)
         self.times[trial.label] = time.perf_counter() - start
@@ -114,7 +110,7 @@ def as_function(kernel: Op) -> Function:
 def backend_of(kernel: Op, label: str) -> TritonBackend:
     plain = TritonBackend()
     tiles = {str(tile): tile for tile in plain.candidates(kernel)}
-    if label == KERNEL:
+    if label == KERNEL or label.startswith("as "):
         return plain
     return TritonBackend(tiles={kernel_fingerprint(kernel): tiles[label]})
 
@@ -205,6 +201,12 @@ def test_variants_have_different_sources_and_the_library() -> None:
     (gemv,) = kernels_of(program((GEMV, "gemv")))
     labels = [v.label for v in variants_of(gemv, TritonBackend(), 8)]
     assert labels[:2] == [KERNEL, LIBRARY] and len(labels) == len(set(labels)) > 3
+    types = [t(4, 1024, dtype=HALF), t(64, 1024, dtype=HALF)]
+    few = function_of(types, lambda b, x, w: b.relu(b.linear(x, w)))
+    (kernel,) = kernels_of(program((few, "gemv")))
+    found = variants_of(kernel, TritonBackend(), 4)
+    assert {"as skinny", "as matmul"} <= {v.label for v in found}
+    assert [v.label for v in found if v.is_tile][0] == KERNEL
     (flat,) = kernels_of(program((FLAT, "pointwise")))
     labels = [v.label for v in variants_of(flat, TritonBackend(), 8)]
     assert LIBRARY not in labels and len(labels) > 2
@@ -233,6 +235,33 @@ def test_the_model_of_costs_is_asked_about_products() -> None:
     tuned = tuner(None)
     (choice,) = tuned.tune([kernel]).values()
     assert choice.chosen == choice.model == LIBRARY  # nothing rides along: cuBLAS multiplies faster
+
+
+class Favouring(InterpreterClock):
+    """One variant is the fastest; what it computes is checked as ever."""
+
+    def __init__(self, worker: Worker, label: str) -> None:
+        super().__init__(worker)
+        self.label = label
+
+    def measure(self, trial: Trial, sizes: Mapping[str, int]) -> Measurement:
+        made = super().measure(trial, sizes)
+        return Measurement(1e-9, made.results) if trial.label == self.label else made
+
+
+def test_a_product_may_become_another_kind_of_kernel(worker: Worker) -> None:
+    types = [t(4, 96, dtype=HALF), t(32, 96, dtype=HALF)]
+    module = program((function_of(types, lambda b, x, w: b.relu(b.linear(x, w))), "gemv"))
+    tuned = tuner(Favouring(worker, "as matmul"))
+    context = Context(generator=tuned.backend, libraries=gpu.libraries())
+    (row,) = PassManager([TuneProducts(tuned)], context, validate=True).run(module).rows
+    assert row.rewrites == {"kind": 1}
+    (kernel,) = kernels_of(module)
+    assert kernel.attribute("kind") == "matmul"
+    tuned.tune([kernel], tiles_only=True)
+    choice = tuned.choices[kernel_fingerprint(kernel)]
+    assert choice.model == KERNEL and choice.chosen != LIBRARY
+    gpu.compile_launches(module, tuned.backend, Options())
 
 
 # -- compiling -------------------------------------------------------------------------------
