@@ -32,6 +32,7 @@ from accel.compiler.lower import KernelSymbol, lower_function
 from accel.compiler.options import Options
 from accel.compiler.targets import Target
 from accel.compiler.tune import TuneProducts, Tuner, clock_for, kernels_of
+from accel.compiler.variants import place_in
 from accel.ir.capability import Library
 from accel.ir.fingerprint import region_fingerprint
 from accel.ir.module import Module, Op
@@ -187,14 +188,14 @@ def _lower(
     names = gpu.KERNEL_PIPELINE if target.kind == "cuda" else KERNEL_PIPELINE
     pipeline: list[str | Pass] = list(names)
     if tuner is not None:
-        pipeline.insert(pipeline.index("select_libraries"), TuneProducts(tuner))
+        pipeline.insert(place_in(pipeline), TuneProducts(tuner))
     lowering = PassManager(pipeline, context, validate=options.validate)
     ledger = lowering.run(module, after=after)
     seconds = {"passes": time.perf_counter() - start}
     start = time.perf_counter()
     facts: dict[str, Any] = {}
     if tuner is not None:
-        tuner.tune(kernels_of(module))
+        tuner.tune(kernels_of(module), tiles_only=True)
         facts["tuning"] = tuner.report()
     if isinstance(backend, TritonBackend):
         made, failures = fallback.compile_launches(module, backend, options, context)
