@@ -28,7 +28,8 @@ from accel.runtime.plan import FunctionPlan, SizeExpr, Step, ValueKind, ValueSpe
 class KernelSymbol:
     """Where a kernel op's code is: its symbol and the sizes to pass after the buffers.
 
-    `inplace` has pairs (result, input) where the result may overwrite the input. A GPU kernel may
+    `inplace` has pairs (result, input) where the result may overwrite the input, `updates` those
+    where it starts as a copy of the input, or is its memory. A GPU kernel may
     be several launches, each a step of its own, with buffers of `scratch` bytes between them, of
     which those in `zeroed` are zeros at the start.
     """
@@ -36,6 +37,7 @@ class KernelSymbol:
     symbol: str
     dims: tuple[Dim, ...] = ()
     inplace: tuple[tuple[int, int], ...] = ()
+    updates: tuple[tuple[int, int], ...] = ()
     launches: tuple[Launch, ...] = ()
     scratch: tuple[SizeExpr, ...] = ()
     zeroed: tuple[int, ...] = ()
@@ -113,7 +115,8 @@ class _Lowering:
         elif op.name == "kernel":
             symbol = self.kernels[op]
             dims = [size_expr(d) for d in symbol.dims]
-            options = {"inplace": [list(p) for p in symbol.inplace]} if symbol.inplace else {}
+            pairs = {"inplace": symbol.inplace, "updates": symbol.updates}
+            options = {k: [list(p) for p in v] for k, v in pairs.items() if v}
             name = symbol.symbol
             self.step("kernel", name, op, op.operands, "buffer", options=options, dims=dims)
         elif op.name == "call":

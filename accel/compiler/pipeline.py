@@ -49,6 +49,7 @@ KERNEL_PIPELINE = (
     "select_depthwise",
     "select_matmul",
     "select_products",
+    "select_cached",
     "select_attention",
     "select_libraries",
     "decompose",
@@ -264,18 +265,20 @@ def compile_kernels(
             "names": dict(zip(unique, compiled.symbols)),
             "sources": compiled.sources,
             "inplace": compiled.inplace,
+            "updates": compiled.updates,
         }
         library = compiled.library
         if options.cache:
             cache.put(key, header, library)
     else:
         header, library = entry.header, entry.payload
-    names, inplace = header["names"], header["inplace"]
+    names, inplace, updates = header["names"], header["inplace"], header.get("updates", {})
     found: dict[str, KernelSymbol] = {}
     for print_, op in unique.items():
         name = names[print_]
         pairs = tuple((int(r), int(i)) for r, i in inplace.get(name, ()))
-        found[print_] = KernelSymbol(name, backend.dims(op), pairs)
+        written = tuple((int(r), int(i)) for r, i in updates.get(name, ()))
+        found[print_] = KernelSymbol(name, backend.dims(op), pairs, updates=written)
     return {op: found[prints[op]] for op in kernels}, library, header["sources"]
 
 

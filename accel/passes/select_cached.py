@@ -137,7 +137,9 @@ class SelectCached(Pass):
 
 
 def _is_pointwise(op: Op, generator: KernelGenerator) -> bool:
-    plain = op.has(Trait.ELEMENTWISE) or op.has(Trait.VIEW) or op.name == "rope"
+    if op.name == "rope":  # decomposed inside of the kernel
+        return generator.supports_decoding(op) is None
+    plain = op.has(Trait.ELEMENTWISE) or op.has(Trait.VIEW)
     return plain and len(op.results) == 1 and generator.supports(op) is None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accel.backends.tvm import cached
+from accel.errors import ExecutionError
 from accel.ir import Function, TensorType, WeightStore, interpret
 from tests.backends.kernels import Runner, f32, function_of
 
@@ -89,3 +90,52 @@ def test_what_is_refused(types: tuple[TensorType, ...], reason: str) -> None:
     made = function_of([*types, I64], lambda b, *x: b.cached_attention(*x, scale=0.3))
     op = next(op for op in made.ops if op.name == "cached_attention")
     assert reason in str(cached.reason(op))
+
+
+def _step(capacity: int, rows: int = 1, batch: int = 1) -> Function:
+    """What a layer does with new rows: rotary embedding, both writes, attention, merged heads."""
+
+    def make(b: Any, qkv: Any, cos: Any, sin: Any, keys: Any, values: Any, at: Any) -> Any:
+        split = b.permute(b.reshape(qkv, shape=(batch, rows, 8, 32)), axes=(0, 2, 1, 3))
+        q, k, v = (b.slice(split, axis=1, start=i, stop=j) for i, j in ((0, 4), (4, 6), (6, 8)))
+        keys = b.dynamic_update(keys, b.rope(k, cos, sin), at, axis=2)
+        values = b.dynamic_update(values, v, at, axis=2)
+        y = b.cached_attention(b.rope(q, cos, sin), keys, values, at, scale=0.3)
+        merged = b.reshape(b.permute(y, axes=(0, 2, 1, 3)), shape=(batch, rows, 128))
+        return keys, values, merged
+
+    cache = f32(batch, 2, capacity, 32)
+    angles = f32(1, 1, rows, 32)
+    types = [f32(batch, rows, 256), angles, angles, cache, cache, I64]
+    return function_of(types, make)
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(1, 1), (1, 3), (5, 2)])
+@pytest.mark.parametrize("place", [0, 7, 63, 64, -1])
+def test_writes_and_attention_are_one_kernel(rows: int, batch: int, place: int) -> None:
+    capacity = 90
+    function = _step(capacity, rows, batch)
+    position = capacity - rows if place < 0 else place
+    generator = torch.Generator().manual_seed(place + 1)
+    inputs = [
+        torch.randn([int(d) for d in a.shape], generator=generator) for a in function.args[:5]
+    ]
+    for held in inputs[3:5]:
+        held[:, :, position:] = float("nan")
+    inputs.append(torch.tensor(position))
+    runner = Runner([function], ["cached_attention"])
+    assert sorted(i for _, i in runner.compiled.updates[runner.compiled.symbols[0]]) == [3, 4]
+    got = runner(0, inputs)
+    wanted = interpret(function, inputs, WeightStore(), oracle=True)
+    seen = position + rows
+    for made, right in zip(got[:2], wanted[:2]):
+        assert float((made[:, :, :seen] - right[:, :, :seen]).abs().max()) <= 5e-6
+        assert bool(made[:, :, seen:].isnan().all())  # nothing else is written
+    assert float((got[2] - wanted[2]).abs().max()) <= 5e-6
+
+
+def test_a_position_outside_of_the_cache_is_an_error() -> None:
+    function = _step(16)
+    inputs = [torch.randn([int(d) for d in a.shape]) for a in function.args[:5]]
+    with pytest.raises(ExecutionError):
+        Runner([function], ["cached_attention"])(0, [*inputs, torch.tensor(16)])

@@ -66,6 +66,7 @@ class Phase:
     reduces: list[Reduce]
     makes: set[Value] = field(default_factory=set)  # values it leaves in scratch memory
     needs: set[Value] = field(default_factory=set)  # and those it reads from there
+    result: int = 0  # where phases around one op store
 
 
 class Planner:

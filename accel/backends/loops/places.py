@@ -12,9 +12,9 @@ from accel.ir.module import Op, Value
 _MAX_ROUNDS = 8
 
 
-def find_place(planner: Planner, op: Op) -> tuple[tuple[Axis, ...], Index]:
-    """Axes of the region's result, and the result's place of each (b, h, i, e) of attention."""
-    result = planner.region.results[0]
+def find_place(planner: Planner, op: Op, number: int = 0) -> tuple[tuple[Axis, ...], Index]:
+    """Axes of a result of the region, and its place of each (b, h, i, e) of attention."""
+    result = planner.region.results[number]
     for _ in range(_MAX_ROUNDS):
         index, axes = planner.index_of(result.shape)
         finder = _Finder(planner, op.result)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from accel.backends.loops.phases import Phase, Planner
-from accel.backends.tvm import attention, blocked, cached, depthwise
+from accel.backends.tvm import attention, blocked, cached, depthwise, updates
 from accel.ir.module import Op, Region
 
 
@@ -20,6 +20,7 @@ class Anchor:
         reason: why an op of this name has no such kernel; None if it has.
         plan: adds the phases of a region with this op.
         phase, nest: the phase that computes the op, and what emits it.
+        neighbours: ops that stay whole in such a kernel, and the reason why one does not.
     """
 
     ops: tuple[str, ...]
@@ -27,6 +28,7 @@ class Anchor:
     plan: Callable[[Planner, Op], None]
     phase: type[Phase]
     nest: Callable[..., Any]
+    neighbours: Mapping[str, Callable[[Op], str | None]] = field(default_factory=dict)
 
 
 ANCHORS: dict[str, Anchor] = {
@@ -43,6 +45,7 @@ ANCHORS: dict[str, Anchor] = {
         cached.plan,
         cached.CachedPhase,
         cached.CachedNest,
+        {"dynamic_update": updates.reason},
     ),
     "matmul": Anchor(
         ("linear", "conv"),
@@ -72,12 +75,18 @@ def find(region: Region, kind: str) -> tuple[Anchor, Op] | None:
 
 def nest_of(phase: Phase) -> Callable[..., Any] | None:
     """What emits an anchor's phase; None for other phases."""
+    if type(phase) is updates.UpdatePhase:
+        return updates.UpdateNest
     return next((a.nest for a in ANCHORS.values() if type(phase) is a.phase), None)
 
 
 def reason(op: Op, kind: str) -> str | None:
     """None if a kernel of this kind may be built around the op, else the reason why not."""
-    anchor = ANCHORS[kind]
+    anchor = ANCHORS.get(kind)
+    if anchor is None:
+        return f"no kernels of kind '{kind}' on CPUs"
+    if op.name in anchor.neighbours:
+        return anchor.neighbours[op.name](op)
     if op.name not in anchor.ops:
         return f"accel.{op.name} is not accel.{' or accel.'.join(anchor.ops)}"
     return anchor.reason(op)

@@ -30,12 +30,14 @@ class CompiledKernels:
         sources: readable source by symbol (TVMScript), and the C shim as "shim.c".
         library: the shared object.
         inplace: by symbol, pairs (result, input) where the result may overwrite the input.
+        updates: by symbol, pairs where the result starts as a copy of the input, or is its memory.
     """
 
     symbols: list[str]
     sources: dict[str, str]
     library: bytes
     inplace: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    updates: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
 
 class TvmBackend:
@@ -70,6 +72,9 @@ class TvmBackend:
         return reason
 
     def supports_neighbour(self, op: Op, neighbour: Op) -> str | None:
+        for anchor in anchors.ANCHORS.values():
+            if op.name in anchor.ops and neighbour.name in anchor.neighbours:
+                return _type_reason(neighbour) or anchor.neighbours[neighbour.name](neighbour)
         return "a product's kernel takes elementwise ops after it only"
 
     def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:
@@ -126,7 +131,13 @@ class TvmBackend:
         sources = {k.name: k.source for k in unique}
         if unique:
             sources["shim.c"] = c_source(unique)
-        return CompiledKernels(symbols, sources, library, {k.name: k.inplace for k in unique})
+        return CompiledKernels(
+            symbols,
+            sources,
+            library,
+            {k.name: k.inplace for k in unique},
+            {k.name: k.updates for k in unique if k.updates},
+        )
 
     def _generate(self, name: str, kernel: Op) -> KernelCode:
         kind = str(kernel.attribute("kind"))

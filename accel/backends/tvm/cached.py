@@ -14,7 +14,7 @@ import torch
 
 from accel.backends.loops.index import Affine
 from accel.backends.loops.phases import Planner
-from accel.backends.tvm import tir
+from accel.backends.tvm import tir, updates
 from accel.backends.tvm.attention import (
     KEYS,
     AttentionNest,
@@ -44,16 +44,25 @@ def reason(op: Op) -> str | None:
 
 
 class CachedPhase(AttentionPhase):
-    """The only phase of a cached attention kernel."""
+    """The last phase of a cached attention kernel; updates of the caches come before it."""
 
 
 def plan(planner: Planner, op: Op) -> None:
-    """Plans the phase of a region whose one result is cached attention, or a view of it."""
+    """Plans the phases of a region with cached attention, or a view of it, after its updates."""
     _, k, v, *_ = op.arguments()
-    if k not in planner.region.args or v not in planner.region.args:
+    updated = {}
+    for number, result in enumerate(planner.region.results):
+        if result.op is not None and result.op.name == "dynamic_update":
+            if result.op.operands[0] not in planner.region.args:
+                break
+            updates.plan(planner, result.op, number)
+            updated[result] = number
+    held = {*planner.region.args, *updated}
+    others = [i for i, r in enumerate(planner.region.results) if r not in updated]
+    if k not in held or v not in held or len(others) != 1:
         raise BackendError("a cache is an argument of its kernel", where=str(op.location or ""))
-    axes, place = find_place(planner, op)
-    phase = CachedPhase(axes, [], [], op=op, keys=k, values=v)
+    axes, place = find_place(planner, op, others[0])
+    phase = CachedPhase(axes, [], [], op=op, keys=k, values=v, result=others[0])
     phase.place = place
     planner.phases.append(phase)
 
@@ -92,24 +101,16 @@ class CachedNest(AttentionNest):
         )
         head = self._flat(self.keys, self.batch, self._group(), Affine(), Affine())
         start = block.let(emitter.addresses.code(head) + self.base * tir.i64(self.depth), "start")
-        part = tir.local_array("part", _LANES, "float32")
-        block.allocate(part)
         key, outer = tir.var("key"), Block()
         row = outer.let(start + key * tir.i64(self.depth), "row")
+        total: Expr = None
         for piece in range(0, self.depth, _LANES):
-            lane, inner = tir.var("lane"), Block()
-            at = lane + tir.i64(piece)
-            factor = tir.load(self.scaled[0], at)
-            product = factor * tir.load(emitter.buffers[self.keys], row + at)
-            inner.store(part, tir.load(part, lane) + product if piece else product, lane)
-            outer.loop(lane, tir.i64(_LANES), inner)
-        half = _LANES
-        while half > 1:
-            half //= 2
-            lane, inner = tir.var("lane"), Block()
-            inner.store(part, tir.load(part, lane) + tir.load(part, lane + tir.i64(half)), lane)
-            outer.loop(lane, tir.i64(half), inner)
-        outer.store(self.scores[0], tir.load(part, tir.i64(0)), key)
+            factor = tir.vector(self.scaled[0], tir.i64(piece), _LANES)
+            keys = tir.vector(emitter.buffers[self.keys], row + tir.i64(piece), _LANES)
+            total = factor * keys if total is None else total + factor * keys
+        # Vectors by hand: LLVM would take 16 keys at a time and gather their elements.
+        total = tir.sum_of_lanes(outer, total, _LANES)
+        outer.store(self.scores[0], total, key)
         block.loop(key, self.steps, outer)
 
     def _mask_scores(self) -> None:

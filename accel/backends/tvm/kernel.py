@@ -12,7 +12,7 @@ scratch memory, and shares the rows of each phase among the threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,6 +24,7 @@ from accel.backends.tvm.addresses import Sizes
 from accel.backends.tvm.code import Emitter
 from accel.backends.tvm.flat import FlatNest
 from accel.backends.tvm.rows import RowNest
+from accel.backends.tvm.updates import UpdatePhase
 from accel.ir.module import Region, Value
 from accel.ir.types import SUB_BYTE_BITS, Dim, product
 
@@ -46,6 +47,7 @@ class KernelCode:
         scratch: bytes of each scratch buffer.
         pure: no run-time index is checked, so the kernel cannot fail.
         inplace: pairs (result, input) where the result may overwrite the input.
+        updates: those of them where the result starts as a copy of the input, or is its memory.
     """
 
     name: str
@@ -55,6 +57,7 @@ class KernelCode:
     phases: list[PhaseCode]
     scratch: list[Dim]
     inplace: list[tuple[int, int]]
+    updates: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def source(self) -> str:
@@ -83,9 +86,14 @@ def generate(name: str, region: Region, kind: str = "") -> KernelCode:
         for number, phase in enumerate(planner.phases)
     ]
     sizes = [_scratch_bytes(v) for v in scratch]
-    pairs = _inplace(planner, region)
+    updates = [
+        (phase.result, region.args.index(phase.op.operands[0]))
+        for phase in planner.phases
+        if isinstance(phase, UpdatePhase) and phase.op is not None
+    ]
+    pairs = updates or _inplace(planner, region)
     return KernelCode(
-        name, len(region.args), len(region.results), symbols, phases, sizes, pairs
+        name, len(region.args), len(region.results), symbols, phases, sizes, pairs, updates
     )  # fmt: skip
 
 
@@ -139,9 +147,13 @@ def _phase(
     ]
     status = parameters.pointer("status", "int32", tir.i64(1))
     places = dict(zip(planner.scratch_values, scratch))
-    emitter = Emitter(
-        planner.indexer, buffers | {v: places[v] for v in phase.needs}, sizes
-    )  # fmt: skip
+    state = {
+        v: results[i]
+        for i, v in enumerate(region.results)
+        if v.op is not None and v.op.name == "dynamic_update"
+    }
+    reads = buffers | state | {v: places[v] for v in phase.needs}
+    emitter = Emitter(planner.indexer, reads, sizes)
     targets = {
         position: (results if store.place.kind == "result" else scratch)[store.place.number]
         for position, store in enumerate(phase.stores)
@@ -149,7 +161,7 @@ def _phase(
     begin, end = tir.var("begin"), tir.var("end")
     anchored = anchors.nest_of(phase)
     if anchored is not None:
-        nest = anchored(phase, emitter, results[0])
+        nest = anchored(phase, emitter, results[phase.result])
     elif phase.reduces:
         nest = RowNest(phase, emitter, targets)
     else:

@@ -1,9 +1,9 @@
 """The only door to TVM: its classes under short names, and builders of straight-line code.
 
 Generated kernels are TVM `PrimFunc`s of plain loops over flat buffers. LLVM vectorizes the scalar
-loops; nothing here writes a vector by hand. A `Block` collects the statements of one loop body;
-`let` names a value, so that shared subexpressions are computed once and the printed source reads
-like a program.
+loops; vectors are written by hand only where it would choose the wrong loop (`vector`). A `Block`
+collects the statements of one loop body; `let` names a value, so that shared subexpressions are
+computed once and the printed source reads like a program.
 """
 
 from __future__ import annotations
@@ -177,6 +177,24 @@ def local_array(name: str, length: int, dtype: str) -> Buffer:
 
 def load(buffer: Buffer, *index: Expr) -> Expr:
     return tirx.BufferLoad(buffer, list(index))
+
+
+def vector(buffer: Buffer, start: Expr, lanes: int) -> Expr:
+    """`lanes` elements that lie side by side."""
+    return tirx.BufferLoad(buffer, [tirx.Ramp(start, i64(1), lanes)])
+
+
+def sum_of_lanes(block: Block, value: Expr, lanes: int) -> Expr:
+    """The sum of a vector's elements, pairwise; `lanes` is a power of two."""
+    while lanes > 1:
+        lanes //= 2
+        whole = block.cell(value, "sums")
+        low, high = (
+            tirx.Shuffle([whole], [tirx.const(i + start, "int32") for i in range(lanes)])
+            for start in (0, lanes)
+        )
+        value = low + high
+    return value
 
 
 def element_type(buffer: Buffer) -> str:
