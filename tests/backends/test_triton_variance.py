@@ -1,4 +1,4 @@
-"""The variance of rows that do not fit a tile: two passes, the second over what is left of the mean.
+"""The variance of rows that do not fit a tile: two passes, the second over deviations.
 
 One pass over sums and squares would lose everything where the mean is large; these rows say so.
 """
