@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from accel.backends.triton import TritonBackend
 from accel.backends.triton.kernel import LaunchCode, Slot
-from accel.ir import Function
+from accel.ir import Function, Op
 from accel.ir.interpret import bind_symbols
 from accel.ir.types import SUB_BYTE_BITS, Dim, substitute
 from tests.backends.gluon_interpreter import MapOf
@@ -18,6 +19,9 @@ from tests.backends.kernels import kernel_of, poisoned
 from tests.backends.triton_worker import Job, Worker
 
 BACKEND = TritonBackend()
+# What was run in this process, for a report: runs by kind, kernels (with their kind) by name.
+RUNS: Counter[str] = Counter()
+KERNELS: dict[str, tuple[str, Op]] = {}
 _BYTES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -42,14 +46,16 @@ class InterpretedKernels:
         self.functions, self.worker = list(functions), worker
         kinds = kinds or ["pointwise"] * len(functions)
         kernels = [kernel_of(f, kind, weights) for f, kind in zip(functions, kinds, strict=True)]
-        self.weights = weights
+        self.weights, self.kinds = weights, list(kinds)
         self.names, self.made = backend.generate(kernels)
+        KERNELS.update(zip(self.names, zip(kinds, kernels)))
 
     def source(self, number: int) -> str:
         return "\n".join(one.source for one in self.made[self.names[number]].launches)
 
     def __call__(self, number: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         function, code = self.functions[number], self.made[self.names[number]]
+        RUNS[self.kinds[number]] += 1
         shapes = [
             tuple(map(int, a.shape)) if a.dtype in SUB_BYTE_BITS else tuple(t.shape)
             for a, t in zip(function.args, inputs)
