@@ -100,6 +100,30 @@ CASES: dict[str, Case] = {
         [f32(2, 128), typed(torch.uint4, 24, 128), f32(24, 4), typed(torch.uint8, 24, 4)],
         lambda b, x, q, s, z: b.linear(x, b.dequantize(q, s, z, axis=1, group=32)),
     ),
+    "int8 in groups, rows and columns that fit no tile": (
+        [typed(BF16, 3, 192), typed(torch.int8, 13, 192), typed(BF16, 13, 6),
+         typed(torch.int8, 13, 6), typed(BF16, 13)],
+        lambda b, x, q, s, z, c: b.linear(x, b.dequantize(q, s, z, axis=1, group=32), c),
+    ),
+    "bytes a channel with a zero, long": (
+        [typed(FP16, 1, 4160), typed(torch.uint8, 7, 4160), typed(FP16, 7, 1),
+         typed(torch.uint8, 7, 1)],
+        lambda b, x, q, s, z: b.linear(x, b.dequantize(q, s, z, axis=1, group=4160)),
+    ),
+    "signed nibbles in long groups": (
+        [f32(2, 2048), typed(torch.int4, 5, 2048), f32(5, 2)],
+        lambda b, x, q, s: b.linear(x, b.dequantize(q, s, axis=1, group=1024)),
+    ),
+    "a scale for all": (
+        [f32(1, 64), typed(torch.int8, 8, 64), f32()],
+        lambda b, x, q, s: b.linear(x, b.dequantize(q, s)),
+    ),
+    "int8, norm, gate times up": (
+        [typed(BF16, 2, 64), typed(BF16, 64), typed(torch.int8, 32, 64), typed(BF16, 32, 1)],
+        lambda b, x, g, q, s: halves(
+            b, b.linear(b.rms_norm(x, g, eps=1e-6), b.dequantize(q, s, axis=1, group=64))
+        ),
+    ),
     "int4, norm, gate times up": (
         [typed(BF16, 1, 64), typed(BF16, 64), typed(torch.uint4, 32, 64), typed(BF16, 32, 2),
          typed(torch.uint8, 32, 2)],
@@ -117,6 +141,8 @@ def inputs_for(types: Sequence[TensorType]) -> list[Tensor]:
         shape = tuple(int(d) for d in t.shape)
         if t.dtype.is_floating_point:
             made.append(randn(*shape).to(t.dtype))
+        elif t.dtype == torch.int4:
+            made.append(torch.randint(-8, 8, shape).to(torch.int8))
         elif t.dtype == torch.int8:
             made.append(torch.randint(-128, 128, shape).to(torch.int8))
         else:

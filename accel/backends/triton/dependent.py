@@ -71,10 +71,13 @@ class _Hoister:
             if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
                 break
             target = statement.targets[0]
-            if not isinstance(target, ast.Name):
-                break
             self.moved_to = statement.end_lineno or statement.lineno
-            self._place(target.id, statement.value, early, late)
+            if isinstance(target, ast.Name):
+                self._place(target.id, statement.value, early, late)
+                continue
+            late.append(self._text(statement))
+            self.ready -= _names(target)
+            self.touched |= _names(statement)
         return early, late
 
     def _place(self, name: str, value: ast.expr, early: list[str], late: list[str]) -> None:
@@ -106,7 +109,7 @@ class _Hoister:
         calls = [n for n in ast.walk(value) if isinstance(n, ast.Call)]
         return all(_function(c) in _PURE for c in calls)
 
-    def _text(self, node: ast.expr) -> str:
+    def _text(self, node: ast.AST) -> str:
         return ast.get_source_segment(self.source, node) or ast.unparse(node)
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product as combinations
 
+import torch
+
 from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.merge import group_extent
 from accel.backends.loops.phases import Phase, Place, Planner, Reduce, Store
@@ -24,9 +26,10 @@ from accel.backends.loops.survey import Survey
 from accel.backends.triton.addresses import Group, size_text
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
+from accel.backends.triton.packed import Packed, PackedSums, packed
 from accel.backends.triton.program import Pass, ProgramWriter
 from accel.backends.triton.reductions import Reduction, Tile
-from accel.backends.triton.text import Expr
+from accel.backends.triton.text import Block, Expr
 from accel.backends.triton.tiles import Columns, Shape, next_power
 from accel.errors import BackendError
 from accel.ir.builder import Builder
@@ -88,6 +91,12 @@ def choose(columns: int, depth: int, streams: int, rows: int, sms: int) -> GemvT
     return replace(tile, columns=span, warps=max(1, min(tile.warps, span // 256)))
 
 
+def choose_packed(depth: int) -> GemvTile:
+    """The tile for a weight of codes: x is prepared once for several rows of it."""
+    columns = min(depth & -depth, 4096)  # a power of two that divides the depth
+    return GemvTile(8, columns if columns >= 1024 else min(next_power(depth), 4096), 4)
+
+
 def candidates(kernel: Op, sms: int) -> list[GemvTile]:
     """Tiles worth timing for a kernel: 8 to 128 elements of the weight a thread at once."""
     op = next(op for op in kernel.regions[0].ops if op.name == "linear")
@@ -107,21 +116,33 @@ def candidates(kernel: Op, sms: int) -> list[GemvTile]:
 # -- the region ------------------------------------------------------------------------------
 
 
-def expand(region: Region) -> None:
-    """Writes the region's linears out as products and sums, in float32 for small floats."""
+def expand(region: Region) -> dict[Op, Packed]:
+    """Writes the region's linears out as products and sums, in float32 for small floats.
+
+    Returns the sums over codes: what these stand for is left to `packed.PackedSums`.
+    """
+    found: dict[Op, Packed] = {}
     for op in list(region.ops):
         if op.name == "linear":
-            op.replace_with([_expanded(op)])
+            op.replace_with([_expanded(op, found)])
+    for op in list(region.ops):
+        if op.name == "dequantize":
+            op.replace_with(Builder(before=op).decompose(op))
+    return found
 
 
-def _expanded(op: Op) -> Value:
+def _expanded(op: Op, found: dict[Op, Packed]) -> Value:
     b = Builder(before=op)
     x, weight, bias = op.arguments()
     rows, depth, columns = product(x.shape[:-1]), x.shape[-1], weight.shape[0]
     x, scales = _without_scales(b, x)
-    left = b.reshape(b.widen(x), shape=(rows, 1, depth))
-    right = b.reshape(b.widen(weight), shape=(1, columns, depth))
+    codes = packed(weight)
+    elements = b.widen(weight) if codes is None else b.cast(codes.codes, dtype=torch.float32)
+    left = b.reshape(b.cast_to(x, elements.dtype), shape=(rows, 1, depth))
+    right = b.reshape(elements, shape=(1, columns, depth))
     total = b.sum(b.mul(left, right), axes=(2,))
+    if codes is not None and total.op is not None:
+        found[total.op] = codes
     for scale in scales:
         total = b.mul(total, b.cast_to(b.reshape(scale, shape=(rows, 1)), total.dtype))
     if bias is not None:
@@ -206,19 +227,23 @@ class GemvWriter(ProgramWriter):
     """Writes the phase of a gemv kernel."""
 
     tile: GemvTile | None = None
+    packed: Mapping[Op, Packed] = {}
 
     def _shape(self, groups: list[Group], columns: Mapping[frozenset[Axis], Columns]) -> Shape:
         count, depth = product(group_extent(g) for g in groups), max_extent(columns.values())
         if not isinstance(count, int):
             raise BackendError("a gemv kernel of symbolic size")
-        if self.tile is None:
+        if self.tile is None and self.packed:
+            self.tile = choose_packed(depth)
+        elif self.tile is None:
             self.tile = choose(count, depth, self._streams(), self._rows_of_x(), self.sms)
         for one in columns.values():
             extent = one.extent
             assert isinstance(extent, int)
             one.size = min(self.tile.columns, next_power(extent))
             one.held = extent <= one.size
-        return Shape(min(self.tile.rows, next_power(count)), self.tile.columns, self.tile.warps)
+        rows = min(max(self.tile.rows, 2) if self.packed else self.tile.rows, next_power(count))
+        return Shape(rows, self.tile.columns, self.tile.warps)
 
     def _streams(self) -> int:
         """How many rows of the weight one result takes."""
@@ -234,6 +259,43 @@ class GemvWriter(ProgramWriter):
         if self.tile_rows > 1 and not own & set(self.phase.outer):
             return Tile(f"[1, {columns.name}]", 1, True)  # the same for all rows of the weight
         return super()._tile(columns, reduce)
+
+    def _pass(self, one: Pass, columns: Columns | None) -> None:
+        """Sums over codes first; the rest (a norm's sum of squares) as ever."""
+        mine = [r for r in one.reduces if r.op in self.packed]
+        if not mine or columns is None:
+            super()._pass(one, columns)
+            return
+        block = self.emitter.block
+        products = [r.op.operands[0].op for r in mine]
+        lefts = [p.operands[0] for p in products if p is not None]
+        weights = [self.packed[r.op] for r in mine]
+        sums = PackedSums(self.emitter, mine, lefts, weights, columns.name)
+        sums.overruns = max_extent([columns]) % columns.size != 0
+        sums.start(block)
+        ahead = max(1, self._ahead(columns))
+        for number in range(ahead):
+            self._codes(sums, one, columns, str(number * columns.size), block)
+        if ahead * columns.size < max_extent([columns]):
+            start, body = block.names.fresh("start"), Block(block.names)
+            self._codes(sums, one, columns, start, body)
+            block.nest(f"for {start} in {self._steps(columns)}:", body)
+        for reduce, made in zip(mine, sums.finish(block), strict=True):
+            self.emitter.results[(reduce.op.result, reduce.index)] = made
+        rest = [r for r in one.reduces if r not in mine]
+        if rest or one.stores:
+            super()._pass(replace(one, reduces=rest), columns)
+
+    def _codes(self, sums: PackedSums, one: Pass, columns: Columns, base: str, body: Block) -> None:
+        """One block of K."""
+        emitter = self.emitter
+        bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
+        variable = body.names.fresh("col")
+        with emitter.inside(emitter.column_scope(one.axes, body)):
+            self._range(columns, variable, "" if base == "0" else base)
+            mask = self._limit(one.axes, variable, columns.extent, columns.size)
+            sums.step(base, mask, body)
+        emitter.addresses.groups, emitter.masks = bound, masks
 
     def _loop(self, one: Pass, columns: Columns, reductions: Sequence[Reduction]) -> None:
         """The first blocks stand before the loop, so that they can be loaded ahead of the wait."""
@@ -264,19 +326,27 @@ class GemvGenerator(Generator):
     """A gemv kernel: one launch."""
 
     tile: GemvTile | None = None
+    packed: Mapping[Op, Packed] = {}
 
     def run(self) -> KernelCode:
-        expand(self.region)
+        self.packed = expand(self.region)
         phase = plan(self.planner)
         self.kind = index_kind(self.region, [])
         pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
         emitter = _Streaming(self.planner.indexer, pointers, set(), self.kind)
         targets = [Slot(s.place.kind, s.place.number) for s in phase.stores]
         writer = GemvWriter(phase, emitter, [t.name for t in targets], self.sms)
-        writer.tile = self.tile
+        writer.tile, writer.packed = self.tile, self.packed
         reads, program = self._finish(phase, writer.write())
         self._launch(program, reads, list(dict.fromkeys(targets)), [])
         return KernelCode(self.name, self.launches, [])
+
+    def _stored(self, slot: Slot) -> str:
+        """Codes are read in words."""
+        words = {w.codes for w in self.packed.values()}
+        if slot.kind == "input" and self.region.args[slot.number] in words:
+            return "int32"
+        return super()._stored(slot)
 
 
 def generate(
