@@ -150,6 +150,7 @@ class GraphRunner:
                 self._results = self._steps(self._inputs)
         except (RuntimeError, ExecutionError) as error:
             self._inputs, self._results, self._record = [], [], False
+            self._leave_recording()
             if isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError)):
                 raise
             self.reason = str(error)
@@ -162,6 +163,16 @@ class GraphRunner:
             if _share(self._results[result], self._inputs[argument])
         }
         self._graph = graph
+
+    def _leave_recording(self) -> None:
+        """A recording that fails leaves torch's generator and allocator behind in it: the next
+        random number would be an error, and freed memory would not come back."""
+        generator = torch.cuda.default_generators[self._device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        try:
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+        except RuntimeError as error:  # torch did get so far by itself
+            _log.debug("'%s': %s", self._name, error)
 
 
 class GraphLimit:
