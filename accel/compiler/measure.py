@@ -22,6 +22,7 @@ from accel.ir.op import Trait
 from accel.ir.types import SUB_BYTE_BITS, substitute
 from accel.runtime.cuda import driver
 from accel.runtime.cuda_load import driver_version
+from accel.runtime.cuda_graph import RECORDING, leave_recording
 from accel.runtime.executor import CompiledFunction
 
 _MOST_SETS = 32
@@ -50,11 +51,18 @@ def graph_seconds(runs: Sequence[Callable[[], object]], device: torch.device) ->
         side.synchronize()
         once = max(start.elapsed_time(end) * 1e-3, 1e-6)
         repeats = min(64, max(1, round(_LEAST_SECONDS / (once * len(runs)))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            for _ in range(repeats):
-                for run in runs:
-                    run()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            with (
+                RECORDING,
+                torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"),
+            ):
+                for _ in range(repeats):
+                    for run in runs:
+                        run()
+        except RuntimeError:
+            leave_recording(device, pool)
+            raise
         graph.replay()
         times = []
         for _ in range(_REPLAYS):

@@ -150,7 +150,7 @@ class GraphRunner:
                 self._results = self._steps(self._inputs)
         except (RuntimeError, ExecutionError) as error:
             self._inputs, self._results, self._record = [], [], False
-            self._leave_recording()
+            leave_recording(self._device, self._pool)
             if isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError)):
                 raise
             self.reason = str(error)
@@ -164,15 +164,16 @@ class GraphRunner:
         }
         self._graph = graph
 
-    def _leave_recording(self) -> None:
-        """A recording that fails leaves torch's generator and allocator behind in it: the next
-        random number would be an error, and freed memory would not come back."""
-        generator = torch.cuda.default_generators[self._device.index]
-        generator.graphsafe_set_state(generator.clone_state())
-        try:
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-        except RuntimeError as error:  # torch did get so far by itself
-            _log.debug("'%s': %s", self._name, error)
+
+def leave_recording(device: torch.device, pool: Any) -> None:
+    """After a recording into `pool` that failed, which leaves torch's generator and allocator
+    behind in it: the next random number would be an error, and freed memory would not come back."""
+    generator = torch.cuda.default_generators[device.index or 0]
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+    except RuntimeError as error:  # torch did get so far by itself
+        _log.debug("the recording's memory pool: %s", error)
 
 
 class GraphLimit:
