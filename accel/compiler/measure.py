@@ -21,8 +21,8 @@ from accel.ir.module import Function, Op, Value
 from accel.ir.op import Trait
 from accel.ir.types import SUB_BYTE_BITS, substitute
 from accel.runtime.cuda import driver
-from accel.runtime.cuda_load import driver_version
 from accel.runtime.cuda_graph import RECORDING, leave_recording
+from accel.runtime.cuda_load import driver_version
 from accel.runtime.executor import CompiledFunction
 
 _MOST_SETS = 32
