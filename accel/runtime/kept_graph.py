@@ -37,11 +37,14 @@ _PATIENT = 8  # calls that wait for that
 
 @dataclass
 class Recording:
-    """One graph: where it reads, which arguments are copied there, what it hands out."""
+    """One graph: where it reads, which arguments are copied there, what it hands out.
+
+    What is read in place is known by its address alone: holding it would keep the recording that
+    it comes from from ever being free again.
+    """
 
     graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]
-    copied: list[int]
+    copied: list[tuple[int, Tensor]]  # argument, the recording's own memory
     fixed: list[tuple[int, int, tuple[int, ...]]]  # argument, its address and strides
     results: list[Tensor]
     handed: list[tuple[Any, int]]  # storages of results that are not copied, references at rest
@@ -113,8 +116,8 @@ class KeptGraphRunner(GraphRunner):
         return same / total if total else 1.0
 
     def _hand_out(self, one: Recording, inputs: Sequence[Tensor]) -> list[Tensor]:
-        for i in one.copied:
-            one.inputs[i].copy_(inputs[i])
+        for i, own in one.copied:
+            own.copy_(inputs[i])
         one.graph.replay()
         return [r.detach() if i in self._keep else r.clone() for i, r in enumerate(one.results)]
 
@@ -149,8 +152,7 @@ class KeptGraphRunner(GraphRunner):
         self._keep -= {i for i in self._keep if any(_share(results[i], x) for x in read)}
         made = Recording(
             graph,
-            read,
-            [i for i, place in enumerate(in_place) if not place],
+            [(i, x) for i, x in enumerate(read) if not in_place[i]],
             [(i, x.data_ptr(), x.stride()) for i, x in enumerate(read) if in_place[i]],
             results,
             [],
