@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from accel.config import logger
-from accel.runtime.cuda_graph import RECORDING
+from accel.runtime.cuda_graph import RECORDING, leave_recording
 from accel.runtime.decoding import Limits, State, TokenLoop
 from accel.runtime.executor import CompiledFunction
 from accel.runtime.plan import FunctionPlan, dtype_of
@@ -264,6 +264,7 @@ class _Step:
             ):
                 self._run()
         except RuntimeError as error:
+            leave_recording(desk.loop.device, desk._pool)
             _log.warning("decoding runs without a CUDA graph: %s", error)
             return
         torch.cuda.current_stream().wait_stream(stream)
