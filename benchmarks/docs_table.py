@@ -21,6 +21,7 @@ from benchmarks.docs_gpu import gpu_lines
 from benchmarks.docs_gpu_attention import attention_lines
 from benchmarks.docs_gpu_decode import decode_lines
 from benchmarks.docs_gpu_products import product_lines
+from benchmarks.docs_language import cache_lines, equality_lines
 from benchmarks.measure import ROOT, TITLES, geometric_mean, load_results
 
 README = ROOT / "README.md"
@@ -96,6 +97,8 @@ def render() -> str:
         ("coverage", coverage_section),
         ("op_db", op_db_section),
         ("compression_decode", decode_section),
+        ("generation_equality", equality_section),
+        ("kv_cache", cache_section),
     )
     parts = [HEAD]
     for name, section in sections:
@@ -103,6 +106,14 @@ def render() -> str:
         if data:
             parts.append(section(data))
     return "\n".join(parts)
+
+
+def equality_section(data: dict[str, Any]) -> str:
+    return "\n".join(equality_lines(data, markdown))
+
+
+def cache_section(data: dict[str, Any]) -> str:
+    return "\n".join(cache_lines(data, markdown))
 
 
 def gpu_section(data: dict[str, Any]) -> str:

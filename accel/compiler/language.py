@@ -27,7 +27,7 @@ from accel.compiler.targets import Target, get_target
 from accel.compiler.text import text_files
 from accel.errors import OptionError
 from accel.ir.module import Module
-from accel.passes.base import Context
+from accel.passes.base import Context, Pass
 from accel.passes.insert_kv_cache import InsertKvCache
 from accel.passes.manager import PassManager
 from accel.passes.pipelines import CLEAN_PIPELINE
@@ -39,6 +39,7 @@ from accel.runtime.memory import collection_paused
 from accel.runtime.model import CompiledModel
 
 _LARGEST_DEFAULT = 2048
+_FORMATS = ("int8", "fp8", "int4")
 _GOLDEN_TOKENS = 12
 _GOLDEN_LOGITS = 4
 
@@ -68,6 +69,7 @@ def compile_generator(
     capacity: int = 1024,
     batch: int = 1,
     extend: int = 0,
+    cache: str = "",
     target: str | Target = "cpu",
     options: Options | Mapping[str, Any] | None = None,
     tokenizer: Any = None,
@@ -81,6 +83,8 @@ def compile_generator(
         batch: texts that one call generates at a time; 0 for any number.
         extend: also compile @extend, which runs up to so many tokens at once: speculation with n
             tokens needs n + 1, and prompts may then run in pieces.
+        cache: what keys and values are kept as: "int8", "fp8", "int4", or any passes that rewrite
+            the forward before the state is inserted ("quantize_cache{format=int4,group=16}").
         target, options: as for `accel.compile`; techniques in `options.passes` apply to both
             functions.
         tokenizer: of `transformers`; carried along, so that the model takes and gives text.
@@ -89,7 +93,7 @@ def compile_generator(
     with the op and the line, and what `accel.compile` raises.
     """
     files = text_files(tokenizer, model) if tokenizer is not None else {}
-    return to_model(_compile(model, capacity, batch, extend, target, options), files)
+    return to_model(_compile(model, capacity, batch, extend, cache, target, options), files)
 
 
 def package_generator(
@@ -99,6 +103,7 @@ def package_generator(
     capacity: int = 1024,
     batch: int = 1,
     extend: int = 0,
+    cache: str = "",
     target: str | Target = "cpu",
     options: Options | Mapping[str, Any] | None = None,
     tokenizer: Any = None,
@@ -108,9 +113,10 @@ def package_generator(
     The artifact carries the tokenizer, and a text with its logits that `accel verify` replays.
     """
     files = text_files(tokenizer, model) if tokenizer is not None else {}
-    program = _compile(model, capacity, batch, extend, target, options)
+    program = _compile(model, capacity, batch, extend, cache, target, options)
     made = to_model(program, files)
-    golden = [_golden(model, made)] if Options.of(options).golden else []
+    replayed = Options.of(options).golden and made.generator.encode is None
+    golden = [_golden(model, made)] if replayed else []
     write_artifact(path, to_contents(program, golden, files))
     return made
 
@@ -135,13 +141,16 @@ def _compile(
     capacity: int,
     batch: int,
     extend: int,
+    cache: str,
     target: str | Target,
     options: Options | Mapping[str, Any] | None,
 ) -> Program:
     chosen = Options.of(options)
     start = time.perf_counter()
     with collection_paused():
-        module = derive_generator(model, capacity, batch, extend=extend, validate=chosen.validate)
+        module = derive_generator(
+            model, capacity, batch, extend=extend, cache=cache, validate=chosen.validate
+        )
         seconds = time.perf_counter() - start
         if get_target(target).kind == "cuda":
             add_choices(module, capacity)
@@ -151,7 +160,13 @@ def _compile(
 
 
 def derive_generator(
-    model: Any, capacity: int, batch: int = 1, *, extend: int = 0, validate: bool = False
+    model: Any,
+    capacity: int,
+    batch: int = 1,
+    *,
+    extend: int = 0,
+    cache: str = "",
+    validate: bool = False,
 ) -> Module:
     """The module with @prefill, @decode and @extend, before the compiler's own passes."""
     if capacity < 2 or batch < 0 or extend < 0:
@@ -161,7 +176,9 @@ def derive_generator(
     load_passes()
     module = capture_text(model, capacity, batch)
     insert = InsertKvCache(capacity=capacity, batch=batch, extend=min(extend, capacity))
-    PassManager([*CLEAN_PIPELINE, insert], Context(), validate=validate).run(module)
+    kinds = [f"quantize_cache{{format={cache}}}" if cache in _FORMATS else cache] if cache else []
+    passes: list[str | Pass] = [*CLEAN_PIPELINE, *kinds, insert]
+    PassManager(passes, Context(), validate=validate).run(module)
     del module.functions["main"]
     first = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
     if isinstance(first, int) and "encode" in module.functions:

@@ -18,8 +18,9 @@ from accel.errors import ContractError
 from accel.ir.interpret import interpret
 from accel.ir.module import Function, Module, Value
 from accel.ir.types import value_dtype
+from accel.passes.contracts import EXACT_TOLERANCE, exact_tolerance
 
-TOLERANCE = 1e-9
+TOLERANCE = EXACT_TOLERANCE
 
 
 def check_decode(
@@ -30,13 +31,16 @@ def check_decode(
     batches: Sequence[int] = (1, 3),
     seed: int = 0,
 ) -> float:
-    """The largest relative error of any step. Raises ContractError past 1e-9, naming the place.
+    """The largest relative error of any step. Raises ContractError past what an exact pass may
+    change (1e-9), naming the place.
 
     Prompts are `prompts` tokens long, and such that the last step fills the cache.
     """
     facts = module.metadata["kv_cache"]
     capacity, vocabulary = int(facts["capacity"]), int(facts["vocabulary"])
     generator = torch.Generator().manual_seed(seed)
+    # Where torch has no float64 version of an operator, float32 is what there is to compare.
+    allowed = max(exact_tolerance(f) for f in module.functions.values())
     worst = 0.0
     for batch in _batches(module.functions["prefill"], batches):
         for first in _prompts(module, prompts, capacity, steps):
@@ -44,10 +48,10 @@ def check_decode(
             ids = torch.randint(0, vocabulary, (batch, count), generator=generator)
             for error, where in _compare(module, ids, first, generator):
                 worst = max(worst, error)
-                if not error <= TOLERANCE:
+                if not error <= allowed:
                     raise ContractError(
                         f"pass 'insert_kv_cache' promises decode equivalence, but {where} differs "
-                        f"by {error:.3g} (relative, float64; allowed: {TOLERANCE:g})",
+                        f"by {error:.3g} (relative, float64; allowed: {allowed:g})",
                         where=where,
                         advice="a position, a mask or a cache is off: compare @decode with @main",
                     )

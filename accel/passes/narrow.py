@@ -369,8 +369,23 @@ def depend_on(sources: Sequence[Value]) -> set[Value]:
 
 
 def stored(value: Value) -> list[Value]:
-    """What a value is decoded from (`Trait.DECODE`): the value itself if it is not."""
+    """What a value is decoded from (`Trait.DECODE`): the value itself if it is not.
+
+    Casts of what decoding reads, such as scales in half precision, belong to it; so does one of
+    its result.
+    """
     op = value.op
+    if op is not None and op.name == "cast":
+        inner = op.operands[0].op
+        op = inner if inner is not None and inner.has(Trait.DECODE) else None
     if op is None or not op.has(Trait.DECODE):
         return [value]
-    return [leaf for operand in op.operands for leaf in stored(operand)]
+    return [leaf for operand in op.operands for leaf in _leaves(operand)]
+
+
+def _leaves(value: Value) -> list[Value]:
+    op = value.op
+    if op is not None and op.name == "cast":
+        narrow = op.operands[0]
+        return [narrow] if narrow.dtype.itemsize < value.dtype.itemsize else [value]
+    return stored(value)

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from accel.errors import AccelError
 from accel.ir.interpret import interpret
-from accel.ir.module import Function, Op, Value, clone_op
+from accel.ir.module import Function, Op, SymbolInfo, Value, clone_op
 from accel.ir.op import OpDefinition, Trait, definition
 from accel.ir.storage import WeightStore
 from accel.ir.types import Dim, TensorType, simplify_dim, symbol_names, value_dtype
 
 _TOKENS = 3
 _BATCH = 2
+_MOST_ELEMENTS = 1 << 26
 
 
 def is_token_wise(op: Op, length: sympy.Symbol) -> bool:
@@ -69,6 +70,51 @@ def _token_wise(
     except (RuntimeError, IndexError, ValueError, TypeError, AccelError):
         return False  # sizes that do not fit: the op does not take one token
     return True
+
+
+def are_token_wise(
+    ops: Sequence[Op], inputs: Sequence[Value], result: Value, length: sympy.Symbol
+) -> bool:
+    """Whether ops, in order, narrow together: `result` at a token follows from inputs at it."""
+    if any(op.regions or op.has(Trait.RANDOM) for op in ops):
+        return False
+    if sum(_elements(v.type, length) for v in inputs) > _MOST_ELEMENTS:
+        return False
+    function = Function("probe", [v.type for v in inputs])
+    names = {
+        s.name
+        for v in (*inputs, *(r for op in ops for r in op.results))
+        for d in v.shape
+        if not isinstance(d, int)
+        for s in d.free_symbols
+    }
+    function.symbols = {name: SymbolInfo(1) for name in names}
+    mapping = dict(zip(inputs, function.args))
+    for op in ops:
+        function.body.append(clone_op(op, mapping))
+    function.body.append(Op(definition("return"), [mapping[result]], {}, ()))
+    generator = torch.Generator().manual_seed(0)
+    given = [_random(v.type, length, generator) for v in inputs]
+    try:
+        everything = interpret(function, given, WeightStore())[0]
+        for token in (_TOKENS - 1, 0):
+            part = [_at(x, v.type, length, token) for x, v in zip(given, inputs)]
+            one = interpret(function, part, WeightStore())[0]
+            wanted = _at(everything, result.type, length, token)
+            if wanted.shape != one.shape or not _close(wanted, one):
+                return False
+        return True
+    except (RuntimeError, IndexError, ValueError, TypeError, AccelError):
+        return False  # sizes that do not fit: the ops do not take one token
+    finally:
+        function.body.clear()
+
+
+def _elements(type_: TensorType, length: sympy.Symbol) -> int:
+    count = 1
+    for dim in type_.shape:
+        count *= _number(dim, length, _TOKENS)
+    return count
 
 
 def is_prefix_stable(value: Value, main: Function, length: sympy.Symbol) -> bool:

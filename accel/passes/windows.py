@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from accel.errors import CaptureError
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Value
 from accel.ir.types import Dim, TensorType, same_dim, simplify_dim
-from accel.passes import recurrent
+from accel.passes import recurrent, routing
 from accel.passes.narrow import WHOLE, Axes, Emit, Narrow, Plan, made_by, stored
 from accel.passes.state import Held, Item, State
 from accel.passes.token_wise import is_prefix_stable
@@ -57,7 +58,7 @@ class LastToken(Narrow):
         return Plan([(v, WHOLE) for v in op.operands], self.clone(op))
 
     def otherwise(self, value: Value, axes: Axes) -> Plan:
-        if any(not same_dim(value.shape[a], self.length) for a in axes):
+        if not self._is_plain(value, axes):
             raise self.refuse(value, "orders tokens in a way that has no last one")
         return self.cut_of(value, axes)
 
@@ -88,9 +89,29 @@ class LastToken(Narrow):
 
     def _plan(self, value: Value, axes: Axes) -> Plan:
         there = (value, WHOLE) in self.made
-        if axes and there and all(same_dim(value.shape[a], self.length) for a in axes):
+        if axes and there and self._is_plain(value, axes):
             return self.cut_of(value, axes)
-        return super()._plan(value, axes)
+        plan = super()._plan(value, axes)
+        if axes and self._is_plain(value, axes) and not self._goes_on(plan):
+            return self.cut_of(value, axes)
+        return plan
+
+    def _is_plain(self, value: Value, axes: Axes) -> bool:
+        """Whether the axes have a token a place, so that the last one can be cut off."""
+        return all(same_dim(value.shape[a], self.length) for a in axes)
+
+    def _goes_on(self, plan: Plan) -> bool:
+        """Whether what the plan needs can be had, where tokens take several places of an axis."""
+        for value, axes in plan.needs:
+            if not axes or self._is_plain(value, axes):
+                continue
+            try:
+                further = super()._plan(value, axes)
+            except CaptureError:
+                return False
+            if not self._goes_on(further):
+                return False
+        return True
 
 
 class NextTokens(Narrow):
@@ -249,6 +270,9 @@ class NextTokens(Narrow):
         if kept is not None:
             return kept
         if value in self.from_tokens:
+            routed = routing.plan(self, value, axes)
+            if routed is not None:
+                return routed
             raise self.refuse(value, "mixes tokens")
         if any(not same_dim(value.shape[a], self.length) for a in axes):
             raise self.refuse(value, "orders positions in a way that is not understood")

@@ -343,3 +343,14 @@ def _(d: Sizes, dtype: torch.dtype) -> Cases:
     slots = t(torch.uint8, d.b, 4, 2, kind="slots:2:4")
     yield sample([t(dtype, d.b, 4, 2), slots], n=2, m=4)
     yield sample([t(dtype, d.n, 1), t(torch.uint2, d.n, 1, kind="slots:1:3")], n=1, m=3)
+
+
+@samples("pack_nibbles", dtypes=frozenset({torch.uint8}))
+def _(d: Sizes, dtype: torch.dtype) -> Cases:
+    yield sample([t(dtype, d.b, d.n, 8, kind="index:16")])
+    yield sample([t(dtype, 2, kind="index:16")])
+
+
+@samples("unpack_nibbles", dtypes=frozenset({torch.uint8}))
+def _(d: Sizes, dtype: torch.dtype) -> Cases:
+    yield sample([t(dtype, d.b, d.n, 4, kind="index:256")])

@@ -33,6 +33,12 @@ _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _LOCAL = {**_GROUPED, "sliding_window": WINDOW}
 _IDS = {k: _SIZES[k] for k in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
 
+_EXPERTS: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "experts_implementation": "grouped_mm",
+}
+
 # family -> (name of the configuration, its arguments); Gemma-2 and BLOOM have eager attention only.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _GROUPED),
@@ -66,6 +72,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "experts_implementation": "batched_mm",
         },
     ),
+    "mixtral_grouped": ("MixtralConfig", {**_GROUPED, **_EXPERTS}),
 }
 _STATES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -42,7 +42,9 @@ def inserted(
 def test_decode_equivalence(family):
     """Several prompts and batches, to the last position; caches start as NaN."""
     module = inserted(family)
-    assert check_decode(module, prompts=(1, 4), batches=(1, 2), steps=2) <= TOLERANCE
+    # Grouped products have no float64 version.
+    allowed = 1e-6 if family == "mixtral_grouped" else TOLERANCE
+    assert check_decode(module, prompts=(1, 4), batches=(1, 2), steps=2) <= allowed
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])

@@ -260,3 +260,57 @@ class UnpackNOfM:
         spread = b.where(b.eq(place, slots), stored, zero)
         dense = b.sum(spread, axes=(len(values.shape),))
         return b.reshape(b.cast_to(dense, values.dtype), shape=(*lead, groups * m))
+
+
+@define("pack_nibbles", Trait.PURE)
+class PackNibbles:
+    """uint8 values below 16, [..., K], two a byte: [..., K / 2].
+
+    Element i of the first half is the low nibble of byte i, of the second half the high one.
+    """
+
+    @staticmethod
+    def infer(x: TensorType) -> TensorType:
+        return x.with_shape((*x.shape[:-1], _halves("pack_nibbles", x)))
+
+    @staticmethod
+    def evaluate(x: Tensor) -> Tensor:
+        low, high = x.chunk(2, -1)
+        return low | (high << 4)
+
+    @staticmethod
+    def decompose(b: Builder, x: Value) -> Value:
+        axis, size = len(x.shape) - 1, x.shape[-1]
+        low = b.slice(x, axis=axis, start=0, stop=size // 2)
+        high = b.slice(x, axis=axis, start=size // 2, stop=size)
+        made: Value = b.add(low, b.mul(high, b.scalar(16, x.dtype)))
+        return made
+
+
+@define("unpack_nibbles", Trait.PURE | Trait.DECODE)
+class UnpackNibbles:
+    """The values that `pack_nibbles` packed: uint8 [..., K] to uint8 [..., 2 * K]."""
+
+    @staticmethod
+    def infer(x: TensorType) -> TensorType:
+        if x.dtype != torch.uint8 or not x.rank:
+            raise TypeInferenceError(f"accel.unpack_nibbles: {x}")
+        return x.with_shape((*x.shape[:-1], x.shape[-1] * 2))
+
+    @staticmethod
+    def evaluate(x: Tensor) -> Tensor:
+        return torch.cat([x & 15, x >> 4], -1)
+
+    @staticmethod
+    def decompose(b: Builder, x: Value) -> Value:
+        low = b.bitwise_and(x, b.scalar(15, x.dtype))
+        high = b.floor_div(x, b.scalar(16, x.dtype))
+        made: Value = b.cat(low, high, axis=len(x.shape) - 1)
+        return made
+
+
+def _halves(name: str, x: TensorType) -> int:
+    size = x.shape[-1] if x.rank else 1
+    if x.dtype != torch.uint8 or not isinstance(size, int) or size % 2:
+        raise TypeInferenceError(f"accel.{name}: {x}, not uint8 with an even last axis")
+    return size // 2

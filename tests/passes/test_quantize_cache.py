@@ -1,0 +1,86 @@
+"""quantize_cache: rounding errors, what is kept, refusals, generation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import accel
+from accel.errors import ContractError, OptionError
+from accel.ir import Module, verify
+from accel.passes.base import Context
+from accel.passes.equivalence import TOLERANCE, check_decode
+from accel.passes.manager import run_pipeline
+from tests.passes.causal_models import captured, tiny
+
+pytest.importorskip("transformers")
+
+# Bytes that one token's keys of a layer take: two heads of 16 elements, and their scales.
+BYTES = {"int8": 2 * (16 + 2), "fp8": 2 * (16 + 2), "int4": 2 * (8 + 2 + 2)}
+
+
+def rounded(family: str, options: str, capacity: int = 12) -> Module:
+    module = captured(tiny(family))
+    context = Context(calibration=[[torch.randint(0, 128, (2, 20))]])
+    run_pipeline(module, f"quantize_cache{{{options}}}", context, validate=True)
+    run_pipeline(module, f"insert_kv_cache{{capacity={capacity}}}")
+    verify(module)
+    return module
+
+
+def key_bytes(module: Module) -> int:
+    decode = module.functions["decode"]
+    kept = [a for a in decode.args if a.name.startswith("keys.")]
+    return sum(a.type.with_shape(a.shape[1:]).nbytes() // a.shape[2] for a in kept) // 2
+
+
+@pytest.mark.parametrize("form", BYTES)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_caches_keep_codes_and_scales(form: str, family: str) -> None:
+    """Decoding from the codes gives what the rounded forward gives, to the last position."""
+    module = rounded(family, f"format={form}")
+    assert key_bytes(module) == BYTES[form]
+    assert check_decode(module, prompts=(1, 4), batches=(2,), steps=2) <= TOLERANCE
+
+
+def test_more_scales_are_closer():
+    errors = []
+    for group in (0, 4):
+        module = captured(tiny("llama"))
+        options = f"quantize_cache{{format=int8,group={group}}}"
+        errors.append(run_pipeline(module, options, validate=True).rows[0].error)
+    assert 0 < errors[1] < errors[0] < 0.01
+
+
+def test_the_promise_is_checked():
+    module = captured(tiny("llama"))
+    with pytest.raises(ContractError, match="quantize_cache"):
+        run_pipeline(module, "quantize_cache{format=int4,bound=0.001}", validate=True)
+
+
+def test_keys_of_an_odd_size_are_a_near_miss():
+    module = captured(tiny("llama"))
+    ledger = run_pipeline(module, "quantize_cache{group=5}")
+    assert not ledger.rows[0].rewrites
+    assert "no multiple of group = 5" in ledger.misses[0].reason
+
+
+@pytest.mark.parametrize("options", ["group=-1", "format=int5", "bound=-1.0"])
+def test_wrong_options(options):
+    with pytest.raises(OptionError):
+        run_pipeline(captured(tiny("llama")), f"quantize_cache{{{options}}}")
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8", "int4"])
+def test_compiled_text_is_that_of_the_rounded_forward(form):
+    """@prefill and @decode of the compiled program agree token by token."""
+    fast = accel.compile_generator(tiny("llama"), capacity=24, cache=form)
+    ids = torch.randint(0, 128, (1, 20))
+    one, steps = (fast.generator.logits(ids, count) for count in (1, 8))
+    torch.testing.assert_close(one[-1], steps[-1], rtol=1e-3, atol=1e-3)
+
+
+def test_the_same_keys_are_rounded_once():
+    module = captured(tiny("llama"))
+    row = run_pipeline(module, "quantize_cache").rows[0]
+    assert row.notes["rounded"] == 4
