@@ -142,6 +142,8 @@ def run_all(backend: TritonBackend) -> None:
         torch.cuda.synchronize()
         kernels += 1
         launches += sum(step.kind == "kernel" for step in plan.steps)
+        if kernels % 50 == 0:
+            print(f"{kernels} kernels...", flush=True)
     print(f"{kernels} kernels, {launches} launches, {left_out} without code for {backend.arch}")
     assert left_out <= _PERMITTED
 
