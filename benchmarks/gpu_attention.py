@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_attention [--names causal_8k,...] [--sweep] [--out FILE]
 
 Queries, keys and values lie in memory as a projection leaves them ([B, S, H, D]), and so does the
-result. A figure is the median time of a CUDA graph's replays. FLOPs are those of the pairs of query
+result. A figure is the median time of a CUDA graph's replays, all systems in turns. FLOPs are those of the pairs of query
 and key that the mask lets through, 4 a pair and element of the head. Every system's result is
 compared with float64 on some of its rows first. `--sweep` times other tiles than the chosen one.
 `--compile FOLDER` only compiles, without touching the GPU; `--compiled FOLDER` takes it from there.
@@ -41,7 +41,7 @@ from benchmarks.measure import RESULTS, machine
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CHECKED_ROWS = 48
-REPLAYS = 11
+ROUNDS, REPLAYS = 5, 3
 LIBRARIES = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -252,27 +252,34 @@ def load(folder: Path) -> list[Compiled]:
 # -- timing ----------------------------------------------------------------------------------
 
 
-def graph_time(call: Callable[[], Any], flops: float) -> float:
-    """Seconds of a call, of graphs that run for some milliseconds."""
-    count = max(1, min(40, int(1.5e-3 / (flops / 3e14 + 4e-6))))
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
+class Timed:
+    """Calls of one system as a CUDA graph that runs for some milliseconds."""
+
+    def __init__(self, call: Callable[[], Any], flops: float) -> None:
+        self.count = max(1, min(40, int(1.5e-3 / (flops / 3e14 + 4e-6))))
+        self.times: list[float] = []
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
             call()
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        graph.replay()
-        last.record()
         torch.cuda.synchronize()
-        times.append(first.elapsed_time(last))
-    return statistics.median(times) / count * 1e-3
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for _ in range(self.count):
+                call()
+        self.graph.replay()
+
+    def run(self, replays: int) -> None:
+        for _ in range(replays):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            self.graph.replay()
+            last.record()
+            torch.cuda.synchronize()
+            self.times.append(first.elapsed_time(last) / self.count * 1e-3)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.times)
 
 
 def bound(made: Compiled, inputs: Sequence[Tensor], out: Tensor) -> Callable[[], None]:
@@ -330,6 +337,7 @@ class Bench:
         rows = torch.randint(case.length, (CHECKED_ROWS,), generator=generator, device="cuda")
         self.rows = rows
         self.want = case.exact(self.inputs, rows)
+        self.timed: dict[str, tuple[Timed, float]] = {}
         self.row: dict[str, Any] = {"case": case.name, "flops": case.flops, "systems": {},
                                     "tiles": [], "refused": {}}  # fmt: skip
 
@@ -345,23 +353,27 @@ class Bench:
         call()
         torch.cuda.synchronize()
         error = self.error(out)
-        seconds = graph_time(call, self.case.flops)
         if not error < 2e-2:
-            print(f"WRONG: {self.case.name} {made.tile or 'chosen'} is off by {error}", flush=True)
-            seconds = math.nan
-        if made.tile:
-            self.row["tiles"].append([seconds, made.tile, error])
-        else:
-            self.row["systems"]["accel"] = {"seconds": seconds, "error": error}
+            raise RuntimeError(f"{self.case.name} {made.tile or 'chosen'} is off by {error}")
+        self.timed[made.tile or "accel"] = (Timed(call, self.case.flops), error)
 
     def peer(self, name: str, call: Callable[[], Tensor]) -> None:
         try:
             error = self.error(call())
-            seconds = graph_time(call, self.case.flops)
+            self.timed[name] = (Timed(call, self.case.flops), error)
         except RuntimeError as problem:
             self.row["refused"][name] = str(problem).splitlines()[0][:200]
-            return
-        self.row["systems"][name] = {"seconds": seconds, "error": error}
+
+    def time(self) -> None:
+        """All systems in turns, so that none has the device cooler than another."""
+        for _ in range(ROUNDS):
+            for timed, _ in self.timed.values():
+                timed.run(REPLAYS)
+        for name, (timed, error) in self.timed.items():
+            if "(" in name:
+                self.row["tiles"].append([timed.seconds, name, error])
+            else:
+                self.row["systems"][name] = {"seconds": timed.seconds, "error": error}
 
     def show(self, most: int = 5) -> None:
         flops = self.case.flops
@@ -416,6 +428,7 @@ def main() -> None:
                     bench.peer(library, library_call(case, library, bench.inputs))
             if not chosen.no_peers and not chosen.no_flex and case.mask != "keys":
                 bench.peer("flex", flex_call(case, bench.inputs))
+            bench.time()
         bench.show()
         rows.append(bench.row)
         Path(chosen.out).write_text(json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n")

@@ -106,7 +106,12 @@ def test_against_the_oracle(worker: Worker, name: str) -> None:
 
 @pytest.mark.parametrize(
     "tile",
-    [OverlappedTile(2, 128, 2), OverlappedTile(3, 64, 4), OverlappedTile(3, 128, 3, True)],
+    [
+        OverlappedTile(2, 128, 2),
+        OverlappedTile(3, 64, 4, across=True),
+        OverlappedTile(3, 128, 3, True, turns=True),
+        OverlappedTile(2, 64, 2, True, True, True),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["fused, causal", "a window"])
@@ -137,7 +142,8 @@ def random_case(seed: int) -> tuple[list[TensorType], Callable[..., Any], Overla
     if r.random() < 0.4:
         types.append(typed(BOOL, batch, 1, 1, keys))
     tile = OverlappedTile(3 if depth == 64 and r.random() < 0.4 else 2, columns,
-                          2 if depth > 64 else r.choice((2, 3)), r.random() < 0.5)  # fmt: skip
+                          2 if depth > 64 else r.choice((2, 3)), r.random() < 0.5,
+                          r.random() < 0.5, r.random() < 0.3)  # fmt: skip
 
     def build(b: Any, *x: Any) -> Any:
         split = [heads(b, y, depth) for y in x[:3]]

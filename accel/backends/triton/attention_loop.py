@@ -143,17 +143,26 @@ class AttentionWriter:
         """Which queries of which head this program computes."""
         emitter, block = self.emitter, self.emitter.block
         wide = ".to(tl.int64)" if emitter.kind == "int64" else ""
-        blocks = size_text(parts_of(self.queries, self.tile.rows))
         block.line(f"part = tl.program_id(0){wide}")
-        turned = f"{blocks} - 1 - part % {blocks}" if self.causal else f"part % {blocks}"
-        block.line(f"first = ({turned}) * ROWS")
-        if self.plan.outer:
-            block.line(f"head = part // {blocks}")
-            groups = merged(self.plan.outer, self.plan.reads, set(self.plan.fixed))
-            decompose(Expr("head", emitter.kind), groups, block, emitter.addresses)
+        self._part(block)
         block.line("row = first + tl.arange(0, ROWS)[:, None]")
         self._bind(self.plan.place[2], "row", ROW, self.queries, self.tile.rows)
         self.top.axes = frozenset((*self.plan.outer, *self.plan.place[2].axes))
+
+    def _part(self, block: Block) -> None:
+        """The first query and the head of a part of the work; the longest parts come first."""
+        emitter, outer = self.emitter, self.plan.outer
+        blocks = size_text(parts_of(self.queries, self.tile.rows))
+        heads = size_text(product(a.extent for a in outer))
+        inner, number = (f"part // {blocks}", f"part % {blocks}")
+        if self.tile.across:
+            inner, number = (f"part % {heads}", f"part // {heads}")
+        turned = f"{blocks} - 1 - {number}" if self.causal else number
+        block.line(f"first = ({turned}) * ROWS")
+        if outer:
+            block.line(f"head = {inner}")
+            groups = merged(outer, self.plan.reads, set(self.plan.fixed))
+            decompose(Expr("head", emitter.kind), groups, block, emitter.addresses)
 
     def _bind(self, at: Affine, variable: str, dim: str, extent: Dim, size: int) -> None:
         """An axis as the range `variable`, and its mask where blocks of `size` overrun it."""

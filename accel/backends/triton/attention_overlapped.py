@@ -20,10 +20,9 @@ from collections.abc import Sequence
 import torch
 
 from accel.backends.loops.index import Indexer
-from accel.backends.loops.merge import merged
 from accel.backends.loops.phases import region_symbols
 from accel.backends.triton import dtypes
-from accel.backends.triton.addresses import decompose, size_text
+from accel.backends.triton.addresses import size_text
 from accel.backends.triton.attention_loop import AttentionWriter, Plan, over, padded
 from accel.backends.triton.attention_tiles import OverlappedTile
 from accel.backends.triton.emitter import Scope
@@ -38,7 +37,7 @@ from accel.ir.module import Op, Region
 from accel.ir.types import Dim, product
 
 _ROWS = 64  # of a group: what one wgmma takes
-_REGISTERS = {2: (240, 24), 3: (160, 32)}  # of a working thread, of the warp that brings; by groups
+_REGISTERS = {2: (240, 24), 3: (160, 32)}  # of a working thread, of the warp that brings
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _BARRIERS = ("query_ready", "query_free", "key_ready", "key_free", "value_ready", "value_free")
 
@@ -103,6 +102,7 @@ class OverlappedAttention(AttentionWriter):
             raise BackendError(f"no overlapped attention: {why}")
         super().__init__(plan, emitter, target, tile)
         self.overlapped, self.sms = tile, sms
+        self.barriers = (*_BARRIERS, "turn") if tile.turns else _BARRIERS
         self.symbols = list(region_symbols(region))
         found, why = _operands(plan, emitter.indexer, tile)
         if why is not None:
@@ -164,15 +164,10 @@ class OverlappedAttention(AttentionWriter):
     def _place_function(self) -> str:
         """Which queries of which head a part of the work is; binds the names for addresses."""
         emitter, body = self.emitter, Block(self.top.block.names)
-        blocks = size_text(parts_of(self.queries, self.tile.rows))
-        turned = f"{blocks} - 1 - part % {blocks}" if self.causal else f"part % {blocks}"
         if emitter.kind == "int64":
             body.line("part = part.to(tl.int64)")
-        body.line(f"first = ({turned}) * ROWS")
+        self._part(body)
         if self.plan.outer:
-            body.line(f"head = part // {blocks}")
-            groups = merged(self.plan.outer, self.plan.reads, set(self.plan.fixed))
-            decompose(Expr("head", emitter.kind), groups, body, emitter.addresses)
             bound = (variable.text for _, variable in emitter.addresses.groups)
             self.names += dict.fromkeys(("head", *bound))
         return self._function(f"place({self._arguments('part')})", body, ", ".join(self.names))
@@ -262,7 +257,7 @@ class OverlappedAttention(AttentionWriter):
             *(f"row{n} = {row}" for n, (row, _) in enumerate(code)),
             *(f"col{n} = {column}" for n, (_, column) in enumerate(code)),
             "for which in tl.static_range(GROUPS):",
-            "    mbarrier.wait(query_free.index(which), (turn & 1) ^ 1)",
+            "    mbarrier.wait(query_free.index(which), (visit & 1) ^ 1)",
             f"    mbarrier.expect(query_ready.index(which), {bytes_[0]})",
             f"    at = row0 + first.to(tl.int32) + which * {_ROWS}",
             "    bring_tile(m0, [at, col0], query_ready.index(which), queries.index(which))",
@@ -278,14 +273,14 @@ class OverlappedAttention(AttentionWriter):
                 f"    bring_tile(m{number}, [row{number} + start, col{number}], "
                 f"{name}_ready.index(slot), {name}s.index(slot))",
             ]
-        loop += ["    taken += 1", "turn += 1"]
+        loop += ["    taken += 1", "visit += 1"]
         body = Block(self.top.block.names)
         body.line("taken = 0")
-        body.line("turn = 0")
+        body.line("visit = 0")
         inner = Block(body.names)
         inner.lines = loop
         body.nest(f"for part in {self.parts}:", inner)
-        head = self._arguments("m0", "m1", "m2", "queries", "keys", "values", *_BARRIERS)
+        head = self._arguments("m0", "m1", "m2", "queries", "keys", "values", *self.barriers)
         return self._function(f"bring({head})", body)
 
     def _coordinates(self, one: Tiles) -> tuple[str, str]:
@@ -303,19 +298,25 @@ class OverlappedAttention(AttentionWriter):
         """One group of warps; and `step`, one block of keys."""
         dtype = f"tl.{dtypes.storage(self.v.dtype)}"
         place, more = ", ".join(self.names), ", ".join((*self.names, *loads, *self.symbols))
-        rings = "keys, values, " + ", ".join(_BARRIERS[2:])
+        rings = "keys, values, " + ", ".join(self.barriers[2:])
         state = "acc, weight, best, total"
         cut = self.causal or over(self.keys, self.tile.columns) or self.window is not None
+        # Every block of keys is one turn, so that `taken` counts them.
+        turns = self.overlapped.turns
+        begin = ["mbarrier.wait(turn.index(which), taken & 1)"] if turns else []
+        end = ["mbarrier.arrive(turn.index((which + 1) % GROUPS), count=1)"] if turns else []
         step = Block(self.top.block.names)
         step.lines = [
             "slot = taken % STAGES",
             "last = (taken - 1) % STAGES",
             "mbarrier.wait(key_ready.index(slot), (taken // STAGES) & 1)",
             "zero = tl.zeros([64, COLS], tl.float32, SCORES)",
+            *begin,
             "score = warpgroup_mma(query, keys.index(slot).permute([1, 0]), zero, use_acc=False, "
             "is_async=True)",
             "mbarrier.wait(value_ready.index(last), ((taken - 1) // STAGES) & 1)",
             "acc = warpgroup_mma(weight, values.index(last), acc, is_async=True)",
+            *end,
             "score = warpgroup_mma_wait(num_outstanding=1, deps=[score])",
             "mbarrier.arrive(key_free.index(slot), count=1)",
             "key = block * COLS + tl.arange(0, COLS, tl.SliceLayout(0, SCORES))[None, :]",
@@ -325,13 +326,15 @@ class OverlappedAttention(AttentionWriter):
             "acc = acc * tl.convert_layout(shrink, tl.SliceLayout(1, RESULT))[:, None]",
             f"return acc, tl.convert_layout(weight.to({dtype}), WEIGHTS), best, total",
         ]
-        head = f"step(query, {rings}, {state}, taken, block, row, {more}, CUT: tl.constexpr)"
+        head = f"step(which: tl.constexpr, query, {rings}, {state}, taken, block, row, {more}, " \
+               "CUT: tl.constexpr)"  # fmt: skip
         text = self._function(head, step)
 
         def walk(count: str, block: str, cut: bool) -> list[str]:
             return [
                 f"for i in range(0, {count}):",
-                f"    {state} = step(query, {rings}, {state}, taken, {block}, row, {more}, {cut})",
+                f"    {state} = step(which, query, {rings}, {state}, taken, {block}, row, "
+                f"{more}, {cut})",
                 "    taken += 1",
             ]
 
@@ -344,11 +347,13 @@ class OverlappedAttention(AttentionWriter):
             "total = tl.zeros([64], tl.float32, tl.SliceLayout(1, SCORES))",
             "acc = tl.zeros([64, WIDTH], tl.float32, RESULT)",
             "zero = tl.zeros([64, COLS], tl.float32, SCORES)",
-            "mbarrier.wait(query_ready.index(which), turn & 1)",
+            "mbarrier.wait(query_ready.index(which), visit & 1)",
             "slot = taken % STAGES",
             "mbarrier.wait(key_ready.index(slot), (taken // STAGES) & 1)",
+            *begin,
             "score = warpgroup_mma(query, keys.index(slot).permute([1, 0]), zero, use_acc=False, "
             "is_async=True)",
+            *end,
             "score = warpgroup_mma_wait(num_outstanding=0, deps=[score])",
             "mbarrier.arrive(key_free.index(slot), count=1)",
             f"weight, shrink, best, total = weigh(score, best, total, row, key, {more}, {cut})",
@@ -362,7 +367,7 @@ class OverlappedAttention(AttentionWriter):
             loop += walk("full_low - low", "full_low - 1 - i", True)
         loop += [
             "mbarrier.arrive(query_free.index(which), count=1)",
-            "turn += 1",
+            "visit += 1",
             "last = (taken - 1) % STAGES",
             "mbarrier.wait(value_ready.index(last), ((taken - 1) // STAGES) & 1)",
             "acc = warpgroup_mma(weight, values.index(last), acc, is_async=True)",
@@ -371,11 +376,11 @@ class OverlappedAttention(AttentionWriter):
             *self._stored(),
         ]
         body = Block(self.top.block.names)
-        body.lines = ["query = queries.index(which)", "taken = 0", "turn = 0"]
+        body.lines = ["query = queries.index(which)", "taken = 0", "visit = 0"]
         inner = Block(body.names)
         inner.lines = loop
         body.nest(f"for part in {self.parts}:", inner)
-        head = self._arguments("queries", "keys", "values", *_BARRIERS, self.target, *loads)
+        head = self._arguments("queries", "keys", "values", *self.barriers, self.target, *loads)
         return f"{text}\n\n{self._function(f'attend(which: tl.constexpr, {head})', body)}"
 
     def _cuts_more(self) -> bool:
@@ -410,7 +415,7 @@ class OverlappedAttention(AttentionWriter):
 
     def _main(self, loads: Sequence[str]) -> str:
         groups = self.overlapped.groups
-        counts = {"query_ready": ("GROUPS", 1), "query_free": ("GROUPS", 1)}
+        counts = dict.fromkeys(self.barriers, ("GROUPS", 1))
         for name in _BARRIERS[2:]:
             counts[name] = ("STAGES", groups if name.endswith("free") else 1)
         shared = "tl.allocate_shared_memory({}, [{}], {})"
@@ -423,7 +428,9 @@ class OverlappedAttention(AttentionWriter):
             made = shared.format("tl.int64", f"{many}, 1", "mbarrier.MBarrierLayout()")
             lines += [f"{name} = {made}", f"for i in tl.static_range({many}):",
                       f"    mbarrier.init({name}.index(i), count={count})"]  # fmt: skip
-        barriers = ", ".join(_BARRIERS)
+        if self.overlapped.turns:
+            lines.append("mbarrier.arrive(turn.index(0), count=1)")  # the first group's turn
+        barriers = ", ".join(self.barriers)
         work = self._arguments("queries, keys, values", barriers, self.target, *loads)
         bring = self._arguments("m0, m1, m2, queries, keys, values", barriers)
         working, bringing = _REGISTERS[groups]

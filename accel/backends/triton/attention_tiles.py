@@ -18,23 +18,33 @@ _LEAST_OVERLAPPED = 256  # queries: with fewer, setting the warps up costs more 
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Queries of one program, keys of one step, and how it is run."""
+    """Queries of one program, keys of one step, and how it is run.
+
+    `across`: the last queries of all heads come first, then those before, so that programs end
+    together under a causal mask; else one head comes after the other, which reads less memory.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int = 2
+    across: bool = False
 
 
 @dataclass(frozen=True)
 class OverlappedTile:
     """A tile of `attention_overlapped`: groups of warps with 64 queries each, keys of one step,
-    how many steps are in flight, and whether programs stay for all of the work."""
+    how many steps are in flight, and whether programs stay for all of the work.
+
+    `turns`: groups take turns at the tensor cores. `across` as in `AttentionTile`.
+    """
 
     groups: int = 2
     columns: int = 128
     stages: int = 2
     persistent: bool = False
+    across: bool = False
+    turns: bool = False
 
     @property
     def rows(self) -> int:
@@ -88,15 +98,16 @@ def candidates(kernel: Op, sms: int) -> list[Tile]:
         tile
         for tile in _OVERLAPPED
         if q.dtype.itemsize == 2
-        and (tile.groups == 2 or width <= 64)
         and tile.rows <= tallest
         and tile.columns <= widest
         and tile.shared_bytes(depth, width) <= _SHARED_BYTES
     ]
     size = max(depth, width)
-    return overlapped + [
-        AttentionTile(rows, columns, warps, stages)
+    causal = bool(op.attribute("causal"))
+    return [tile for tile in overlapped if causal or not tile.across] + [
+        AttentionTile(rows, columns, warps, stages, across)
         for rows, columns, warps, stages in _WORTH_TIMING
+        for across in ((False, True) if causal else (False,))
         if rows <= max(16, tallest)
         and columns <= max(16, widest)
         and size * q.dtype.itemsize * (rows + 2 * stages * columns) <= _SHARED_BYTES
@@ -110,13 +121,14 @@ _WORTH_TIMING = (
     (64, 64, 4, 2), (64, 32, 4, 3), (32, 64, 4, 3), (32, 64, 2, 2), (16, 64, 2, 3),
 )  # fmt: skip
 _OVERLAPPED = (
-    OverlappedTile(2, 128, 2),
-    OverlappedTile(2, 128, 2, True),
-    OverlappedTile(3, 128, 2),
-    OverlappedTile(3, 128, 4),
-    OverlappedTile(2, 128, 4),
-    OverlappedTile(2, 64, 4),
-    OverlappedTile(2, 64, 2),
+    OverlappedTile(),
+    OverlappedTile(across=True),
+    OverlappedTile(persistent=True),
+    OverlappedTile(persistent=True, across=True),
+    OverlappedTile(turns=True, across=True),
+    OverlappedTile(stages=4, turns=True),
+    OverlappedTile(columns=64),
+    OverlappedTile(columns=64, across=True),
 )
 
 
