@@ -3,10 +3,11 @@
     python -m benchmarks.gpu_attention [--names causal_8k,...] [--sweep] [--out FILE]
 
 Queries, keys and values lie in memory as a projection leaves them ([B, S, H, D]), and so does the
-result. A figure is the median time of a CUDA graph's replays, all systems in turns. FLOPs are those of the pairs of query
-and key that the mask lets through, 4 a pair and element of the head. Every system's result is
-compared with float64 on some of its rows first. `--sweep` times other tiles than the chosen one.
-`--compile FOLDER` only compiles, without touching the GPU; `--compiled FOLDER` takes it from there.
+result. A figure is the median time of a CUDA graph's replays, all systems in turns. FLOPs are those
+of the pairs of query and key that the mask lets through, 4 a pair and element of the head. Every
+system's result is compared with float64 on some of its rows first. `--sweep` times other tiles than
+the chosen one (`--tiles Overlapped`: of that kind). `--compile FOLDER` only compiles, without
+touching the GPU; `--compiled FOLDER` takes it from there.
 """
 
 from __future__ import annotations
@@ -214,12 +215,14 @@ def compile_one(name: str, tile: Tile | None, arch: str) -> Compiled | str:
 
 
 def compile_all(
-    names: Sequence[str], sweep: bool, arch: str, workers: int, folder: Path | None = None
+    names: Sequence[str], tiles: str | None, arch: str, workers: int, folder: Path | None = None
 ) -> list[Compiled]:
-    """All kernels; each is stored in `folder` as soon as there is one."""
+    """All kernels, and those with tiles that `tiles` names; each is stored in `folder` as soon as
+    there is one."""
     jobs: list[tuple[str, Tile | None]] = [(name, None) for name in names]
-    if sweep:
-        jobs += [(n, tile) for n in names for tile in candidates(kernel_of(CASES[n]), 132)]
+    if tiles is not None:
+        more = ((n, tile) for n in names for tile in candidates(kernel_of(CASES[n]), 132))
+        jobs += [(n, tile) for n, tile in more if tiles in str(tile)]
     context = multiprocessing.get_context("spawn")
     made: list[Compiled] = []
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -392,6 +395,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--names", default=",".join(CASES))
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--tiles", default="")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--no-flex", action="store_true")
     parser.add_argument("--compile", default="")
@@ -402,15 +406,16 @@ def main() -> None:
     parser.add_argument("--out", default=str(RESULTS / "gpu_attention.json"))
     chosen = parser.parse_args()
     names, begin = chosen.names.split(","), time.monotonic()
+    tiles = chosen.tiles if chosen.sweep else None
     if chosen.compile:
         folder = Path(chosen.compile)
-        made = compile_all(names, chosen.sweep, chosen.arch, chosen.workers, folder)
+        made = compile_all(names, tiles, chosen.arch, chosen.workers, folder)
         print(f"{len(made)} kernels in {time.monotonic() - begin:.1f} s")
         return
     made = (
         load(Path(chosen.compiled))
         if chosen.compiled
-        else compile_all(names, chosen.sweep, chosen.arch, chosen.workers)
+        else compile_all(names, tiles, chosen.arch, chosen.workers)
     )
     rows: list[dict[str, Any]] = []
     facts = {**machine(), "gpu": torch.cuda.get_device_name()}
