@@ -112,6 +112,7 @@ class _Finder:
                 and (op.has(Trait.ELEMENTWISE) or op.has(Trait.VIEW))
                 and len(op.results) == 1
                 and self.generator.supports(op) is None
+                and not (op.has(Trait.ELEMENTWISE) and self._is_stored(current))
             )
             if op is None or not inside:
                 if not is_full(current):
@@ -120,6 +121,16 @@ class _Finder:
                 chain.add(op)
                 pending.extend(op.operands)
         return sorted(chain, key=self.order.__getitem__), leaves
+
+    def _is_stored(self, value: Value) -> bool:
+        """Whether something that is no kernel reads a value: it is in memory anyway."""
+        for user in value.users:
+            if user.has(Trait.VIEW) and len(user.results) == 1:
+                if self._is_stored(user.result):
+                    return True
+            elif self.generator.supports(user) is not None:
+                return True
+        return False
 
     def _tail(self, op: Op) -> list[Op]:
         """A cast of the sum, if that is all that reads it."""
