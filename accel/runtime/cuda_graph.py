@@ -28,7 +28,7 @@ _log = logger("runtime")
 _ALIGNMENT = 16
 
 _MOST_GRAPHS = 16  # of one function and arena
-_PATIENCE = 4  # times as many calls before a dropped recording is made again
+PATIENCE = 4  # times as many calls before a dropped recording is made again
 
 RECORDING = threading.Lock()  # one recording at a time in a process
 
@@ -77,7 +77,7 @@ class GraphRunner:
     def drop(self) -> None:
         """Gives the recording and its memory back; many more calls are wanted for the next one."""
         self._graph, self._inputs, self._results, self._in_place = None, [], [], {}
-        self._calls, self._wanted = 1, self._wanted * _PATIENCE
+        self._calls, self._wanted = 1, self._wanted * PATIENCE
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """One call. Raises ExecutionError for a failure of this call or an earlier one."""
@@ -121,7 +121,7 @@ class GraphRunner:
         return [r if i in in_place else r.clone() for i, r in enumerate(self._results)]
 
     def _step_by_step(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        results = self._steps([x if _is_aligned(x) else _dense_copy(x) for x in inputs])
+        results = self._steps([x if is_aligned(x) else dense_copy(x) for x in inputs])
         if self._calls == 1:
             torch.cuda.current_stream().synchronize()
             self._check()
@@ -130,7 +130,7 @@ class GraphRunner:
     def _capture(self, inputs: Sequence[Tensor]) -> None:
         taken = set(self._donates.values())
         self._inputs = [
-            x if i in taken and _is_aligned(x) and x.is_contiguous() else _dense_copy(x)
+            x if i in taken and is_aligned(x) and x.is_contiguous() else dense_copy(x)
             for i, x in enumerate(inputs)
         ]
         side = torch.cuda.Stream(self._device)
@@ -139,7 +139,7 @@ class GraphRunner:
         try:
             with torch.cuda.stream(side):
                 # Libraries set themselves up on this stream; state must not change by that.
-                self._steps([_dense_copy(x) for x in self._inputs])
+                self._steps([dense_copy(x) for x in self._inputs])
             side.synchronize()
             # One recording at a time: a recording waits for the device before it starts, which
             # would end another one.
@@ -160,7 +160,7 @@ class GraphRunner:
         self._in_place = {
             result: argument
             for result, argument in self._donates.items()
-            if _share(self._results[result], self._inputs[argument])
+            if share(self._results[result], self._inputs[argument])
         }
         self._graph = graph
 
@@ -189,14 +189,14 @@ class GraphLimit:
             runner.drop()
 
 
-def _is_aligned(x: Tensor) -> bool:
+def is_aligned(x: Tensor) -> bool:
     return x.data_ptr() % _ALIGNMENT == 0
 
 
-def _share(a: Tensor, b: Tensor) -> bool:
+def share(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _dense_copy(x: Tensor) -> Tensor:
+def dense_copy(x: Tensor) -> Tensor:
     """A copy at an aligned address. C order, as kernels read."""
     return x.clone(memory_format=torch.contiguous_format)

@@ -37,7 +37,7 @@ from accel.runtime.analysis import analyze
 from accel.runtime.binding import Binding, Sizes
 from accel.runtime.cuda_graph import GraphLimit, GraphRunner
 from accel.runtime.interfaces import HostCode, Libraries
-from accel.runtime.kept_graph import KeptGraphRunner
+from accel.runtime.kept_graph import MOST_SIZES, KeptGraphRunner
 from accel.runtime.plan import FunctionPlan, Step
 from accel.runtime.prepare import PreparedCalls, WeightSource, prepare
 from accel.runtime.runs import Run
@@ -273,7 +273,7 @@ class _Lane:
         self.arena = torch.empty(0, dtype=torch.uint8)
         self.bound: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()
         self.current: _Bound | None = None
-        self.limit = GraphLimit()
+        self.limit = GraphLimit() if function.keep is None else GraphLimit(MOST_SIZES)
 
     def clear(self) -> None:
         """Gives the arena and the recordings back."""

@@ -25,11 +25,19 @@ from torch import Tensor
 
 from accel.config import logger
 from accel.errors import ExecutionError, OutOfMemoryError
-from accel.runtime.cuda_graph import RECORDING, GraphRunner, _dense_copy, _is_aligned, _share
+from accel.runtime.cuda_graph import (
+    PATIENCE,
+    RECORDING,
+    GraphRunner,
+    dense_copy,
+    is_aligned,
+    share,
+)
 
 _log = logger("runtime")
 
-_MOST = 4  # recordings of one function and set of sizes
+MOST_SIZES = 2  # whose recordings a function keeps, with all their activations
+_MOST = 4  # recordings of one set of sizes
 _REMEMBERED = 4  # calls whose addresses are remembered
 _STABLE = 0.9  # of the arguments' bytes must come from known places before a recording
 _PATIENT = 8  # calls that wait for that
@@ -77,7 +85,8 @@ class KeptGraphRunner(GraphRunner):
 
     def drop(self) -> None:
         """Gives the recordings back; their results stay as long as somebody holds them."""
-        self._recordings, self._known, self._calls = [], [], 1
+        self._recordings, self._known = [], []
+        self._calls, self._wanted = 1, self._wanted * PATIENCE
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         self._check()
@@ -89,15 +98,27 @@ class KeptGraphRunner(GraphRunner):
             self._calls += 1
             stable = self._learn(inputs)
             ready = stable >= _STABLE or self._calls >= _PATIENT
-            room = self._calls > 1 and len(self._recordings) < _MOST
+            room = self._calls >= self._wanted and len(self._recordings) < _MOST
             if self._record and ready and room:
                 made = self._record_steps(inputs)
                 if made is not None:
                     return self._hand_out(made, inputs)
-            return self._step_by_step(inputs)
+            return self._without_recording(inputs)
         finally:
             assert self._done is not None
             self._done.record()
+
+    def _without_recording(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Step by step; if memory runs out, again with that of the recordings."""
+        try:
+            return self._step_by_step(inputs)
+        except (torch.OutOfMemoryError, OutOfMemoryError):
+            if not self._recordings:
+                raise
+            _log.info("'%s': recordings make room", self._name)
+            self.drop()
+            torch.cuda.empty_cache()
+            return self._step_by_step(inputs)
 
     def _learn(self, inputs: Sequence[Tensor]) -> float:
         """The share of the arguments' bytes that lie where they lay in an earlier call."""
@@ -108,7 +129,7 @@ class KeptGraphRunner(GraphRunner):
         for tensor, known in zip(inputs, self._known):
             address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
             total += size
-            self._places.append(address in known and _is_aligned(tensor))
+            self._places.append(address in known and is_aligned(tensor))
             if self._places[-1]:
                 same += size
             else:
@@ -124,14 +145,14 @@ class KeptGraphRunner(GraphRunner):
     def _record_steps(self, inputs: Sequence[Tensor]) -> Recording | None:
         taken = set(self._donates.values())
         in_place = [place and i not in taken for i, place in enumerate(self._places)]
-        read = [x if place else _dense_copy(x) for x, place in zip(inputs, in_place)]
+        read = [x if place else dense_copy(x) for x, place in zip(inputs, in_place)]
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(side):
                 # Libraries set themselves up on this stream; state must not change by that.
-                self._steps([x if place else _dense_copy(x) for x, place in zip(read, in_place)])
+                self._steps([x if place else dense_copy(x) for x, place in zip(read, in_place)])
             side.synchronize()
             with (
                 RECORDING,
@@ -149,7 +170,7 @@ class KeptGraphRunner(GraphRunner):
             _log.warning("'%s' runs without a CUDA graph: %s", self._name, error)
             return None
         torch.cuda.current_stream().wait_stream(side)
-        self._keep -= {i for i in self._keep if any(_share(results[i], x) for x in read)}
+        self._keep -= {i for i in self._keep if any(share(results[i], x) for x in read)}
         made = Recording(
             graph,
             [(i, x) for i, x in enumerate(read) if not in_place[i]],
