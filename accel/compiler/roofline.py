@@ -10,6 +10,7 @@ whose IR is missing or does not match has bytes only, and `matched` says so.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ from accel.runtime.plan import FunctionPlan, Step, dtype_of, evaluate_size
 from accel.runtime.subbyte import is_sub_byte, stored_shape
 
 _VIEWS = ("reshape", "permute", "slice", "broadcast_to")
+_LAUNCH = re.compile(r"(accel_[0-9a-f]{16})_\d+")
 _MARK = "accel.step."
 _RUNS = 5
 
@@ -165,7 +167,7 @@ def fold(rows: Sequence[Row]) -> list[Row]:
 def _plain(number: int, step: Step, plan: FunctionPlan, sizes: Mapping[str, int]) -> Row:
     values = {v for v in (*step.inputs, *step.outputs) if v >= 0}
     moved = sum(_nbytes(plan, v, sizes) for v in values)
-    name = step.name.rpartition("_")[0] if step.kind == "kernel" else step.name
+    name = _stem(step.name)
     dtype = plan.values[step.outputs[0]].dtype if step.outputs else ""
     return Row(name, step.kind, step.source, [number], moved, 0, dtype)
 
@@ -206,13 +208,19 @@ def _steps_of(op: Op, steps: Sequence[Step], position: int) -> int | None:
     if op.name == "kernel":
         if step.kind != "kernel":
             return None
-        stem = step.name.rpartition("_")[0]
+        stem = _stem(step.name)
         count = 1
-        while _is_next_launch(steps, position + count, stem, count):
+        while stem != step.name and _is_next_launch(steps, position + count, stem, count):
             count += 1
         return count
     wanted = {"call": "library"}.get(op.name, "view" if op.name in _VIEWS else "aten")
     return 1 if step.kind == wanted else None
+
+
+def _stem(name: str) -> str:
+    """A GPU kernel's name without its launch's number; other names as they are."""
+    found = _LAUNCH.fullmatch(name)
+    return found[1] if found is not None else name
 
 
 def _is_next_launch(steps: Sequence[Step], position: int, stem: str, number: int) -> bool:
@@ -223,7 +231,7 @@ def _is_next_launch(steps: Sequence[Step], position: int, stem: str, number: int
 
 def _row(op: Op, steps: Sequence[Step], first: int, count: int, sizes: Mapping[str, int]) -> Row:
     cost, step = op_cost(op, sizes), steps[first]
-    name = step.name.rpartition("_")[0] if step.kind == "kernel" and count else step.name
+    name = _stem(step.name)
     kind = str(op.attribute("kind")) if op.name == "kernel" else step.kind
     inner = [o for region in op.regions for o in region.ops if not o.has(Trait.TERMINATOR)]
     what = ", ".join(dict.fromkeys(o.name for o in inner if not o.has(Trait.VIEW))) or op.name
