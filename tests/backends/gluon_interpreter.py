@@ -243,6 +243,10 @@ def warpgroup_mma_wait(num_outstanding: int, deps: Sequence[Total]) -> Any:
     return Total(data, pending) if pending else _tensor(data)
 
 
+def meet() -> None:
+    """A partition's threads are one."""
+
+
 def fence_async_shared() -> None:
     """Nothing is reordered here."""
 
@@ -313,6 +317,7 @@ mbarrier = _Barriers()
 tma = SimpleNamespace(store_wait=lambda pending: None)
 gluon = SimpleNamespace(jit=lambda function: function)
 __all__ = [
-    "bring_tile", "fence_async_shared", "gluon", "mbarrier", "range", "store_tile", "tl", "tma",
+    "bring_tile", "fence_async_shared", "gluon", "mbarrier", "meet", "range", "store_tile", "tl",
+    "tma",
     "warpgroup_mma", "warpgroup_mma_init", "warpgroup_mma_wait",
 ]  # fmt: skip

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from accel.backends.triton import TritonBackend
-from accel.backends.triton.skinny import SkinnyTile, choose
+from accel.backends.triton.skinny import SkinnyTile, Tile, choose
+from accel.backends.triton.streamed import StreamedTile
 from accel.ir import WeightStore, interpret
 from accel.ir.storage import pack_sub_byte
 from accel.ir.types import SUB_BYTE_BITS
@@ -26,7 +27,7 @@ def worker() -> Iterator[Worker]:
     one.close()
 
 
-def check(worker: Worker, case: Case, tile: SkinnyTile | None, weights: int | None = None) -> str:
+def check(worker: Worker, case: Case, tile: Tile | None, weights: int | None = None) -> str:
     """Compares a kernel with the float64 oracle; returns its source."""
     types, build = case
     function, inputs = function_of(types, build), inputs_for(types)
@@ -77,6 +78,38 @@ def test_tiles_and_shared_sums(worker: Worker, name: str, split: int) -> None:
     assert ("arrived" in source) == (split > 1)
 
 
+STREAMED: dict[str, Case] = {
+    "plain": ([typed(BF16, 8, 512), typed(BF16, 128, 512)], lambda b, x, w: b.linear(x, w)),
+    "sizes that fit no tile": (
+        [typed(FP16, 5, 1, 520), typed(FP16, 70, 520), typed(FP16, 70), typed(FP16, 5, 1, 70)],
+        lambda b, x, w, c, r: b.add(b.gelu(b.linear(x, w, c)), r),
+    ),
+    "gate times up": (
+        [typed(BF16, 20, 384), typed(BF16, 160, 384)],
+        lambda b, x, w: halves(b, b.linear(x, w)),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [StreamedTile(64, 64, 3), StreamedTile(64, 128, 2, 2), StreamedTile(128, 64, 2, 3)],
+)
+@pytest.mark.parametrize("name", STREAMED)
+def test_tiles_by_tma(worker: Worker, name: str, tile: StreamedTile) -> None:
+    torch.manual_seed(0)
+    source = check(worker, STREAMED[name], tile, 1)
+    assert (
+        source.index("bring_tile(m1") < source.index("gdc_wait()") < source.index("bring_tile(m0")
+    )
+
+
+def test_a_weight_that_is_no_constant_is_read_behind_the_wait(worker: Worker) -> None:
+    torch.manual_seed(0)
+    source = check(worker, STREAMED["plain"], StreamedTile(64, 64, 3))
+    assert source.index("gdc_wait()") < source.index("bring_tile(m1")
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_regions(worker: Worker, seed: int) -> None:
     torch.manual_seed(seed)
@@ -99,6 +132,15 @@ def test_refusals_say_why() -> None:
     assert reason(8) == "None"
     assert "65 rows" in reason(65) and "1 rows" in reason(1)
     assert "torch.float32" in reason(8, torch.float32)
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_compiles_for_hopper(name: str) -> None:
+    types, build = STREAMED[name]
+    backend = TritonBackend(tile=StreamedTile(64, 128, 3, 2))
+    made = backend.compile([kernel_of(function_of(types, build), "skinny", 1)])
+    (launch,) = made.launches[made.names[0]]
+    assert launch.binary.shared > 64 * 128 * 2 * 2 and launch.code.dependent
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])

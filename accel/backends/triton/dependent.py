@@ -22,6 +22,7 @@ import ast
 from collections.abc import Set
 
 LAUNCH, WAIT = "gdc_launch_dependents", "gdc_wait"
+WAIT_AFTER = "# after reads of "  # behind a wait that a writer places itself: pointers, by commas
 _IMPORT = "from triton.language.extra.cuda import libdevice"
 _WITH_WAITS = f"from triton.language.extra.cuda import {LAUNCH}, {WAIT}, libdevice"
 FIRST_CAPABILITY = 90
@@ -34,7 +35,8 @@ def overlapped(source: str, name: str, constants: Set[str]) -> str:
         source: a module with the Triton function `name`.
         constants: its pointer parameters that no kernel ever writes through.
 
-    A source that has the wait already keeps its order.
+    A source that has the wait already keeps its order. If it says (`WAIT_AFTER`) that it reads
+    before what is not constant here, it waits at once as well.
     """
     tree = ast.parse(source)
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
@@ -43,7 +45,10 @@ def overlapped(source: str, name: str, constants: Set[str]) -> str:
     body = lines[function.body[0].lineno - 1 : function.end_lineno]
     tail = lines[function.end_lineno or len(lines) :]
     if f"{WAIT}()" in source:
-        return "\n".join([head, f"    {LAUNCH}()", *body, *tail]) + "\n"
+        early = [line.split(WAIT_AFTER)[1] for line in body if WAIT_AFTER in line]
+        names = {name.strip() for part in early for name in part.split(",")}
+        first = [f"    {LAUNCH}()"] + ([] if names <= constants else [f"    {WAIT}()"])
+        return "\n".join([head, *first, *body, *tail]) + "\n"
     hoister = _Hoister(source, function, constants)
     early, late = hoister.split()
     made = [f"    {LAUNCH}()", *(f"    {t}" for t in early), f"    {WAIT}()"]

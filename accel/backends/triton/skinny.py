@@ -13,38 +13,28 @@ the epilogue (bias, activation, gate times up, residual), which is traced as any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 
-from accel.backends.triton import dtypes
-from accel.backends.triton.emitter import Scope
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.operands import StoredOperands
-from accel.backends.triton.product_loop import MatmulWriter
+from accel.backends.triton.overlapped import SHARED_BYTES
 from accel.backends.triton.product_plan import Plan, plan
-from accel.backends.triton.program import Program
-from accel.backends.triton.text import COL, ROW, Block, Expr
+from accel.backends.triton.skinny_loop import SkinnyTile, SkinnyWriter
+from accel.backends.triton.streamed import (
+    FIRST_CAPABILITY,
+    StreamedTile,
+    StreamedWriter,
+    operands_of,
+)
 from accel.backends.triton.tiles import next_power
 from accel.errors import BackendError
 from accel.ir.module import Op, Region
 from accel.ir.types import product
 
+Tile = SkinnyTile | StreamedTile
 MOST_ROWS = 64
-_LEAST_ROWS = 16  # of a tile: what a tensor core takes at once
-_BOTH = frozenset((ROW, COL))
-
-
-@dataclass(frozen=True)
-class SkinnyTile:
-    """Rows of the weight of one program, the part of K of one step, programs that share a sum."""
-
-    columns: int
-    depth: int
-    warps: int
-    stages: int = 4
-    split: int = 1
+_DEPTH = 128  # of a step: 256 bytes of each row
+_MOST_RESIDENT = 3  # programs of a multiprocessor, in its shared memory
 
 
 def reason(op: Op) -> str | None:
@@ -75,122 +65,65 @@ def choose(rows: int, columns: int, depth: int, tiles: int, sms: int) -> SkinnyT
     return SkinnyTile(height, span, 4, 4, split)
 
 
-class SkinnyWriter(MatmulWriter):
-    """Writes the one program of a skinny kernel. `parts` are scratch: partial sums, arrivals."""
+def choose_streamed(
+    rows: int, columns: int, depth: int, sums: int, sms: int
+) -> StreamedTile | None:
+    """The tile where TMA copies; None where a step is too long for K.
 
-    parts = ("t0", "t1")
+    Programs are all on the GPU at once, as evenly as can be, unless there are very many. Shared
+    sums cost traffic of their own: each program's part is written and read in float32. Measured on
+    an H200 (benchmarks/results/gpu_products.json).
+    """
+    if depth < _DEPTH:
+        return None
+    height = max(16, next_power(rows))
+    tiles, steps = -(-columns // 64), -(-depth // _DEPTH)
+    best = StreamedTile()
+    most = 0.0
+    for split in range(1, min(8, max(1, steps // 4)) + 1):
+        resident, share = -(-tiles * split // sms), -(-steps // split)
+        even = tiles * split / (resident * sms)
+        if resident > _MOST_RESIDENT:  # they come and go
+            resident, even = 2, 0.95
+        room = SHARED_BYTES // resident - (2 << 10)
+        span = _DEPTH
+        if 3 * (64 * sums + height) * span * 2 > room:
+            span //= 2
+        stages = min(12, share * _DEPTH // span, room // ((64 * sums + height) * span * 2))
+        parts = 0.0 if split == 1 else 4 * height * split / (2 * depth)
+        value = even * steps / (share * split) / (1 + parts)
+        if value > most + 0.02:
+            best, most = StreamedTile(64, span, stages, split), value
+    return best
 
-    def write(self) -> Program:
-        tile, top = self.tile, self.emitter.scopes[0]
-        self.width = max(_LEAST_ROWS, next_power(int(self.rows)))
-        self._place()
-        sums = [f"acc_{i}" for i in range(len(self.plan.places))]
-        for name in sums:
-            top.block.line(f"{name} = tl.zeros([COLS, ROWS], tl.float32)")
-        body = Block(top.block.names)
-        self._step(body, sums)
-        top.block.nest(f"for start in tl.range({self._bounds()}, DEPTH, num_stages=STAGES):", body)
-        if tile.split == 1:
-            self._finish(sums)
-        else:
-            self._share(sums)
-        constants = {"ROWS": self.width, "COLS": tile.columns, "DEPTH": tile.depth,
-                     "STAGES": tile.stages}  # fmt: skip
-        if tile.split > 1:
-            constants["SPLIT"] = tile.split
-        return Program(top.block.source(), [], constants, self.tiles * tile.split, tile.warps,
-                       list(self.emitter.used), self.emitter.checks)  # fmt: skip
 
-    @property
-    def tiles(self) -> int:
-        return -(-int(self.columns) // self.tile.columns)
+def choose_for(kernel: Op, sms: int, capability: int) -> StreamedTile | None:
+    """The tile of an `accel.kernel` op where the architecture has TMA; else `choose` does."""
+    if capability < FIRST_CAPABILITY:
+        return None
+    ops = list(kernel.regions[0].ops)
+    op = next(o for o in ops if o.name == "linear")
+    sums = 1 + any(o.name == "slice" for o in ops)
+    x, weight, _ = op.arguments()
+    rows, columns = int(product(x.shape[:-1])), int(weight.shape[0]) // sums
+    return choose_streamed(rows, columns, int(x.shape[-1]), sums, sms)
 
-    def _place(self) -> None:
-        block = self.emitter.block
-        wide = ".to(tl.int64)" if self.emitter.kind == "int64" else ""
-        if self.tile.split == 1:
-            block.line(f"tile = tl.program_id(0){wide}")
-        else:
-            block.line(f"tile = tl.program_id(0){wide} // SPLIT")
-            block.line("part = tl.program_id(0) % SPLIT")
-        block.line("col = tile * COLS + tl.arange(0, COLS)[:, None]")
-        block.line("row = tl.arange(0, ROWS)[None, :]")
 
-    def _bounds(self) -> str:
-        """This program's part of K."""
-        if self.tile.split == 1:
-            return f"0, {self.depth}"
-        share = -(-self.depth // (self.tile.depth * self.tile.split)) * self.tile.depth
-        if share * self.tile.split == self.depth:
-            return f"part * {share}, part * {share} + {share}"
-        return f"part * {share}, tl.minimum(part * {share} + {share}, {self.depth})"
-
-    def _step(self, body: Block, sums: Sequence[str]) -> None:
-        """One block of K: a tile of the weight for each sum, and x's."""
-        plan, tile, emitter = self.plan, self.tile, self.emitter
-        x, weight, _ = plan.op.arguments()
-        bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
-        with emitter.inside(Scope(body, frozenset((*plan.rows, *plan.left)))):
-            body.line("depth = start + tl.arange(0, DEPTH)[:, None]")
-            self._bind(plan.rows, "row", COL, self.width)
-            self._bind(plan.left, "depth", ROW, tile.depth)
-            right = self._operand(x, plan.x_index, "[DEPTH, ROWS]", plan.left)
-        emitter.addresses.groups, emitter.masks = list(bound), dict(masks)
-        with emitter.inside(Scope(body, frozenset((*plan.columns, *plan.right)))):
-            body.line("k = start + tl.arange(0, DEPTH)[None, :]")
-            self._bind(plan.columns, "col", ROW, tile.columns)
-            self._bind(plan.right, "k", COL, tile.depth)
-            for name, index in zip(sums, plan.weight_indices, strict=True):
-                left = self._operand(weight, index, "[COLS, DEPTH]", plan.right)
-                body.line(f"{name} = tl.dot({left}, {right}, {name})")
-        emitter.addresses.groups, emitter.masks = bound, masks
-
-    def _share(self, sums: Sequence[str]) -> None:
-        """Leaves this program's part; the last one adds all up and goes on."""
-        block, (parts, arrivals) = self.emitter.block, self.parts
-        size = self.tile.columns * self.width
-        block.line("cell = tl.arange(0, COLS)[:, None] * ROWS + row")
-        for number, name in enumerate(sums):
-            place = f"((tile * {len(sums)} + {number}) * SPLIT + part) * {size}"
-            block.line(f"tl.store({parts} + {place} + cell, {name})")
-        block.line("tl.debug_barrier()")
-        block.line(f'arrived = tl.atomic_add({arrivals} + tile, 1, sem="acq_rel")')
-        body = Block(block.names)
-        body.line(f"tl.store({arrivals} + tile, 0)")
-        for number, name in enumerate(sums):
-            body.line(f"{name} = tl.zeros([COLS, ROWS], tl.float32)")
-            inner = Block(block.names)
-            place = f"((tile * {len(sums)} + {number}) * SPLIT + other) * {size}"
-            inner.line(f"{name} += tl.load({parts} + {place} + cell)")
-            body.nest("for other in range(SPLIT):", inner)
-        with self.emitter.inside(Scope(body, frozenset())):
-            self._finish(sums)
-        block.nest("if arrived == SPLIT - 1:", body)
-
-    def _finish(self, sums: Sequence[str]) -> None:
-        plan, emitter = self.plan, self.emitter
-        block = emitter.block
-        bias = plan.op.arguments()[2]
-        with emitter.inside(Scope(block, frozenset((*plan.rows, *plan.columns)))):
-            scope = emitter.scopes[-1]
-            self._bind(plan.rows, "row", COL, self.width)
-            self._bind(plan.columns, "col", ROW, self.tile.columns)
-            for name, place in zip(sums, plan.places, strict=True):
-                value = Expr(name, "float32", _BOTH)
-                if bias is not None:
-                    added = emitter.element(bias, place[-1:])
-                    value = block.let(f"{value} + {added}", "float32", _BOTH, "add")
-                value = dtypes.rounded(value, plan.op.result.dtype, block)
-                made = block.let(str(value), "float32", _BOTH, "linear")
-                scope.known[(plan.op.result, place)] = made
-            for target, (value_, index) in zip(self.targets, plan.stores, strict=True):
-                self._store(target, value_, index)
+def candidates(kernel: Op, sms: int) -> list[Tile]:
+    """Tiles worth timing for a kernel."""
+    found: list[Tile] = [
+        StreamedTile(columns, 128, stages, split)
+        for split in (1, 2, 4, 8)
+        for columns, stages in ((64, 4), (64, 6), (64, 8), (128, 3), (64, 3))
+    ]
+    plain = (SkinnyTile(64, 128, 4, 4, split) for split in (1, 2, 4))
+    return [*found, *plain]
 
 
 class SkinnyGenerator(Generator):
     """A skinny kernel: one launch."""
 
-    tile: SkinnyTile | None = None
+    tile: Tile | None = None
 
     def run(self) -> KernelCode:
         made: Plan = plan(self.planner)
@@ -202,8 +135,16 @@ class SkinnyGenerator(Generator):
         if not isinstance(rows, int):
             raise BackendError(f"a skinny kernel of {rows} rows")
         depth, sums = int(made.op.operands[0].shape[-1]), len(made.places)
-        tile = self.tile or choose(rows, columns, depth, sums, self.sms)
-        writer = SkinnyWriter(made, emitter, [w.name for w in writes], tile)
+        tile = self.tile
+        if isinstance(tile, StreamedTile) and operands_of(made, self.planner.indexer) is None:
+            tile = None  # a weight that is decoded, say
+        tile = tile or choose(rows, columns, depth, sums, self.sms)
+        targets = [w.name for w in writes]
+        writer = (
+            StreamedWriter(made, emitter, targets, tile)
+            if isinstance(tile, StreamedTile)
+            else SkinnyWriter(made, emitter, targets, tile)
+        )
         program = writer.write()
         if tile.split > 1:
             cells = tile.columns * writer.width * sums * tile.split * writer.tiles
@@ -218,7 +159,7 @@ class SkinnyGenerator(Generator):
 
 
 def generate(
-    name: str, region: Region, comment: str, sms: int, tile: SkinnyTile | None = None
+    name: str, region: Region, comment: str, sms: int, tile: Tile | None = None
 ) -> KernelCode:
     """The source of a region with one linear of few rows. Raises BackendError for what has none."""
     generator = SkinnyGenerator(name, region, comment, sms)
