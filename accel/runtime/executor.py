@@ -41,6 +41,7 @@ from accel.runtime.kept_graph import MOST_SIZES, KeptGraphRunner
 from accel.runtime.plan import FunctionPlan, Step
 from accel.runtime.prepare import PreparedCalls, WeightSource, prepare
 from accel.runtime.runs import Run
+from accel.runtime.sequence import merge
 from accel.runtime.signature import Signature
 from accel.runtime.steps import Parts, StepBuilder, describe
 
@@ -313,6 +314,9 @@ class _Bound:
         built = builder.build()
         self._runs: list[Run] = [run for run, _ in built]
         self._steps: list[Step | None] = [step for _, step in built]
+        merged = merge(built, builder.parts_of)
+        self._merged: list[Run] = [run for run, _ in merged]
+        self._merged_steps: list[Step | None] = [step for _, step in merged]
         self._keep = (builder.keep, builder.static)
         self._parts, self._binding = parts, binding
         self._device, self._on_cpu = arena.device, arena.is_cpu
@@ -358,7 +362,8 @@ class _Bound:
         values: list[Any] = [*inputs, *self._template]
         if self._raw or self._donated:
             self._make_plain(values)
-        runs = iter(self._runs)
+        steps = self._merged_steps if self._checked else self._steps
+        runs = iter(self._merged if self._checked else self._runs)
         try:
             if self._checked:
                 for run in runs:
@@ -371,7 +376,7 @@ class _Bound:
         except (AccelError, *_NO_MEMORY):
             raise
         except Exception as error:
-            step = self._steps[len(self._runs) - length_hint(runs) - 1]
+            step = steps[len(steps) - length_hint(runs) - 1]
             kind = OutOfMemoryError if _CPU_IS_FULL in str(error) else ExecutionError
             raise kind(
                 f"{type(error).__name__}: {error}", where=describe(step) if step else ""

@@ -11,6 +11,7 @@ would cost milliseconds a step. `torch.set_num_threads` is respected from one ca
 from __future__ import annotations
 
 import _ctypes
+import contextlib
 import ctypes
 import os
 import tempfile
@@ -27,6 +28,7 @@ _FAILURES = {
     1: "an index is out of range",
     2: "there is not enough memory for a kernel's scratch space",
 }
+_threads = torch.get_num_threads
 _POOL_ENTRIES = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
@@ -44,6 +46,13 @@ class HostLibrary:
         use_pool.restype = None
         use_pool(*_pool())
 
+        self.run_sequence: Callable[[int, int, int], int] | None = None
+        with contextlib.suppress(ArtifactError):  # libraries made before there were sequences
+            run = self._symbol("accel_run_sequence")
+            run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+            run.restype = ctypes.c_int64
+            self.run_sequence = run
+
     def function(self, symbol: str) -> KernelFunction:
         """The kernel of that name; ArtifactError if there is none.
 
@@ -54,7 +63,7 @@ class HostLibrary:
         run = self._symbol(symbol)
         run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         run.restype = ctypes.c_int32
-        return _kernel(self, run, symbol)
+        return HostKernel(self, run, symbol)
 
     def _symbol(self, name: str) -> ctypes._NamedFuncPointer:
         try:
@@ -63,15 +72,22 @@ class HostLibrary:
             raise ArtifactError(f"the kernel library has no function '{name}'") from error
 
 
-def _kernel(library: HostLibrary, run: Callable[[int, int], int], symbol: str) -> KernelFunction:
-    threads = torch.get_num_threads
+class HostKernel:
+    """One kernel of a library, which it keeps loaded. `entry` is the address of its code."""
 
-    def call(address: int, library: HostLibrary = library) -> None:
-        code = run(address, threads())
+    __slots__ = ("_run", "entry", "library", "symbol")
+
+    def __init__(self, library: HostLibrary, run: ctypes._NamedFuncPointer, symbol: str) -> None:
+        self.library, self._run, self.symbol = library, run, symbol
+        self.entry = ctypes.cast(run, ctypes.c_void_p).value or 0
+
+    def __call__(self, address: int) -> None:
+        code = self._run(address, _threads())
         if code:
-            raise ExecutionError(_FAILURES.get(code, f"failure {code}"), where=symbol)
+            raise self.failure(code)
 
-    return call
+    def failure(self, code: int) -> ExecutionError:
+        return ExecutionError(_FAILURES.get(code, f"failure {code}"), where=self.symbol)
 
 
 def _load(code: bytes) -> tuple[ctypes.CDLL, int]:

@@ -23,6 +23,7 @@ from accel.runtime.binding import Binding
 from accel.runtime.interfaces import KernelFunction, LibraryCall, in_place
 from accel.runtime.plan import FunctionPlan, Step, evaluate_size
 from accel.runtime.runs import Run, aten_run, free, kernel_run, kernel_without_work, library_run
+from accel.runtime.sequence import Part
 from accel.runtime.subbyte import is_sub_byte, unpack
 
 
@@ -60,16 +61,22 @@ class StepBuilder:
             shape, dtype = binding.shapes[value], parts.dtypes[value]
             self.static[value] = torch.zeros(shape, dtype=dtype, device=arena.device)
         self.keep: list[Any] = []  # memory whose addresses are in argument words
+        self.parts_of: dict[int, Part] = {}  # of kernels and frees, by place among the closures
+        self._part: Part | None = None
 
     def build(self) -> list[tuple[Run, Step | None]]:
         """The closures in order; those without a step free what is no longer needed."""
         runs: list[tuple[Run, Step | None]] = []
         dying = self._dying()
         for number, step in enumerate(self.plan.steps):
+            self._part = None
             run = self._run(number, step)
             if run is not None:
+                if self._part is not None:
+                    self.parts_of[len(runs)] = self._part
                 runs.append((run, step))
             if dying[number]:
+                self.parts_of[len(runs)] = Part(frees=dying[number])
                 runs.append((free(dying[number]), None))
         return runs
 
@@ -127,6 +134,8 @@ class StepBuilder:
                 words[i] = static.data_ptr()
         if not any(_numel(self.binding.shapes[v]) for v in step.outputs):
             return kernel_without_work(made)
+        copies = any(not self._is_same(o, i) for o, i in updates.items())
+        self._part = Part(function, words, dynamic, made, copies)
         return kernel_run(function, words, dynamic, made)
 
     def _dense_static(self, value: int) -> Tensor | None:

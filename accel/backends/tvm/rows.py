@@ -9,6 +9,8 @@ from functools import partial
 from itertools import groupby
 from typing import TypeAlias
 
+import torch
+
 from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.phases import Phase, Reduce
 from accel.backends.loops.survey import index_axes, shared_costly
@@ -25,6 +27,8 @@ _MOST_LANES = 256  # of all partial results together: half of the vector registe
 _KEPT_ELEMENTS = 4096  # of a row kept on the stack
 _MOST_BESIDE = 8  # rows of x that share one read of a weight
 _MOST_UNROLLED = 4
+_LARGE = 1 << 20  # elements: more than caches hold
+_AHEAD, _LINE = 2048, 16  # float32 elements: how far prefetches go, and what one fetches
 
 # Loops that are written out: the step at which a piece of code is.
 At: TypeAlias = tuple[tuple[tuple[Axis, ...], int], ...]
@@ -204,7 +208,7 @@ class RowNest(Nest):
         with ExitStack() as stack:
             for group in groups[:-1]:
                 stack.enter_context(emitter.loop(group, self.sizes.code(group_extent(group))))
-            self._reduce_inner(groups[-1:], extent, width, parts)
+            self._reduce_inner(one, groups[-1:], extent, width, parts)
         self._mark_kept(one)
         self._results(parts, width)
 
@@ -245,7 +249,12 @@ class RowNest(Nest):
         return by_row[rows if rows in by_row else ()]
 
     def _reduce_inner(
-        self, groups: list[tuple[Axis, ...]], extent: Dim, width: int, parts: list[Part]
+        self,
+        one: Pass,
+        groups: list[tuple[Axis, ...]],
+        extent: Dim,
+        width: int,
+        parts: list[Part],
     ) -> None:
         """The innermost loop in steps of `width` lanes, then what is left."""
         emitter = self.emitter
@@ -266,11 +275,30 @@ class RowNest(Nest):
         whole = emitter.block.let(steps, "whole")
         step = tir.var("step")
         with emitter.scope() as body:
+            self._prefetch(one, group, step * tir.i64(width), width)
             self._lanes(group, step * tir.i64(width), tir.i64(width), parts)
         emitter.block.loop(step, whole, body)
         if not (isinstance(extent, int) and extent % width == 0):
             base = emitter.block.let(whole * tir.i64(width), "base")
             self._lanes(group, base, count - base, parts)
+
+    def _prefetch(self, one: Pass, group: tuple[Axis, ...], base: Expr, width: int) -> None:
+        """Asks for what a product reads a little later of its large operand, row after row."""
+        if not self.reuses:
+            return
+        emitter = self.emitter
+        emitter.addresses.bind(group, base)
+        for value, index in one.survey.costly:
+            count = value.type.numel()
+            large = isinstance(count, int) and count >= _LARGE and value in emitter.buffers
+            if not large or value.dtype != torch.float32:
+                continue
+            read = emitter.indexer.flatten(index, value.shape)
+            if read.coefficient(group[-1]) == 1 and read.axes - set(group):
+                place = emitter.addresses.code(read) + tir.i64(_AHEAD)
+                for line in range(0, width, _LINE):
+                    tir.prefetch(emitter.block, emitter.buffers[value], place + tir.i64(line))
+        emitter.addresses.unbind(group)
 
     def _lanes(self, group: tuple[Axis, ...], base: Expr, steps: Expr, parts: list[Part]) -> None:
         emitter = self.emitter

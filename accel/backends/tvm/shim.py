@@ -63,6 +63,18 @@ static void run(frame *f, int64_t count, int64_t cost, int64_t threads) {
     else if (count > 0)
         f->rows(f, 0, count);
 }
+
+typedef int32_t (*kernel_t)(const int64_t *, int64_t);
+
+/* Kernels one after the other: pairs of an entry point and its words. -1, or 4 * (number of the
+   kernel that failed) + its code. */
+int64_t accel_run_sequence(const int64_t *pairs, int64_t count, int64_t threads) {
+    for (int64_t i = 0; i < count; i++) {
+        int32_t code = ((kernel_t)pairs[2 * i])((const int64_t *)pairs[2 * i + 1], threads);
+        if (code) return 4 * i + code;
+    }
+    return -1;
+}
 """
 
 
