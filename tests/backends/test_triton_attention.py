@@ -205,3 +205,30 @@ def test_compiles_without_a_gpu(arch: str, name: str) -> None:
     made = TritonBackend(arch).compile([kernel_of(function_of(types, build), "attention")])
     (launch,) = made.launches[made.names[0]]
     assert launch.binary.cubin and launch.binary.shared <= 160 << 10
+
+
+@pytest.mark.parametrize(
+    ("arch", "shape", "attributes", "dtype", "reason"),
+    [
+        ("sm_90", (2, 16, 8192, 128), {"causal": True}, BF16, None),  # overlapped
+        ("sm_80", (2, 16, 8192, 128), {"causal": True}, BF16, "cuDNN saves"),
+        ("sm_80", (2, 16, 8192, 128), {"causal": True, "softcap": 9.0}, BF16, None),
+        ("sm_90", (1, 8, S, 64), {"causal": True}, BF16, None),
+        ("sm_90", (S, 8, 512, 80), {"causal": True}, BF16, "unknown number"),
+        ("sm_90", (8, 16, 1024, 80), {"causal": True}, BF16, "cuDNN saves"),
+        ("sm_90", (8, 16, 1024, 80), {"causal": True, "window": 64}, BF16, None),
+        ("sm_90", (32, 12, 128, 64), {}, FP16, None),
+        ("sm_90", (64, 12, 197, 64), {}, FP16, None),
+        ("sm_90", (32, 12, 128, 64), {}, torch.float32, "float32"),
+    ],
+)
+def test_the_library_keeps_what_it_is_faster_at(
+    arch: str, shape: Any, attributes: dict[str, Any], dtype: torch.dtype, reason: str | None
+) -> None:
+    function = function_of(
+        [TensorType(shape, dtype)] * 3, lambda b, *x: b.attention(*x, scale=1.0, **attributes)
+    )
+    op = next(iter(function.ops))
+    found = TritonBackend(arch).supports_anchor(op, "attention")
+    assert found is None if reason is None else reason in str(found)
+    assert TritonBackend(arch, measures=True).supports_anchor(op, "attention") is None

@@ -140,6 +140,7 @@ def _known(length: Dim) -> int:
 
 _LIBRARY_RATE, _LOOP_RATE = 500e12, 300e12  # FLOP/s of 16-bit attention: cuDNN's, the loop's
 _LIBRARY_START = 3.5e-6  # seconds that a call of cuDNN takes longer than a kernel, if both are tiny
+_FEW_KEYS, _SMALL_HEAD = 256, 128  # up to these a kernel is never slower than cuDNN
 
 
 def library_is_faster(op: Op, overlapped: bool) -> str | None:
@@ -148,16 +149,18 @@ def library_is_faster(op: Op, overlapped: bool) -> str | None:
     `overlapped` says that `attention_overlapped` takes this, which is as fast. A mask, a window or
     a cap means a mask of all pairs for the library, or that it has no kernel.
     """
-    q, k, _, mask = op.arguments()
+    q, k, v, mask = op.arguments()
     special = mask is not None or op.attribute("window") is not None
     special = special or op.attribute("softcap") is not None or op.attribute("offset") != 0
     if special or overlapped:
         return None
     if q.dtype.itemsize > 2:
         return "a library multiplies float32 on its own path"
-    flops = product((4, *q.shape, k.shape[2]))
+    flops = product((2, *q.shape[:3], k.shape[2], q.shape[3] + v.shape[3]))
     if not isinstance(flops, int):
         return "an unknown number of queries or keys"
+    if k.shape[2] <= _FEW_KEYS and max(q.shape[3], v.shape[3]) <= _SMALL_HEAD:
+        return None
     share = 0.5 if op.attribute("causal") else 1.0
     lost = share * flops * (1 / _LOOP_RATE - 1 / _LIBRARY_RATE)
     return None if lost < _LIBRARY_START else f"cuDNN saves {1e6 * (lost - _LIBRARY_START):.1f} us"
