@@ -23,9 +23,8 @@ from accel.compiler.assemble import to_contents, versions
 from accel.compiler.options import Options
 from accel.compiler.pipeline import Program, lower_module, make_context
 from accel.compiler.targets import Target, list_targets
-from accel.compiler.tune import clock_for
+from accel.compiler.tune import clock_for, tuning_sizes
 from accel.errors import ArtifactError, BackendError, OptionError, TrustError
-from accel.ir.cost import typical_sizes
 from accel.ir.module import Module
 from accel.ir.parser import parse_module
 from accel.ir.types import TensorType
@@ -164,6 +163,6 @@ def _times(path: Path, artifact: Artifact) -> dict[str, float]:
         for name, entry in model.entry_points.items():
             function = module.functions[name]
             device = entry.function.device
-            inputs = measure.sample_inputs(function, typical_sizes(function.symbols), device)
+            inputs = measure.sample_inputs(function, tuning_sizes(function.symbols), device)
             found[name] = measure.function_seconds(entry.function, inputs)
     return found

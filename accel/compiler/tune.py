@@ -42,8 +42,8 @@ from accel.compiler.variants import (
 from accel.config import logger
 from accel.errors import AccelError
 from accel.ir.capability import Library
-from accel.ir.cost import op_cost, typical_sizes
-from accel.ir.module import Function, Module, Op
+from accel.ir.cost import op_cost
+from accel.ir.module import Function, Module, Op, SymbolInfo
 from accel.passes.base import EXACT, Context, Contract, Pass
 from accel.runtime import libraries as runtime_libraries
 from accel.runtime.artifact import GoldenCase
@@ -56,6 +56,7 @@ from accel.runtime.prepare import TensorWeights
 MODES = ("off", "quick", "full")
 _LIMITS = {"quick": (6, 60.0), "full": (48, 600.0)}  # variants of a kernel, seconds of all
 _WORTH = 0.98  # of the model's time: what is hardly faster is noise
+_LONG, _SHORT = 512, 64  # a dynamic size that is tuned for: the only one, or one of several
 _log = logger("tune")
 
 
@@ -352,7 +353,13 @@ def summary(report: Mapping[str, Any]) -> dict[str, Any]:
 def _sizes(kernel: Op) -> dict[str, int]:
     """Values of the symbols that the kernel is timed with."""
     around = kernel.parent.parent if kernel.parent is not None else None
-    return typical_sizes(around.symbols) if isinstance(around, Function) else {}
+    return tuning_sizes(around.symbols) if isinstance(around, Function) else {}
+
+
+def tuning_sizes(symbols: Mapping[str, SymbolInfo]) -> dict[str, int]:
+    """What dynamic sizes are tuned for: long enough that a kernel is more than its launch."""
+    wanted = _LONG if len(symbols) == 1 else _SHORT
+    return {n: max(s.min, min(wanted, s.max or wanted)) for n, s in symbols.items()}
 
 
 def _name(kernel: Op) -> str:
