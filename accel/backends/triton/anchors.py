@@ -48,7 +48,9 @@ class Anchor:
 ANCHORS: dict[str, Anchor] = {
     "gemv": Anchor(("linear",), gemv.reason, gemv.generate, gemv.candidates),
     "matmul": Anchor(("linear",), matmul.reason, matmul.generate, matmul.candidates),
-    "skinny": Anchor(("linear",), skinny.reason, skinny.generate),
+    "skinny": Anchor(
+        ("linear",), skinny.reason, skinny.generate, skinny.candidates, skinny.choose_for
+    ),
     "cached_attention": Anchor(
         ("cached_attention",), cached.reason, cached.generate, cached.candidates
     ),

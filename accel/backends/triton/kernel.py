@@ -288,6 +288,7 @@ store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 """
 
 
+meet = getattr(tl, "thread_barrier", None) or tl.barrier
 def _source(name: str, program: Program, signature: dict[str, str], comment: str) -> str:
     parameters = ", ".join(
         f"{p}: tl.constexpr" if t == "constexpr" else p for p, t in signature.items()
