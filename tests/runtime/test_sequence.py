@@ -37,7 +37,7 @@ class Chain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.softmax(x.sin(), -1).cumsum(-1)
-        return torch.linalg.inv(x.cos() + 9 * torch.eye(8)).softmax(-1).cumsum(0)
+        return torch.sort(x.cos(), dim=-1).values.softmax(-1).cumsum(0)
 
 
 def test_other_steps_come_between():
