@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -135,7 +136,7 @@ class CudaLibrary:
     def __init__(self, data: bytes, device: torch.device) -> None:
         self.code = unpack(data)
         self.device = device
-        self._functions: dict[str, KernelFunction] = {}
+        self._functions: dict[tuple[str, bool], KernelFunction] = {}
         self._modules: list[ctypes.c_void_p] = []
         self._lock = threading.Lock()
         self._status = torch.zeros(1, dtype=torch.int32)
@@ -143,12 +144,22 @@ class CudaLibrary:
 
     def function(self, symbol: str) -> KernelFunction:
         """The kernel of that name; ArtifactError if there is none."""
+        return self._function(symbol, False)
+
+    def opening(self, symbol: str) -> KernelFunction:
+        """The kernel as the first one of a call: it starts when all work before has ended.
+
+        So later ones may read the call's arguments before they wait for the kernels before them.
+        """
+        return self._function(symbol, True)
+
+    def _function(self, symbol: str, first: bool) -> KernelFunction:
         with self._lock:
             if self._word is None:
                 self._open()
-            if symbol not in self._functions:
-                self._functions[symbol] = self._load(symbol)
-            return self._functions[symbol]
+            if (symbol, first) not in self._functions:
+                self._functions[symbol, first] = self._load(symbol, first)
+            return self._functions[symbol, first]
 
     def raise_failure(self) -> None:
         """Raises ExecutionError if a kernel that has finished met an index out of range."""
@@ -164,10 +175,11 @@ class CudaLibrary:
         self._status = self._status.pin_memory()
         self._word = ctypes.c_int32.from_address(self._status.data_ptr())
 
-    def _load(self, name: str) -> KernelFunction:
+    def _load(self, name: str, first: bool) -> KernelFunction:
         if name not in self.code.kernels:
             raise ArtifactError(f"the GPU code has no kernel '{name}'")
         kernel = self.code.kernels[name]
+        kernel = replace(kernel, dependent=kernel.dependent and not first)
         function = ctypes.c_void_p()
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().synchronize()  # makes sure of torch's context

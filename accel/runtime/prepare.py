@@ -83,11 +83,14 @@ def prepare(
     constants = _constants(plan, dtypes, weights)
     calls: dict[int, LibraryCall] = {}
     kernels: dict[int, KernelFunction] = {}
+    first = next((i for i, step in enumerate(plan.steps) if step.kind != "view"), -1)
     for number, step in enumerate(plan.steps):
         if step.kind == "kernel":
             if host is None:
                 raise ArtifactError("the plan has kernels, and no host code", where=describe(step))
-            kernels[number] = host.function(step.name)
+            opening = getattr(host, "opening", host.function)
+            find = opening if number == first else host.function
+            kernels[number] = find(step.name)
     for number in _largest_first(plan, constants):
         step = plan.steps[number]
         operands = [_operand(plan, v, constants, dtypes) for v in step.inputs]

@@ -100,7 +100,9 @@ class InterpretedKernels:
             programs = 0
         constant = {Slot("input", i) for i in range(self.weights or 0, len(memory))}
         awaited = [
-            i for i, s in enumerate(launch.reads) if self.weights is None or s not in constant
+            i
+            for i, s in enumerate(launch.reads)
+            if s not in launch.early and (self.weights is None or s not in constant)
         ]
         job = Job(launch.source, launch.name, args, launch.constants, programs, positions, awaited)
         made = self.worker.run(job)

@@ -109,16 +109,10 @@ def _symbol(op: Op, backend: TritonBackend, host: InterpretedHost) -> KernelSymb
     launches = []
     for one in code.launches:
         host.launches[one.name] = one
-        slots = [tuple((s.kind, s.number) for s in part) for part in (one.reads, one.writes)]
-        launches.append(
-            Launch(
-                one.name,
-                *slots,
-                tuple(one.sizes),
-                tuple(one.inplace),
-                tuple(one.updates),
-            )
-        )
+        reads = tuple((slot.kind, slot.number) for slot in one.reads)
+        writes = tuple((slot.kind, slot.number) for slot in one.writes)
+        pairs = tuple(one.inplace), tuple(one.updates)
+        launches.append(Launch(one.name, reads, writes, tuple(one.sizes), *pairs))
     return KernelSymbol(
         name,
         launches=tuple(launches),

@@ -67,6 +67,9 @@ ANCHORS: dict[str, Anchor] = {
     "depthwise": Anchor(("conv",), depthwise.reason, depthwise.generate),
 }
 
+# Kinds whose launches read arguments of the function before they wait (`LaunchCode.early`).
+EARLY = frozenset(("cached_attention",))
+
 
 def reason(op: Op, kind: str) -> str | None:
     """None if a kernel of this kind may be built around the op, else the reason why not."""

@@ -207,12 +207,18 @@ class TritonBackend:
         code = make(name, region, print_op(kernel), self.sms, tile)
         if capability(self.arch) >= dependent.FIRST_CAPABILITY:
             constants = {Slot("input", i).name for i in constant_operands(kernel)}
+            arguments = {Slot("input", i) for i, v in enumerate(kernel.operands) if v.op is None}
             for launch in code.launches:
+                if not arguments.issuperset(launch.early):
+                    _wait_first(launch)
                 if launch.gluon and f"{dependent.WAIT}()" not in launch.source:
                     continue  # starts when its predecessor has ended
                 known = constants | set(launch.sizes)
                 launch.source = dependent.overlapped(launch.source, launch.name, known)
                 launch.dependent = True
+        else:
+            for launch in code.launches:
+                _wait_first(launch)
         return code
 
     def primitive_region(self, region: Region, kind: str = "") -> Region:
@@ -235,6 +241,13 @@ class TritonBackend:
         return copy
 
 
+def _wait_first(launch: LaunchCode) -> None:
+    """Takes back that a launch reads something before it waits."""
+    if launch.early:
+        launch.source = launch.source.replace(f"    {dependent.WAIT}()\n", "")
+        launch.early = []
+
+
 def constant_operands(kernel: Op) -> tuple[int, ...]:
     """Which operands are weights of the program: memory that nothing writes while it runs."""
     made = [(i, value.op) for i, value in enumerate(kernel.operands)]
@@ -242,10 +255,12 @@ def constant_operands(kernel: Op) -> tuple[int, ...]:
 
 
 def kernel_fingerprint(kernel: Op) -> str:
-    """What an `accel.kernel` op computes, its kind, and which operands are constants: equal ones
-    share one kernel."""
-    region = region_fingerprint(kernel.regions[0])
-    text = f"{kernel.attribute('kind')} {constant_operands(kernel)} {region}"
+    """What an `accel.kernel` op computes, its kind, and which operands are constants, or arguments
+    of the function that it may read early: equal ones share one kernel."""
+    region, kind = region_fingerprint(kernel.regions[0]), kernel.attribute("kind")
+    arguments = [i for i, v in enumerate(kernel.operands) if v.op is None]
+    early = arguments if kind in anchors.EARLY else []
+    text = f"{kind} {constant_operands(kernel)} {early} {region}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

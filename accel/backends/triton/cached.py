@@ -18,10 +18,10 @@ from __future__ import annotations
 import torch
 
 from accel.backends.triton.cached_code import CachedWriter, Tiles
-from accel.backends.triton.cached_plan import CachedTile, make_plan
+from accel.backends.triton.cached_plan import CachedTile, Plan, make_plan
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.tiles import next_power
-from accel.ir.module import Op, Region
+from accel.ir.module import Op, Region, Value
 from accel.ir.types import Dim, product
 
 _MOST_ROWS = 64  # queries of one key/value head
@@ -72,12 +72,15 @@ def neighbour_reason(op: Op, update: Op) -> str | None:
 def choose(pairs: Dim, capacity: int, size: int, itemsize: int, sms: int) -> CachedTile:
     """The tile for `pairs` key/value heads and heads of `size` elements.
 
-    A multiprocessor needs some 40 kB in flight, which two programs of three stages give it.
+    Few programs of long steps, since adding up their parts costs more than a few keys do; but one
+    for each multiprocessor where a cache is long. Measured on an H200.
     """
-    keys = max(16, min(64, 16384 // (size * itemsize)))
+    keys = max(16, min(128, 32768 // (size * itemsize)))
     known = pairs if isinstance(pairs, int) else 16
-    wanted = max(1, 2 * sms // max(known, 1))
-    split = min(1 << (wanted.bit_length() - 1), next_power(-(-capacity // keys)), 128)
+    if known >= sms:
+        return CachedTile(keys, 1, 8, 2)
+    wanted = max(1, sms // max(known, 1))
+    split = min(1 << (wanted.bit_length() - 1), next_power(max(1, capacity // keys)), 64)
     return CachedTile(keys, split)
 
 
@@ -93,6 +96,26 @@ def candidates(kernel: Op, sms: int) -> list[CachedTile]:
             if keys >= _LEAST_TILE and 0 < split <= next_power(-(-capacity // keys)):
                 found.append(CachedTile(keys, split))
     return found
+
+
+def early(plan: Plan) -> list[Value]:
+    """What a program reads before the kernels before it have ended: position and caches.
+
+    They must be arguments of the function, which no kernel has written then (`LaunchCode.early`).
+    """
+    op = plan.op
+    found: list[Value] = []
+    pending = [op.operands[3]]
+    for value in op.operands[1:3]:
+        write = plan.writes.get(value)
+        pending += [value] if write is None else [write.cache, write.start]
+    while pending:
+        value = pending.pop()
+        if value.op is None:
+            found.append(value)
+        else:
+            pending += value.op.operands
+    return list(dict.fromkeys(found))
 
 
 class CachedGenerator(Generator):
@@ -126,6 +149,7 @@ class CachedGenerator(Generator):
         ]
         self._launch(program, reads, writes, updates)
         self.launches[0].updates = updates
+        self.launches[0].early = [Slot("input", self.region.args.index(a)) for a in early(plan)]
         code = KernelCode(self.name, self.launches, [size for _, size in self.scratch])
         code.zeroed = [2] if tile.split > 1 else []
         return code

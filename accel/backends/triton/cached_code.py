@@ -15,6 +15,7 @@ from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import decompose, size_text
 from accel.backends.triton.cached_plan import CachedTile, Plan, through_views
+from accel.backends.triton.dependent import WAIT
 from accel.backends.triton.emitter import Emitter, Scope
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
@@ -24,7 +25,7 @@ from accel.ir.op import Trait
 from accel.ir.types import product
 
 _LEAST_TILE = 16  # of a matrix product
-_COMBINED = 4096  # elements of a tile that adds up parts
+_COMBINED = 4096  # elements a warp of a tile that adds up parts
 _BOTH = frozenset((ROW, COL))
 _LOG2_E = math.log2(math.e)
 _LARGEST_POSITION = (1 << 31) - (1 << 16)
@@ -75,6 +76,7 @@ class CachedWriter:
         self.count = product(int(a.extent) for a in plan.rows)
         self.depth, self.width = int(self.q.shape[3]), int(self.v.shape[3])
         self.tokens, self.capacity = int(self.q.shape[2]), int(self.k.shape[2])
+        self.single = bool(plan.writes) and self.tokens == 1
         self.precision = ', input_precision="ieee"' if self.q.dtype == torch.float32 else ""
         self.constants = {
             "ROWS": max(_LEAST_TILE, next_power(int(self.count))),
@@ -89,17 +91,23 @@ class CachedWriter:
         self._place()
         self._read_position()
         self._columns()
+        ahead = self._load("low", self.top.block)
+        # Caches and position are older than the kernel before this one (`CachedGenerator.early`).
+        line(f"{WAIT}()")
         with self._bound(self.rows):
             self.query = self._tile(self.q, (plan.lead[0], *plan.query), self.rows, "DEPTH")
         line('top = tl.full([ROWS, 1], float("-inf"), tl.float32)')
         line("total = tl.zeros([ROWS, 1], tl.float32)")
         line("sums = tl.zeros([ROWS, WIDTH], tl.float32)")
-        if plan.writes:
+        if self.single:
+            ahead = self._new_row(ahead)
+        elif plan.writes:
             self._new_rows()
+        self._attend_block("low", ahead, self.top.block)
         body = Block(self.top.block.names)
-        self._step(body)
+        self._attend_block("start", self._load("start", body), body)
         stages = f", num_stages={self.tile.stages}"
-        self.top.block.nest(f"for start in tl.range(low, high, KEYS{stages}):", body)
+        self.top.block.nest(f"for start in tl.range(low + KEYS, high, KEYS{stages}):", body)
         self._finish()
         pairs = product((self.q.shape[0], self.k.shape[1]))
         programs = product((pairs, self.tile.split))
@@ -141,10 +149,12 @@ class CachedWriter:
         if window is None or self.ring:
             line("first = 0")
         else:
-            line(f"first = tl.maximum(at - {int(window) - 1}, 0) // KEYS * KEYS")
-        line("share = ((end - first + KEYS - 1) // KEYS + SPLIT - 1) // SPLIT * KEYS")
-        line("low = first + part * share")
-        line("high = tl.minimum(low + share, end)")
+            line(f"first = tl.maximum(at - {int(window) - 1}, 0)")
+        # Unit u is key first + u; of a single new token, unit 0 is its own and the others follow.
+        count = "(end - first + 1)" if self.single else "(end - first)"
+        line(f"share = (({count} + KEYS - 1) // KEYS + SPLIT - 1) // SPLIT * KEYS")
+        line("low = part * share")
+        line(f"high = tl.minimum(low + share, {count})")
 
     def _checked(self, place: Expr, last: int) -> Expr:
         """The place if new rows fit there; else 0, and the kernel reports failure."""
@@ -242,28 +252,63 @@ class CachedWriter:
             seen += " & (slot <= at)"
         self._attend(keys, values, "newest", seen, block)
 
+    def _new_row(self, ahead: tuple[Expr, Expr]) -> tuple[Expr, Expr]:
+        """The new token's key and value: stored by the first part, and its unit 0."""
+        emitter, plan, block = self.emitter, self.plan, self.top.block
+        made = []
+        for value, tile, width in ((self.k, ahead[0], "DEPTH"), (self.v, ahead[1], "WIDTH")):
+            columns, write = self.columns[width], plan.writes[value]
+            with self._bound(columns):
+                index = (*plan.lead, Affine(), emitter.indexer.of(columns.axes[0]))
+                row = emitter.element(write.source, index)
+                row = dtypes.to_storage(row, value.dtype, block)
+                row = block.let(row.text, "stored", row.dims, "new")
+            inside = columns.mask or f"({columns.variable} >= 0)"
+            place = f"({self._first(value)} + {self.new}) * {value.shape[3]} + {columns.variable}"
+            mask = f"(part == 0) & {inside}"
+            block.line(f"tl.store(y{write.result} + {place}, {row}, mask={mask})")
+            hit = f"({self.unit} == 0) & {columns.mask}" if columns.mask else f"{self.unit} == 0"
+            made.append(block.let(f"tl.where({hit}, {row}, {tile})", "stored", _BOTH, "tile"))
+        return made[0], made[1]
+
     def _first(self, value: Value) -> str:
         """The row of the cache [B, G, C, E] at which this head's begin, as source."""
         emitter = self.emitter
         flat = emitter.indexer.flatten((*self.plan.lead, Affine()), value.shape[:3])
         return f"({emitter.addresses.code(flat)})"
 
-    def _step(self, body: Block) -> None:
-        """One block of the cache."""
-        emitter, plan = self.emitter, self.plan
-        body.line("key = start + tl.arange(0, KEYS)[:, None]")
-        body.line("key_ok = key < high")
+    def _load(self, start: str, block: Block) -> tuple[Expr, Expr]:
+        """The keys and values of a block of units."""
+        emitter, plan, fresh = self.emitter, self.plan, block.names.fresh
+        self.unit, key, inside = fresh("unit"), fresh("key"), fresh("inside")
+        block.line(f"{self.unit} = {start} + tl.arange(0, KEYS)[:, None]")
+        shift = "first - 1" if self.single else "first"
+        block.line(f"{key} = {self.unit} + ({shift})")
+        other = "" if self.new == "at" else f" & ({key} != slot)"
+        block.line(f"{inside} = ({self.unit} < high) & ({key} >= first){other}")
         made = []
         for value, width in ((self.k, "DEPTH"), (self.v, "WIDTH")):
             axis = emitter.indexer.axis("t", self.capacity)
-            span = Span((axis,), "key", ROW, "KEYS", "key_ok")
+            span = Span((axis,), key, ROW, "KEYS", inside)
             write = plan.writes.get(value)
             source = value if write is None else write.cache
-            with self._bound(span, block=body):
+            with self._bound(span, block=block):
                 made.append(self._tile(source, (*plan.lead, emitter.indexer.of(axis)), span, width))
-        body.line("place = start + tl.arange(0, KEYS)[None, :]")
-        seen = "(place < high)" if self.new == "at" else "(place < high) & (place != slot)"
-        self._attend(made[0], made[1], "place", seen, body)
+        return made[0], made[1]
+
+    def _attend_block(self, start: str, tiles: tuple[Expr, Expr], block: Block) -> None:
+        """Attends to a block of units."""
+        unit, place = block.names.fresh("unit"), block.names.fresh("place")
+        block.line(f"{unit} = {start} + tl.arange(0, KEYS)[None, :]")
+        seen = f"({unit} < high)"
+        if not self.single:
+            block.line(f"{place} = first + {unit}")
+        else:
+            own = "at" if self.new == "at" else "slot"
+            block.line(f"{place} = tl.where({unit} == 0, {own}, first - 1 + {unit})")
+            if own == "slot":
+                seen += f" & tl.where({unit} == 0, slot <= at, {place} != slot)"
+        self._attend(*tiles, place, seen, block)
 
     def _attend(self, keys: Expr, values: Expr, place: str, seen: str, block: Block) -> None:
         """A tile of keys and values joins the running maximum and sums."""
@@ -353,33 +398,36 @@ class CachedWriter:
     def _combine(self, body: Block) -> None:
         """Adds up the parts of a head, some columns of all rows at a time."""
         sums, tops, _ = self.parts
-        emitter = self.emitter
-        total = self.count * self.width
-        block_size = max(16, min(next_power(total), next_power(_COMBINED // self.tile.split)))
-        self.constants["BLOCK"] = block_size
-        inner = Block(body.names)
-        line = inner.line
-        line("cell = begin + tl.arange(0, BLOCK)[None, :]")
-        mask = ""
-        if total % block_size:
-            line(f"cell_ok = cell < {total}")
-            mask = "cell_ok"
-        line("each = tl.arange(0, SPLIT)[:, None]")
-        line(f"spot = (pair * SPLIT + each) * {self.count}")
-        tail = f", mask={mask}" if mask else ""
-        line(f"maximum = tl.load({tops} + (spot + cell // {self.width}) * 2{tail})")
-        line(f"part_total = tl.load({tops} + (spot + cell // {self.width}) * 2 + 1{tail})")
-        line(f"part_sum = tl.load({sums} + spot * {self.width} + cell{tail})")
-        line("highest = tl.max(maximum, 0, keep_dims=True)")
+        emitter, line, count = self.emitter, body.line, int(self.count)
+        lines, width = next_power(count), self.constants["WIDTH"]
+        room = _COMBINED * self.tile.warps // (self.tile.split * lines)
+        self.constants |= {"LINES": lines, "SPAN": max(1, min(width, room))}
+        line("each = (pair * SPLIT + tl.arange(0, SPLIT)[:, None, None]) * " + str(count))
+        line("lines = each + tl.arange(0, LINES)[None, :, None]")
+        tail = f", mask=lines < each + {count}, other=0.0" if lines > count else ""
+        line(f"tops = tl.load({tops} + lines * 2{tail})")
+        line(f"totals = tl.load({tops} + lines * 2 + 1{tail})")
+        line("highest = tl.max(tops, 0, keep_dims=True)")
         line('highest = tl.where(highest == float("-inf"), 0.0, highest)')
-        line("share_of = tl.exp2(maximum - highest)")
-        line("whole = tl.sum(part_sum * share_of, 0, keep_dims=True)")
-        line("divisor = tl.sum(part_total * share_of, 0, keep_dims=True)")
+        line("shares = tl.exp2(tops - highest)")
+        line("divisor = tl.sum(totals * shares, 0)")
+        line("line = tl.arange(0, LINES)[:, None]")
+        inner = Block(body.names)
+        inner.line("cells = begin + tl.arange(0, SPAN)[None, None, :]")
+        masks = [f"(lines < each + {count})"] if lines > count else []
+        masks += [f"(cells < {self.width})"] if self.width % self.constants["SPAN"] else []
+        tail = f", mask={' & '.join(masks)}, other=0.0" if masks else ""
+        inner.line(f"parts = tl.load({sums} + lines * {self.width} + cells{tail})")
+        inner.line("whole = tl.sum(parts * shares, 0)")
+        inner.line("cell = begin + tl.arange(0, SPAN)[None, :]")
         value = self._quotient("whole", "divisor", inner)
+        rows = Span(
+            self.plan.rows, "line", ROW, "LINES", f"(line < {count})" if lines > count else ""
+        )
         last = emitter.indexer.axis("e", self.width)
-        cells = Span((*self.plan.rows, last), "cell", COL, "BLOCK", mask)
-        self._store(value, cells, Span((), "", ROW, ""), inner)
-        body.nest(f"for begin in range(0, {total}, BLOCK):", inner)
+        cells = f"(cell < {self.width})" if self.width % self.constants["SPAN"] else ""
+        self._store(value, rows, Span((last,), "cell", COL, "SPAN", cells), inner)
+        body.nest(f"for begin in range(0, {self.width}, SPAN):", inner)
 
     def _quotient(self, sums: str, total: str, block: Block) -> Expr:
         """A row that sees no key is zero where a boolean mask hid them all."""

@@ -59,6 +59,8 @@ class LaunchCode:
         gluon: its language is Gluon, not Triton.
         dependent: it may start before earlier kernels have ended, and waits for them itself
             (`accel.backends.triton.dependent`).
+        early: what the source reads before it waits. It may do so if these are arguments of the
+            function: nothing that runs at the same time writes them.
         updates: pairs like these whose result starts as a copy of what is read, or is that very
             memory: the launch writes a part of it and reads it as the result.
     """
@@ -78,6 +80,7 @@ class LaunchCode:
     maps: tuple[MapCode, ...] = ()
     gluon: bool = False
     updates: list[tuple[int, int]] = field(default_factory=list)
+    early: list[Slot] = field(default_factory=list)
 
 
 @dataclass
