@@ -25,7 +25,7 @@ from accel.passes.manager import PassManager
 
 # No fusion: it would build the same kernel again.
 _PIPELINE = ("select_libraries", "decompose", "cse", "dce")
-_MANY = 9  # kernels: so many are compiled by several processes
+_MANY = 16  # kernels: so many are compiled by several processes
 _log = logger("compiler")
 
 
