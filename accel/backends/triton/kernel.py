@@ -288,10 +288,10 @@ from triton.language.extra.cuda import libdevice
 
 bring_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+meet = getattr(tl, "thread_barrier", None) or tl.barrier
 """
 
 
-meet = getattr(tl, "thread_barrier", None) or tl.barrier
 def _source(name: str, program: Program, signature: dict[str, str], comment: str) -> str:
     parameters = ", ".join(
         f"{p}: tl.constexpr" if t == "constexpr" else p for p, t in signature.items()
