@@ -98,6 +98,7 @@ def candidates(kernel: Op, sms: int) -> list[Tile]:
         tile
         for tile in _OVERLAPPED
         if q.dtype.itemsize == 2
+        and (tile.groups == 2 or width <= 64)
         and tile.rows <= tallest
         and tile.columns <= widest
         and tile.shared_bytes(depth, width) <= _SHARED_BYTES
@@ -129,6 +130,8 @@ _OVERLAPPED = (
     OverlappedTile(stages=4, turns=True),
     OverlappedTile(columns=64),
     OverlappedTile(columns=64, across=True),
+    OverlappedTile(groups=3, columns=64, stages=3, across=True),
+    OverlappedTile(groups=3, columns=64, stages=3, across=True, turns=True),
 )
 
 
