@@ -47,7 +47,9 @@ class Anchor:
 
 ANCHORS: dict[str, Anchor] = {
     "gemv": Anchor(("linear",), gemv.reason, gemv.generate, gemv.candidates),
-    "matmul": Anchor(("linear",), matmul.reason, matmul.generate, matmul.candidates),
+    "matmul": Anchor(
+        ("linear",), matmul.reason, matmul.generate, matmul.candidates, matmul.choose_tile
+    ),
     "skinny": Anchor(
         ("linear",), skinny.reason, skinny.generate, skinny.candidates, skinny.choose_for
     ),

@@ -136,7 +136,7 @@ class TritonBackend:
     def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:
         kind = anchors.product_kind(op)
         if kind == "matmul" and not self.measures:
-            return kind, matmul.saves(op, members, self.sms)
+            return kind, matmul.saves(op, members, self.sms, capability(self.arch))
         return kind, None
 
     def supports_anchor(self, op: Op, kind: str) -> str | None:

@@ -13,19 +13,44 @@ launch. `saves` compares the two on rates that were measured, and says no where 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
+from accel.backends.triton.maps import MULTIPLE
 from accel.backends.triton.operands import StoredOperands
-from accel.backends.triton.overlapped import OverlappedTile, OverlappedWriter, TileEmitter
+from accel.backends.triton.overlapped import (
+    OverlappedTile,
+    OverlappedWriter,
+    TileEmitter,
+    operands_of,
+)
+from accel.backends.triton.product_costs import (
+    BANDWIDTH,
+    LAUNCH,
+    choose_overlapped,
+    fills,
+    library_seconds,
+    overlapped_seconds,
+    rest_seconds,
+)
 from accel.backends.triton.product_loop import MatmulWriter
 from accel.backends.triton.product_plan import MatmulTile, plan
 from accel.backends.triton.tiles import next_power
-from accel.ir.module import Op, Region
+from accel.ir.module import Op, Region, Value
 from accel.ir.types import Dim, product
 
-Tile = MatmulTile | OverlappedTile
+
+@dataclass(frozen=True)
+class Either:
+    """The overlapped kernel if the operands are matrices that TMA can copy, else the plain loop."""
+
+    overlapped: OverlappedTile
+    loop: MatmulTile
+
+
+Tile = MatmulTile | OverlappedTile | Either
 _SYMBOLIC_ROWS = 4096
 
 
@@ -59,7 +84,24 @@ def choose(rows: Dim, columns: int, depth: int, tiles: int, sms: int) -> MatmulT
     return MatmulTile(best.rows, max(16, best.columns // tiles), span, best.warps, best.stages)
 
 
-def candidates(kernel: Op, sms: int) -> list[MatmulTile]:
+def choose_tile(kernel: Op, sms: int, capability: int) -> Tile | None:
+    """The tile of a kernel that nobody has measured; None leaves it to `choose`."""
+    ops = list(kernel.regions[0].ops)
+    op = next(op for op in ops if op.name == "linear")
+    x, weight, _ = op.arguments()
+    if capability != OverlappedTile.capability or not _may_overlap(x, weight):
+        return None
+    given, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
+    rows = given if isinstance(given, int) else _SYMBOLIC_ROWS
+    rest = [o for o in ops if o not in (op, ops[-1]) and o.name != "slice"]
+    tile = choose_overlapped(rows, columns, depth, rest, sms)
+    if not fills(rows, columns, tile, sms):
+        return None
+    halves = 1 + any(o.name == "slice" for o in ops)
+    return Either(tile, choose(given, columns // halves, depth, halves, sms))
+
+
+def candidates(kernel: Op, sms: int) -> list[Tile]:
     """Tiles worth timing for a kernel; `columns` is shared by its accumulators."""
     op = next(op for op in kernel.regions[0].ops if op.name == "linear")
     x, weight, _ = op.arguments()
@@ -67,13 +109,21 @@ def candidates(kernel: Op, sms: int) -> list[MatmulTile]:
     tallest = max(16, next_power(rows)) if isinstance(rows, int) else 256
     halves = 1 + any(o.name == "slice" for o in kernel.regions[0].ops)
     depth = max(16, next_power(int(x.shape[-1])))
-    return [
+    loops: list[Tile] = [
         MatmulTile(height, width // halves, min(span, depth), warps, stages)
         for height, width, span, warps, stages in _WORTH_TIMING
         if height <= tallest and width <= next_power(columns) and width // halves >= 16
     ]
+    overlapped = [
+        OverlappedTile(height, width, 64, stages, group)
+        for height, width, stages, group in _OVERLAPPED
+        if height <= tallest and width <= next_power(columns) and _may_overlap(x, weight)
+    ]
+    return [*overlapped, *loops]
 
 
+# rows, columns, stages, group
+_OVERLAPPED = ((128, 128, 5, 8), (128, 128, 5, 16), (64, 128, 6, 8), (64, 256, 3, 8))
 # rows, columns, depth, warps, stages
 _WORTH_TIMING = (
     (128, 256, 64, 8, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4),
@@ -97,23 +147,54 @@ _FEW_ROWS = 32  # tiles no taller than this: the weight's stream is the limit
 
 # -- whether it pays -------------------------------------------------------------------------
 
-_LIBRARY_RATE, _OWN_RATE = 580e12, 380e12  # FLOP/s of 16-bit products, measured on an H200
-_BANDWIDTH = 4.3e12  # bytes/s, likewise
-_LAUNCH = 1.5e-6  # seconds from one kernel of a CUDA graph to the next
+# FLOP/s of 16-bit products in the plain loop, and the library's beside it, measured on an H200.
+_LIBRARY_RATE, _OWN_RATE = 580e12, 380e12
 _DEFAULT_SMS = 132
+_FEW_TOKENS, _MANY_TOKENS = 512, 4096  # what an unknown number of rows may be
 _SLACK = 1.3  # arithmetic and memory overlap: up to here the epilogue saves more than it costs
 
 
-def saves(op: Op, members: Sequence[Op], sms: int) -> str | None:
+def saves(op: Op, members: Sequence[Op], sms: int, capability: int) -> str | None:
     """Why cuBLAS and kernels for the rest are faster than one kernel; None if they are not.
 
     The library computes `op` alone. An epilogue in `members` then needs a launch, a read of the
-    result and a write; so does the decoding of a compressed weight. A lone addition needs nothing:
-    the next norm reads both of its operands anyway. Against that stand the two rates of
-    multiplication, and that a second wave of tiles costs as much as the first.
+    result and a write; so does the decoding of a compressed weight.
     """
     x, weight, _ = op.arguments()
     rows, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
+    rest = [m for m in members if m is not op and m.name != "slice"]
+    if rest and capability == OverlappedTile.capability and _may_overlap(x, weight):
+        many = (rows,) if isinstance(rows, int) else (_FEW_TOKENS, _MANY_TOKENS)
+        if all(_overlapped_pays(n, columns, depth, x, members, sms) for n in many):
+            return None
+    return _loop_saves(op, members, rows, columns, depth, sms)
+
+
+def _may_overlap(x: Value, weight: Value) -> bool:
+    """Whether both operands are matrices that TMA can copy, as far as the op tells."""
+    stored = weight.op is None or weight.op.name == "constant"
+    whole = int(x.shape[-1]) * x.dtype.itemsize % MULTIPLE == 0
+    return stored and whole and x.dtype == weight.dtype
+
+
+def _overlapped_pays(
+    rows: int, columns: int, depth: int, x: Value, members: Sequence[Op], sms: int
+) -> bool:
+    rest = [m for m in members if m.name not in ("linear", "slice")]
+    halves = 1 + any(m.name == "slice" for m in members)
+    tile = choose_overlapped(rows, columns, depth, rest, sms)
+    own = overlapped_seconds(rows, columns, depth, tile, rest, sms)
+    apart = rest_seconds(rows, columns, halves, x.dtype.itemsize, rest)
+    library = library_seconds(rows, columns, depth, sms) + apart
+    return fills(rows, columns, tile, sms) and own < library
+
+
+def _loop_saves(
+    op: Op, members: Sequence[Op], rows: Dim, columns: int, depth: int, sms: int
+) -> str | None:
+    """As `saves`, of the plain loop. A lone addition needs nothing: the next norm reads both of its
+    operands anyway. A second wave of tiles costs as much as the first."""
+    x, weight, _ = op.arguments()
     streams = isinstance(rows, int) and _streams(rows, columns, depth, x.dtype.itemsize)
     free = ("slice",) if streams else ("slice", "add")
     rest = [m for m in members if m is not op and m.name not in free]
@@ -128,9 +209,9 @@ def saves(op: Op, members: Sequence[Op], sms: int) -> str | None:
     lost = (flops / _OWN_RATE - flops / _LIBRARY_RATE) * _DEFAULT_SMS / sms
     saved = 0.0
     if rest:
-        saved += _LAUNCH + 2 * rows * columns * width / _BANDWIDTH
+        saved += LAUNCH + 2 * rows * columns * width / BANDWIDTH
     if decoded:
-        saved += _LAUNCH + 2 * columns * depth * width / _BANDWIDTH
+        saved += LAUNCH + 2 * columns * depth * width / BANDWIDTH
     if lost >= saved:
         return f"cuBLAS saves {1e6 * lost:.1f} us, one kernel {1e6 * saved:.1f} us"
     halves = 1 + any(m.name == "slice" for m in members)
@@ -145,7 +226,7 @@ def saves(op: Op, members: Sequence[Op], sms: int) -> str | None:
 def _streams(rows: int, columns: int, depth: int, width: int) -> bool:
     """Whether memory is the limit, however the tiles are computed: few channels of many pixels."""
     moved = (rows * depth + rows * columns + columns * depth) * width
-    return 2 * rows * columns * depth / _OWN_RATE < _SLACK * moved / _BANDWIDTH
+    return 2 * rows * columns * depth / _OWN_RATE < _SLACK * moved / BANDWIDTH
 
 
 # -- the code --------------------------------------------------------------------------------
@@ -165,6 +246,9 @@ class MatmulGenerator(Generator):
         rows, columns = made.op.result.shape[:-1], made.stores[0][0].shape[-1]
         depth, tiles = int(made.op.operands[0].shape[-1]), len(made.places)
         tile = self.tile or choose(product(rows), int(columns), depth, tiles, self.sms)
+        if isinstance(tile, Either):
+            copied = operands_of(made, self.planner.indexer) is not None
+            tile = tile.overlapped if copied else tile.loop
         if isinstance(tile, OverlappedTile):
             over = TileEmitter(self.planner.indexer, pointers, set(), self.kind)
             program = OverlappedWriter(made, over, self.region, targets, tile, self.sms).write()

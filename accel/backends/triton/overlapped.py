@@ -24,13 +24,14 @@ from typing import ClassVar
 
 import torch
 
-from accel.backends.loops.index import Affine, Axis, Indexer
+from accel.backends.loops.index import Axis, Indexer
 from accel.backends.loops.phases import region_symbols
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import size_text
-from accel.backends.triton.emitter import Emitter, Scope
+from accel.backends.triton.emitter import Scope
 from accel.backends.triton.maps import MapCode, Matrix, matrix
+from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.product_loop import MatmulWriter
 from accel.backends.triton.product_plan import Plan
 from accel.backends.triton.program import Program
@@ -45,12 +46,14 @@ _WARPS = 4  # of a group
 _REGISTERS = (232, 40)  # of a thread of the second group, and of the warp that copies
 SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
 _BARRIER_BYTES = 1 << 10
+_FEWEST_STAGES = 3  # with fewer, a result goes to memory without TMA
 _TMA_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
 class OverlappedTile:
-    """Results of one group of warps, the part of K of one step, and how many steps are in flight.
+    """Results of one group of warps, the part of K of one step, and how many steps are in flight
+    (as many as there is room for, at most).
 
     `columns` are shared by the accumulators of gate and up. `capability`: the instructions are
     those of one architecture, Hopper's.
@@ -76,12 +79,11 @@ def operands_of(plan: Plan, indexer: Indexer) -> tuple[Matrix, list[Matrix]] | N
     return (left, found) if len(found) == len(right) else None
 
 
-class TileEmitter(Emitter):
+class TileEmitter(StoredOperands):
     """Traces what follows a product; one operand of the shape of the result may lie in shared
     memory already (`resident`, in registers by that name)."""
 
     resident: Value | None = None
-    resident_at: Affine | None = None
 
     def load(self, value: Value, index: Index) -> Expr:
         if value is not self.resident:
@@ -106,6 +108,7 @@ class OverlappedWriter(MatmulWriter):
     ) -> None:
         self.count = len(plan.places)
         super().__init__(plan, emitter, targets, tile)
+        self.traced = emitter
         self.region, self.overlapped, self.sms = region, tile, sms
         self.symbols = region_symbols(region)
         self.width = tile.columns // self.count
@@ -114,6 +117,7 @@ class OverlappedWriter(MatmulWriter):
             raise BackendError("a product whose operands are no matrices that TMA can copy")
         self.left, self.right = made
         self.maps: list[MapCode] = []
+        self.stages = tile.stages
         self.out = self._result_map()
         self._find_resident(emitter)
 
@@ -157,13 +161,14 @@ class OverlappedWriter(MatmulWriter):
                       stored=True)  # fmt: skip
         if made is None or value.dtype not in _TMA_NAMES:
             return None
-        bytes_ = _GROUPS * self.tile.rows * self.width * value.dtype.itemsize
-        return ("out", value) if self._operand_bytes() + bytes_ <= SHARED_BYTES else None
-
-    def _operand_bytes(self) -> int:
         tile = self.tile
+        out = _GROUPS * tile.rows * self.width * value.dtype.itemsize
         step = (tile.rows + tile.columns) * tile.depth * self.left.value.dtype.itemsize
-        return self.overlapped.stages * step + _BARRIER_BYTES
+        room = (SHARED_BYTES - _BARRIER_BYTES - out) // step
+        if room < min(_FEWEST_STAGES, tile.stages):
+            return None
+        self.stages = min(self.stages, room)
+        return "out", value
 
     def _find_resident(self, emitter: TileEmitter) -> None:
         """An operand of the epilogue that TMA can bring to where the result will lie."""
@@ -176,7 +181,7 @@ class OverlappedWriter(MatmulWriter):
             places = {emitter.indexer.flatten(at, arg.shape)
                       for other, at in self.plan.survey.costly if other is arg}  # fmt: skip
             if arg.dtype == value.dtype and arg not in operands and places == {written}:
-                emitter.resident, emitter.resident_at = arg, written
+                emitter.resident = arg
                 return
 
     def _make_maps(self) -> None:
@@ -186,7 +191,7 @@ class OverlappedWriter(MatmulWriter):
             pointer = self.emitter.pointers[one.value]
             self.maps.append(self._map(number, pointer, one, (rows, tile.depth)))
         targets = [] if self.out is None else [(self.targets[0], self.out[1])]
-        resident = self.emitter.resident
+        resident = self.traced.resident
         if resident is not None:
             targets.append((self.emitter.pointers[resident], resident))
         for number, (pointer, value) in enumerate(targets, 2):
@@ -212,7 +217,7 @@ class OverlappedWriter(MatmulWriter):
     def _start_tile(self, body: Block) -> None:
         body.line("row0, col0 = place(tile)" if not self._sizes() else
                   f"row0, col0 = place(tile, {', '.join(self._sizes())})")  # fmt: skip
-        if self.emitter.resident is None:
+        if self.traced.resident is None:
             return
         body.line("tma.store_wait(0)")  # the last tile has left the buffer
         body.line(f"mbarrier.expect(arrived, {self._result_bytes()})")
@@ -259,7 +264,7 @@ class OverlappedWriter(MatmulWriter):
         rows, columns = "tl.SliceLayout(1, layout)", "tl.SliceLayout(0, layout)"
         body.line(f"row = row0{wide} + tl.arange(0, ROWS, {rows})[:, None]")
         body.line(f"col = col0{wide} + tl.arange(0, {self.width}, {columns})[None, :]")
-        if self.emitter.resident is not None:
+        if self.traced.resident is not None:
             body.line("mbarrier.wait(arrived, number & 1)")
             body.line("resident = out.load(layout)")
 
@@ -274,7 +279,7 @@ class OverlappedWriter(MatmulWriter):
             super()._store(target, value, index)
             return
         made = dtypes.to_storage(made, value.dtype, emitter.block)
-        if emitter.resident is None:
+        if self.traced.resident is None:
             emitter.block.line("tma.store_wait(0)")  # the last tile has left the buffer
         emitter.block.line(f"out.store({made})")
         emitter.block.line("fence_async_shared()")
@@ -297,7 +302,7 @@ class OverlappedWriter(MatmulWriter):
     def _constants(self, programs: Dim) -> str:
         tile = self.overlapped
         values = {"ROWS": tile.rows, "COLS": tile.columns, "DEPTH": tile.depth,
-                  "STAGES": tile.stages, "GROUP": tile.group, "PROGRAMS": programs}  # fmt: skip
+                  "STAGES": self.stages, "GROUP": tile.group, "PROGRAMS": programs}  # fmt: skip
         lines = [f"{name} = tl.constexpr({value})" for name, value in values.items()]
         return "\n".join(lines)
 

@@ -1,0 +1,109 @@
+"""What large products of 16-bit floats cost: generated ones, and the library's.
+
+Both compute tiles of results, as many at a time as there are multiprocessors. A wave of tiles takes
+the time of its multiplications at the rate of a full device, and some time that does not depend on
+K; the last wave takes as long as the others however few tiles it has. That and the start explain
+the times of 12 products of ViT-B/16, BERT-base and Llama-3-8B on an H200 (N and K from 768 to 28672
+and 14336, M from 2048 to 12608) within 9 % (`benchmarks/gpu_products.py`), so that no rule is made
+for one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from accel.backends.loops.trace import COSTLY
+from accel.backends.triton.overlapped import OverlappedTile
+from accel.ir.module import Op
+
+_SMS = 132  # of the device that was measured: rates are those of all together
+BANDWIDTH = 4.3e12  # bytes/s of a kernel that reads and writes
+LAUNCH = 1.5e-6  # seconds from one kernel of a CUDA graph to the next
+
+
+@dataclass(frozen=True)
+class Rates:
+    """One way to compute products.
+
+    Attributes:
+        flops: FLOP/s of a device that is full, in the middle of a long sum.
+        start: seconds before the first multiplication and after the last.
+        wave: seconds that a wave of tiles takes besides its multiplications.
+        tiles: shapes of tiles, each with the share of `flops` that it reaches.
+    """
+
+    flops: float
+    start: float
+    wave: float
+    tiles: tuple[tuple[int, int, float], ...]
+
+
+# cuBLAS chooses among many shapes; these are those that show in its times.
+_LIBRARY = Rates(840e12, 2e-6, 2e-6, (
+    (128, 256, 1.0), (128, 192, 0.97), (128, 128, 0.9), (64, 256, 0.9)))  # fmt: skip
+_OVERLAPPED = Rates(820e12, 3e-6, 1e-6, ())
+_SHARES = ((128, 128, 1.0), (64, 128, 0.85))  # of _OVERLAPPED, by tile
+# Seconds that a group of four warps takes for one element: for every op, and for a costly one.
+_STORE, _CHEAP, _COSTLY = 4e-11, 1e-11, 1.5e-10
+
+
+def library_seconds(rows: int, columns: int, depth: int, sms: int) -> float:
+    """cuBLAS's time for [rows, depth] x [depth, columns]."""
+    return min(
+        _LIBRARY.start + _waves(rows, columns, height, width, sms)
+        * (_LIBRARY.wave + _multiplication(_LIBRARY.flops * share, height, width, depth))
+        for height, width, share in _LIBRARY.tiles
+    )  # fmt: skip
+
+
+def overlapped_seconds(
+    rows: int, columns: int, depth: int, tile: OverlappedTile, rest: Sequence[Op], sms: int
+) -> float:
+    """The time of an overlapped kernel; `columns` are the weight's rows, of both halves.
+
+    Two groups of warps take turns: while one multiplies, the other has its epilogue (`rest`). What
+    takes longer than a multiplication is not hidden.
+    """
+    share = next((s for h, w, s in _SHARES if (h, w) == (tile.rows, tile.columns)), _SHARES[-1][2])
+    multiply = _multiplication(_OVERLAPPED.flops * share, tile.rows, tile.columns, depth)
+    costs = [_COSTLY if op.name in COSTLY else _CHEAP for op in rest]
+    finish = (_STORE + sum(costs)) * tile.rows * tile.columns
+    each = _OVERLAPPED.wave + max(multiply, (multiply + finish) / 2)
+    waves = _waves(rows, columns, tile.rows, tile.columns, sms)
+    return _OVERLAPPED.start + waves * each + finish
+
+
+def choose_overlapped(
+    rows: int, columns: int, depth: int, rest: Sequence[Op], sms: int
+) -> OverlappedTile:
+    """The tile that takes the least time."""
+    group = 16 if rows <= 16 * 128 else 8  # x stays in the second-level cache if there is room
+    tiles = [OverlappedTile(128, 128, 64, 5, group), OverlappedTile(64, 128, 64, 6, group)]
+    return min(tiles, key=lambda t: overlapped_seconds(rows, columns, depth, t, rest, sms))
+
+
+def rest_seconds(rows: int, columns: int, halves: int, width: int, rest: Sequence[Op]) -> float:
+    """What an epilogue costs in a kernel of its own: a launch, a read of the product, a write.
+
+    A lone addition costs a write: the next norm would read both of its operands anyway.
+    """
+    if not rest:
+        return 0.0
+    result = rows * columns // halves * width
+    if all(op.name == "add" for op in rest):
+        return result / BANDWIDTH
+    return LAUNCH + (rows * columns * width + result) / BANDWIDTH
+
+
+def fills(rows: int, columns: int, tile: OverlappedTile, sms: int) -> bool:
+    """Whether there is a tile for every multiprocessor."""
+    return -(-rows // tile.rows) * -(-columns // tile.columns) >= sms
+
+
+def _waves(rows: int, columns: int, height: int, width: int, sms: int) -> int:
+    return -(-(-(-rows // height) * -(-columns // width)) // sms)
+
+
+def _multiplication(flops: float, height: int, width: int, depth: int) -> float:
+    return 2 * height * width * depth / (flops / _SMS)
