@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from accel.cli.timing import interleaved_medians, relative_error
-from benchmarks import docs_coverage, docs_table, op_db
+from benchmarks import docs_coverage, docs_gpu, docs_table, gpu, op_db
 from benchmarks.compile_time import build
 from benchmarks.cpu import measure_row, summary
 from benchmarks.models import CASES, EfficientNetLite0
@@ -96,3 +98,32 @@ def test_the_op_sweep_tells_wrong_from_right() -> None:
     assert op_db.judge(torch.linalg.svdvals, ((x[None],), {}), False)[0] == "right, torch"
     assert op_db.difference(x, x + 1e-3, random=False) and not op_db.difference(x, x + 1, True)
     assert not op_db.as_precise(x + 0.1, x, 0, lambda t: t, ((x,), {}))
+
+
+def gpu_rows(workload: str, **milliseconds: float) -> list[gpu.Row]:
+    return [gpu.Row(workload, s.replace("_", "-"), ms, 2 * ms, 1e-3) for s, ms in
+            milliseconds.items()]  # fmt: skip
+
+
+def test_rows_of_a_later_run_take_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    facts = {"gpu": "G", "packages": {"torch": "2"}}
+    old = gpu.merged(path, facts, gpu_rows("bert_b1", eager=4, accel=2))
+    old += gpu.merged(path, facts, gpu_rows("vit_b1", eager=4, accel=3))
+    path.write_text(json.dumps({"machine": facts, "rows": old}))
+    made = gpu.merged(path, facts, gpu_rows("vit_b1", eager=6, inductor_reduce_overhead=5, accel=2))
+    assert [r["workload"] for r in made] == ["bert_b1"] * 2 + ["vit_b1"] * 3
+    assert gpu.ratios(made) == {"bert_b1": (2.0, 1.0), "vit_b1": (2.5, 2.5)}
+    assert len(gpu.merged(path, {**facts, "gpu": "H"}, gpu_rows("vit_b1", accel=2))) == 1
+    page = "\n".join(docs_gpu.gpu_lines({"machine": facts, "rows": made}))
+    assert "| bert_b1 | 4.000 |  | 2.000 | 2.00 |" in page
+    assert "| geometric mean |  |  |  | 2.24 |" in page
+
+
+def test_gradients_are_compared_as_one_vector() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    call = lambda x: model(x).sum()  # noqa: E731
+    loss, vector = gpu.gradients(call, model, {"x": torch.tensor([[3.0, 4.0]])})
+    assert vector.tolist() == [3.0, 4.0] and loss.dim() == 0 and model.weight.grad is None
+    work = gpu.Workload(model, {}, trains=True)
+    assert gpu.errors(work, [vector * 1.1], [vector]) == pytest.approx(0.1)
