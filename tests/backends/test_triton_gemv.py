@@ -114,6 +114,10 @@ CASES: dict[str, Case] = {
         [f32(2, 2048), typed(torch.int4, 5, 2048), f32(5, 2)],
         lambda b, x, q, s: b.linear(x, b.dequantize(q, s, axis=1, group=1024)),
     ),
+    "float8 a channel": (
+        [typed(BF16, 2, 96), typed(torch.float8_e4m3fn, 9, 96), typed(BF16, 9, 1)],
+        lambda b, x, q, s: b.linear(x, b.dequantize(q, s, axis=1)),
+    ),
     "a scale for all": (
         [f32(1, 64), typed(torch.int8, 8, 64), f32()],
         lambda b, x, q, s: b.linear(x, b.dequantize(q, s)),

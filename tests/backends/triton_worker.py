@@ -123,7 +123,9 @@ def _prepare() -> None:
 
 
 def _brain(data: Any, source: str, target: str) -> Any:
-    """Between float32 and bfloat16 (as uint16); None for other types."""
+    """Between float32 and bfloat16 (as uint16), and from float8; None for other types."""
+    if (source, target) == ("fp8e4nv", "fp16"):
+        return torch.from_numpy(data.copy()).view(torch.float8_e4m3fn).half().numpy()
     if (source, target) == ("fp32", "bf16"):
         return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
     if (source, target) == ("bf16", "fp32"):

@@ -11,7 +11,7 @@ import torch
 
 from accel.backends.loops import trace
 from accel.backends.loops.phases import REDUCTIONS
-from accel.backends.triton import anchors, dependent, dtypes, matmul, scalar
+from accel.backends.triton import anchors, dependent, dtypes, float8, matmul, scalar
 from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot
 from accel.backends.triton.toolchain import Binary, capability, compile_source, version
 from accel.errors import BackendError
@@ -205,6 +205,10 @@ class TritonBackend:
         if tile is None:
             tile = anchors.choose(kernel, self.sms, capability(self.arch))
         code = make(name, region, print_op(kernel), self.sms, tile)
+        for launch in code.launches:
+            launch.source = float8.resolved(
+                launch.source, capability(self.arch), gluon=launch.gluon
+            )
         if capability(self.arch) >= dependent.FIRST_CAPABILITY:
             constants = {Slot("input", i).name for i in constant_operands(kernel)}
             arguments = {Slot("input", i) for i, v in enumerate(kernel.operands) if v.op is None}

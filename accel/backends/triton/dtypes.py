@@ -1,15 +1,16 @@
 """How each torch dtype is stored, and what scalars of it are computed in, in Triton.
 
 As for CPUs: small floats compute in float32 and are rounded where they are stored or cast; bool is
-a byte in memory and an int1 in registers. float8 and sub-byte integers are converted by arithmetic
-on their bits, which is exact, means the same on every architecture, and rounds and overflows as
-torch does.
+a byte in memory and an int1 in registers. Conversions to float8, and those of sub-byte integers,
+are arithmetic on their bits, which is exact, means the same on every architecture, and rounds and
+overflows as torch does.
 """
 
 from __future__ import annotations
 
 import torch
 
+from accel.backends.triton import float8
 from accel.backends.triton.text import Block, Expr, element_type, number, solid
 from accel.ir.types import SUB_BYTE_BITS
 
@@ -89,18 +90,9 @@ def from_storage(loaded: Expr, dtype: torch.dtype, block: Block) -> Expr:
         half = f"({byte}.to(tl.uint16) << 8).to(tl.float16, bitcast=True)"
         return Expr(f"{half}.to(tl.float32)", "float32", loaded.dims)
     if dtype == torch.float8_e4m3fn:
-        return _from_e4m3(loaded, block)
+        byte = block.let(str(loaded), "uint8", loaded.dims, "byte")
+        return Expr(f"{float8.NAME}({byte})", "float32", loaded.dims)
     return Expr(loaded.text, compute(dtype), loaded.dims)
-
-
-def _from_e4m3(loaded: Expr, block: Block) -> Expr:
-    """The 7 low bits, moved to float32's exponent, are the value divided by 2^120."""
-    dims = loaded.dims
-    byte = block.let(f"{loaded}.to(tl.int32)", "int32", dims, "byte")
-    low = block.let(f"{byte} & 0x7F", "int32", dims, "low")
-    scaled = f"({low} << 20).to(tl.float32, bitcast=True) * {2.0**120!r}"
-    size = block.let(f'tl.where({low} == 0x7F, float("nan"), {scaled})', "float32", dims, "size")
-    return Expr(f"tl.where({byte} >= 0x80, -{size}, {size})", "float32", dims)
 
 
 def to_storage(value: Expr, dtype: torch.dtype, block: Block) -> Expr:

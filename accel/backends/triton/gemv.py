@@ -137,17 +137,34 @@ def _expanded(op: Op, found: dict[Op, Packed]) -> Value:
     rows, depth, columns = product(x.shape[:-1]), x.shape[-1], weight.shape[0]
     x, scales = _without_scales(b, x)
     codes = packed(weight)
-    elements = b.widen(weight) if codes is None else b.cast(codes.codes, dtype=torch.float32)
+    factor = None
+    if codes is not None:
+        elements = b.cast(codes.codes, dtype=torch.float32)
+    else:
+        elements, factor = _without_factor(b, weight)
     left = b.reshape(b.cast_to(x, elements.dtype), shape=(rows, 1, depth))
     right = b.reshape(elements, shape=(1, columns, depth))
     total = b.sum(b.mul(left, right), axes=(2,))
     if codes is not None and total.op is not None:
         found[total.op] = codes
+    if factor is not None:
+        total = b.mul(total, b.cast_to(b.reshape(factor, shape=(1, columns)), total.dtype))
     for scale in scales:
         total = b.mul(total, b.cast_to(b.reshape(scale, shape=(rows, 1)), total.dtype))
     if bias is not None:
         total = b.add(total, b.widen(bias))
     return b.cast_to(b.reshape_to(total, op.result.shape), op.result.dtype)
+
+
+def _without_factor(b: Builder, weight: Value) -> tuple[Value, Value | None]:
+    """A weight [N, K] to multiply with, and what each of its rows has in common."""
+    op = weight.op
+    if op is None or op.name != "dequantize" or weight.dtype == torch.float64:
+        return b.widen(weight), None
+    codes, scale, zero = op.arguments()
+    if zero is not None or scale.shape != (*weight.shape[:-1], 1) or weight.type.rank != 2:
+        return b.widen(weight), None
+    return b.cast(codes, dtype=torch.float32), scale
 
 
 def _without_scales(b: Builder, value: Value) -> tuple[Value, list[Value]]:

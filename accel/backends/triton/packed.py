@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from accel.backends.loops.index import Affine
 from accel.backends.loops.phases import Reduce
 from accel.backends.triton import dtypes
@@ -64,7 +66,7 @@ def packed(weight: Value) -> Packed | None:
     bits = SUB_BYTE_BITS.get(codes.dtype, 8 * codes.dtype.itemsize)
     if any(v is not None and v.op is not None for v in (codes, scale, zero)):
         return None
-    if codes.dtype.is_floating_point or bits not in (4, 8):
+    if codes.dtype.is_floating_point or bits not in (4, 8) or weight.dtype == torch.float64:
         return None
     axis, rows, depth = op.attribute("axis"), *weight.shape
     if axis not in (1, -1) or not isinstance(depth, int) or not isinstance(rows, int):
