@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Workload:
 
     @property
     def capacity(self) -> int:
-        return self.context + (NEW if self.kind == "text" else 64)
+        return self.context + (NEW if self.kind == "text" else 128)
 
 
 ROWS = {
@@ -74,6 +75,7 @@ class Row:
 
     `milliseconds` of a step, a prompt or a text of 128 + 256 tokens. `error` of the logits is
     relative to the largest one, against eager float32 (None where that takes too long).
+    `host_microseconds`: what a call costs the host, which does not wait for its end.
     """
 
     workload: str
@@ -81,6 +83,7 @@ class Row:
     milliseconds: float
     compile_seconds: float
     error: float | None
+    host_microseconds: float | None = None
 
 
 def build(shape: str) -> Any:
@@ -205,7 +208,7 @@ class Transformers:
 def systems() -> dict[str, Callable[[Any, Workload], Any]]:
     made: dict[str, Callable[[Any, Workload], Any]] = {"transformers": Transformers}
     for name, mode in INDUCTOR.items():
-        made[name] = lambda model, work, mode=mode: Static(model, work, mode)
+        made[name] = partial(Static, mode=mode)
     made["accel"] = Accel
     return made
 
@@ -227,6 +230,18 @@ def time_calls(call: Callable[[], Any], kind: str) -> float:
         torch.cuda.synchronize()
         clock = 1e3 * (time.perf_counter() - start)
         times.append((clock if kind == "text" else first.elapsed_time(last)) / calls)
+    return statistics.median(times)
+
+
+def host_time(call: Callable[[], Any]) -> float:
+    """Median microseconds until a call returns, the device idle before."""
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - start))
+    torch.cuda.synchronize()
     return statistics.median(times)
 
 
@@ -261,9 +276,10 @@ def measure(name: str, model: Any, chosen: list[str]) -> list[Row]:
         error = None if exact is None else _error(got, exact)
         if error is not None and error > LEAST_ERROR * allowed:
             raise RuntimeError(f"{system} on {name} is off by {error}, eager by {allowed}")
-        rows.append(Row(name, system, time_calls(call, work.kind), seconds, error))
+        host = host_time(call) if work.kind == "decode" else None
+        rows.append(Row(name, system, time_calls(call, work.kind), seconds, error, host))
         print(f"{name:14} {system:26} {rows[-1].milliseconds:9.3f} ms  ready {seconds:6.1f} s  "
-              f"error {error}", flush=True)  # fmt: skip
+              f"error {error}  host {host} us", flush=True)  # fmt: skip
         del made, got, call
         gc.collect()
         torch.cuda.empty_cache()
@@ -296,9 +312,14 @@ def main() -> None:
         if peers and "accel" in own:
             print(f"{name:14} best peer {min(peers):.3f} ms, ratio {min(peers) / own['accel']:.3f}",
                   flush=True)  # fmt: skip
+        write(rows, Path(chosen.out))
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """What was measured so far."""
     facts = {**machine(), "gpu": torch.cuda.get_device_name()}
     result = {"machine": facts, "rows": [asdict(r) for r in rows]}
-    Path(chosen.out).write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Layer(nn.Module):
     """One block; `keys` and `values` are its caches [B, G, capacity, D]."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, block: Any, config: Any, batch: int, capacity: int) -> None:
         super().__init__()
         own, mlp = block.self_attn, block.mlp
@@ -68,6 +71,10 @@ class Layer(nn.Module):
 
 class StaticLlama(nn.Module):
     """ids [B, n] at positions [n] -> logits [B, 1, V] of the last; n > 1 only from position 0."""
+
+    cos: Tensor
+    sin: Tensor
+    causal: Tensor
 
     def __init__(self, model: Any, batch: int, capacity: int) -> None:
         super().__init__()
