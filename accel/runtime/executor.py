@@ -25,32 +25,26 @@ import traceback
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from operator import length_hint
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accel.errors import AccelError, ExecutionError, InputError, OutOfMemoryError
+from accel.errors import InputError, OutOfMemoryError
 from accel.runtime.analysis import analyze
 from accel.runtime.binding import Binding, Sizes
+from accel.runtime.bound import NO_MEMORY, Around, Bound
 from accel.runtime.cuda_graph import GraphLimit, GraphRunner
 from accel.runtime.interfaces import HostCode, Libraries
 from accel.runtime.kept_graph import MOST_SIZES, KeptGraphRunner
-from accel.runtime.plan import FunctionPlan, Step
+from accel.runtime.plan import FunctionPlan
 from accel.runtime.prepare import PreparedCalls, WeightSource, prepare
-from accel.runtime.runs import Run
-from accel.runtime.sequence import merge
 from accel.runtime.signature import Signature
-from accel.runtime.steps import Parts, StepBuilder, describe
+from accel.runtime.steps import Parts
 
 _CPU = torch.device("cpu")
 _MAX_LANES = 8  # arenas kept for concurrent calls
 _MAX_BOUND = 32  # sets of sizes that a lane keeps closures for
-Around = Callable[[int], AbstractContextManager[object]]
-_NO_MEMORY = (torch.OutOfMemoryError, OutOfMemoryError, MemoryError)
-_CPU_IS_FULL = "can't allocate memory"  # a RuntimeError of torch's without a type of its own
 _ALIVE: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
 
 
@@ -99,7 +93,7 @@ class CompiledFunction:
         """
         try:
             return self._call(inputs)
-        except _NO_MEMORY as error:
+        except NO_MEMORY as error:
             return self._call_with_less(inputs, error)
 
     def _call(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -113,7 +107,7 @@ class CompiledFunction:
             if bound is None or not bound.accepts(inputs):
                 bound = self._bind(lane, inputs)
             return bound.run(inputs)
-        except _NO_MEMORY:
+        except NO_MEMORY:
             lane.clear()
             raise
         finally:
@@ -140,7 +134,7 @@ class CompiledFunction:
         if not self.plan.donates:
             try:
                 return self._call(inputs)
-            except _NO_MEMORY as again:
+            except NO_MEMORY as again:
                 traceback.clear_frames(again.__traceback__)
                 error = again
                 release_memory(self.device)
@@ -216,7 +210,7 @@ class CompiledFunction:
             return KeptGraphRunner(steps, self.device, check, keep=self.keep, **options)
         return GraphRunner(steps, self.device, check, **options)
 
-    def _bind(self, lane: _Lane, inputs: Sequence[Tensor]) -> _Bound:
+    def _bind(self, lane: _Lane, inputs: Sequence[Tensor]) -> Bound:
         """The slow path: full checks, then closures for these sizes."""
         symbols = self.signature.bind(inputs)
         self._check_gradients(inputs)
@@ -272,8 +266,8 @@ class _Lane:
         self.function = function
         self.pool: Any = None  # memory that the lane's CUDA graphs share
         self.arena = torch.empty(0, dtype=torch.uint8)
-        self.bound: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()
-        self.current: _Bound | None = None
+        self.bound: OrderedDict[tuple[int, ...], Bound] = OrderedDict()
+        self.current: Bound | None = None
         self.limit = GraphLimit() if function.keep is None else GraphLimit(MOST_SIZES)
 
     def clear(self) -> None:
@@ -288,13 +282,13 @@ class _Lane:
 
     def add(
         self, key: tuple[int, ...], parts: Parts, binding: Binding, inputs: Sequence[Tensor]
-    ) -> _Bound:
+    ) -> Bound:
         device = self.function.device
         if binding.placement.total > self.arena.numel() or self.arena.device != device:
             self.bound.clear()  # they point into the old arena
             self.current = None
             self.arena = torch.empty(binding.placement.total, dtype=torch.uint8, device=device)
-        bound = self.bound[key] = _Bound(parts, binding, self.arena, inputs)
+        bound = self.bound[key] = Bound(parts, binding, self.arena, inputs)
         if device.type == "cuda":
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
@@ -302,153 +296,3 @@ class _Lane:
         if len(self.bound) > _MAX_BOUND:
             self.bound.popitem(last=False)
         return bound
-
-
-class _Bound:
-    """A function for one set of sizes and one arena."""
-
-    def __init__(
-        self, parts: Parts, binding: Binding, arena: Tensor, inputs: Sequence[Tensor]
-    ) -> None:
-        builder = StepBuilder(parts, binding, arena)
-        built = builder.build()
-        self._runs: list[Run] = [run for run, _ in built]
-        self._steps: list[Step | None] = [step for _, step in built]
-        merged = merge(built, builder.parts_of)
-        self._merged: list[Run] = [run for run, _ in merged]
-        self._merged_steps: list[Step | None] = [step for _, step in merged]
-        self._keep = (builder.keep, builder.static)
-        self._parts, self._binding = parts, binding
-        self._device, self._on_cpu = arena.device, arena.is_cpu
-        self.graph: GraphRunner | None = None
-        plan, slots = parts.plan, parts.slots
-        order = sorted(range(len(slots)), key=lambda value: slots[value])
-        self._template = [builder.static[v] for v in order[len(plan.inputs) :]]
-        self._expected = [(parts.dtypes[v], binding.shapes[v]) for v in plan.inputs]
-        self._raw, self._dense = _inputs_of_kernels(parts)
-        self._donated = list(parts.analysis.donated.values())
-        self._results = [slots[v] for v in plan.outputs]
-        self._copies = _results_to_copy(parts)
-        self._checked = False
-
-    def accepts(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether a call has exactly these dtypes and sizes. False sends it to the slow path."""
-        if len(inputs) != len(self._expected):
-            return False
-        grad = torch.is_grad_enabled()
-        for tensor, (dtype, shape) in zip(inputs, self._expected):
-            try:
-                if (
-                    tensor.dtype is not dtype
-                    or tensor.shape != shape
-                    or tensor.is_cpu is not self._on_cpu
-                    or not (self._on_cpu or tensor.device == self._device)
-                    or tensor.layout is not torch.strided
-                    or (grad and tensor.requires_grad)
-                ):
-                    return False
-            except AttributeError:  # no tensor: the slow path says so
-                return False
-        return True
-
-    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        run = self.graph or self.run_steps
-        if torch.is_autocast_enabled(self._device.type):  # the plan says every dtype
-            with torch.autocast(self._device.type, enabled=False):
-                return run(inputs)
-        return run(inputs)
-
-    def run_steps(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        values: list[Any] = [*inputs, *self._template]
-        if self._raw or self._donated:
-            self._make_plain(values)
-        steps = self._merged_steps if self._checked else self._steps
-        runs = iter(self._merged if self._checked else self._runs)
-        try:
-            if self._checked:
-                for run in runs:
-                    run(values)
-            else:
-                for run, step in zip(runs, self._steps):
-                    run(values)
-                    self._check(step, values)
-                self._checked = True
-        except (AccelError, *_NO_MEMORY):
-            raise
-        except Exception as error:
-            step = steps[len(steps) - length_hint(runs) - 1]
-            kind = OutOfMemoryError if _CPU_IS_FULL in str(error) else ExecutionError
-            raise kind(
-                f"{type(error).__name__}: {error}", where=describe(step) if step else ""
-            ) from error
-        results = [values[slot] for slot in self._results]
-        for i in self._copies:
-            results[i] = results[i].clone()
-        return results
-
-    def run_within(self, inputs: Sequence[Tensor], around: Around) -> list[Tensor]:
-        """`run_steps` with something around each step."""
-        values: list[Any] = [*inputs, *self._template]
-        self._make_plain(values)
-        numbers = {id(step): number for number, step in enumerate(self._parts.plan.steps)}
-        for run, step in zip(self._runs, self._steps):
-            with around(numbers[id(step)]) if step is not None else nullcontext():
-                run(values)
-        return [values[slot] for slot in self._results]
-
-    def _make_plain(self, values: list[Any]) -> None:
-        """Kernels read memory: lazily negated, conjugated and strided tensors are written out."""
-        for i in self._raw:
-            tensor = values[i]
-            if tensor.is_neg() or tensor.is_conj():
-                values[i] = tensor.resolve_neg().resolve_conj()
-        for i in self._dense:
-            if not values[i].is_contiguous():
-                values[i] = values[i].contiguous()
-        if self._donated:
-            count = len(self._expected)
-            starts = [values[i].untyped_storage().data_ptr() for i in range(count)]
-            for i in self._donated:
-                if starts.count(starts[i]) > 1:  # another argument shares this memory
-                    values[i] = values[i].clone(memory_format=torch.contiguous_format)
-
-    def _check(self, step: Step | None, values: list[Any]) -> None:
-        """In the first call: libraries and operators return what the plan declares."""
-        for value in step.outputs if step is not None else ():
-            tensor = values[self._parts.slots[value]]
-            shape, dtype = self._binding.shapes[value], self._parts.dtypes[value]
-            if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.shape != shape:
-                got = (
-                    f"{tensor.dtype} {list(tensor.shape)}"
-                    if isinstance(tensor, Tensor)
-                    else type(tensor).__name__
-                )
-                raise ExecutionError(
-                    f"returned {got} where {dtype} {list(shape)} is declared",
-                    where=describe(step) if step else "",
-                )
-
-
-def _inputs_of_kernels(parts: Parts) -> tuple[list[int], list[int]]:
-    """Arguments whose memory kernels read, and those that they read directly (or take over)."""
-    position = {v: i for i, v in enumerate(parts.plan.inputs)}
-    raw: set[int] = set()
-    dense = set(parts.analysis.donated.values())
-    for step in parts.plan.steps:
-        if step.kind == "kernel":
-            dense |= {position[v] for v in step.inputs if v in position}
-            roots = {r for v in step.inputs for r in parts.analysis.roots[v]}
-            raw |= {position[r] for r in roots if r in position}
-    return sorted(raw | dense), sorted(dense)
-
-
-def _results_to_copy(parts: Parts) -> list[int]:
-    """Results that share memory with a weight or with an earlier result."""
-    taken: set[int] = set()
-    copies = []
-    for i, value in enumerate(parts.plan.outputs):
-        roots = set(parts.analysis.roots[value])
-        if roots & taken or any(parts.plan.values[r].kind == "weight" for r in roots):
-            copies.append(i)
-        taken |= roots
-    return copies

@@ -1,0 +1,179 @@
+"""A compiled function for one set of sizes and one arena: closures, one a step.
+
+`Bound.accepts` compares a call's tensors with what was bound; `run` executes the closures, as a
+CUDA graph where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from operator import length_hint
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.errors import AccelError, ExecutionError, OutOfMemoryError
+from accel.runtime.binding import Binding
+from accel.runtime.cuda_graph import GraphRunner
+from accel.runtime.plan import Step
+from accel.runtime.runs import Run
+from accel.runtime.sequence import merge
+from accel.runtime.steps import Parts, StepBuilder, describe
+
+# Called with each step's number; the step runs inside of what it returns.
+Around = Callable[[int], AbstractContextManager[object]]
+
+NO_MEMORY = (torch.OutOfMemoryError, OutOfMemoryError, MemoryError)
+_CPU_IS_FULL = "can't allocate memory"  # a RuntimeError of torch's without a type of its own
+
+
+class Bound:
+    """A function for one set of sizes and one arena."""
+
+    def __init__(
+        self, parts: Parts, binding: Binding, arena: Tensor, inputs: Sequence[Tensor]
+    ) -> None:
+        builder = StepBuilder(parts, binding, arena)
+        built = builder.build()
+        self._runs: list[Run] = [run for run, _ in built]
+        self._steps: list[Step | None] = [step for _, step in built]
+        merged = merge(built, builder.parts_of)
+        self._merged: list[Run] = [run for run, _ in merged]
+        self._merged_steps: list[Step | None] = [step for _, step in merged]
+        self._keep = (builder.keep, builder.static)
+        self._parts, self._binding = parts, binding
+        self._device, self._on_cpu = arena.device, arena.is_cpu
+        self.graph: GraphRunner | None = None
+        plan, slots = parts.plan, parts.slots
+        order = sorted(range(len(slots)), key=lambda value: slots[value])
+        self._template = [builder.static[v] for v in order[len(plan.inputs) :]]
+        self._expected = [(parts.dtypes[v], binding.shapes[v]) for v in plan.inputs]
+        self._raw, self._dense = _inputs_of_kernels(parts)
+        self._donated = list(parts.analysis.donated.values())
+        self._results = [slots[v] for v in plan.outputs]
+        self._copies = _results_to_copy(parts)
+        self._checked = False
+
+    def accepts(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether a call has exactly these dtypes and sizes. False sends it to the slow path."""
+        if len(inputs) != len(self._expected):
+            return False
+        grad = torch.is_grad_enabled()
+        for tensor, (dtype, shape) in zip(inputs, self._expected):
+            try:
+                if (
+                    tensor.dtype is not dtype
+                    or tensor.shape != shape
+                    or tensor.is_cpu is not self._on_cpu
+                    or not (self._on_cpu or tensor.device == self._device)
+                    or tensor.layout is not torch.strided
+                    or (grad and tensor.requires_grad)
+                ):
+                    return False
+            except AttributeError:  # no tensor: the slow path says so
+                return False
+        return True
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        run = self.graph or self.run_steps
+        if torch.is_autocast_enabled(self._device.type):  # the plan says every dtype
+            with torch.autocast(self._device.type, enabled=False):
+                return run(inputs)
+        return run(inputs)
+
+    def run_steps(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        values: list[Any] = [*inputs, *self._template]
+        if self._raw or self._donated:
+            self._make_plain(values)
+        steps = self._merged_steps if self._checked else self._steps
+        runs = iter(self._merged if self._checked else self._runs)
+        try:
+            if self._checked:
+                for run in runs:
+                    run(values)
+            else:
+                for run, step in zip(runs, self._steps):
+                    run(values)
+                    self._check(step, values)
+                self._checked = True
+        except (AccelError, *NO_MEMORY):
+            raise
+        except Exception as error:
+            step = steps[len(steps) - length_hint(runs) - 1]
+            kind = OutOfMemoryError if _CPU_IS_FULL in str(error) else ExecutionError
+            raise kind(
+                f"{type(error).__name__}: {error}", where=describe(step) if step else ""
+            ) from error
+        results = [values[slot] for slot in self._results]
+        for i in self._copies:
+            results[i] = results[i].clone()
+        return results
+
+    def run_within(self, inputs: Sequence[Tensor], around: Around) -> list[Tensor]:
+        """`run_steps` with something around each step."""
+        values: list[Any] = [*inputs, *self._template]
+        self._make_plain(values)
+        numbers = {id(step): number for number, step in enumerate(self._parts.plan.steps)}
+        for run, step in zip(self._runs, self._steps):
+            with around(numbers[id(step)]) if step is not None else nullcontext():
+                run(values)
+        return [values[slot] for slot in self._results]
+
+    def _make_plain(self, values: list[Any]) -> None:
+        """Kernels read memory: lazily negated, conjugated and strided tensors are written out."""
+        for i in self._raw:
+            tensor = values[i]
+            if tensor.is_neg() or tensor.is_conj():
+                values[i] = tensor.resolve_neg().resolve_conj()
+        for i in self._dense:
+            if not values[i].is_contiguous():
+                values[i] = values[i].contiguous()
+        if self._donated:
+            count = len(self._expected)
+            starts = [values[i].untyped_storage().data_ptr() for i in range(count)]
+            for i in self._donated:
+                if starts.count(starts[i]) > 1:  # another argument shares this memory
+                    values[i] = values[i].clone(memory_format=torch.contiguous_format)
+
+    def _check(self, step: Step | None, values: list[Any]) -> None:
+        """In the first call: libraries and operators return what the plan declares."""
+        for value in step.outputs if step is not None else ():
+            tensor = values[self._parts.slots[value]]
+            shape, dtype = self._binding.shapes[value], self._parts.dtypes[value]
+            if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.shape != shape:
+                got = (
+                    f"{tensor.dtype} {list(tensor.shape)}"
+                    if isinstance(tensor, Tensor)
+                    else type(tensor).__name__
+                )
+                raise ExecutionError(
+                    f"returned {got} where {dtype} {list(shape)} is declared",
+                    where=describe(step) if step else "",
+                )
+
+
+def _inputs_of_kernels(parts: Parts) -> tuple[list[int], list[int]]:
+    """Arguments whose memory kernels read, and those that they read directly (or take over)."""
+    position = {v: i for i, v in enumerate(parts.plan.inputs)}
+    raw: set[int] = set()
+    dense = set(parts.analysis.donated.values())
+    for step in parts.plan.steps:
+        if step.kind == "kernel":
+            dense |= {position[v] for v in step.inputs if v in position}
+            roots = {r for v in step.inputs for r in parts.analysis.roots[v]}
+            raw |= {position[r] for r in roots if r in position}
+    return sorted(raw | dense), sorted(dense)
+
+
+def _results_to_copy(parts: Parts) -> list[int]:
+    """Results that share memory with a weight or with an earlier result."""
+    taken: set[int] = set()
+    copies = []
+    for i, value in enumerate(parts.plan.outputs):
+        roots = set(parts.analysis.roots[value])
+        if roots & taken or any(parts.plan.values[r].kind == "weight" for r in roots):
+            copies.append(i)
+        taken |= roots
+    return copies
