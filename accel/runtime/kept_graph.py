@@ -31,6 +31,7 @@ from accel.runtime.cuda_graph import (
     GraphRunner,
     dense_copy,
     is_aligned,
+    leave_recording,
     share,
 )
 
@@ -161,6 +162,7 @@ class KeptGraphRunner(GraphRunner):
                 results = self._steps(read)
         except (RuntimeError, ExecutionError) as error:
             self._record = False
+            leave_recording(self._device, self._pool)
             if isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError)):
                 _log.warning("'%s': no memory for another recording", self._name)
                 self.reason = "no memory for a recording"
