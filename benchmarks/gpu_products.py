@@ -4,6 +4,7 @@
 
 A figure is the median time of a CUDA graph's replay divided by the calls in it; every call of a
 graph has a weight (or an input) of its own, so that nothing is found in the second-level cache.
+A weight of codes (int8, int4, fp8) stands beside cuBLAS with the same weight in 16 bits.
 cuBLAS is `F.linear`; where a case has a norm or an epilogue, its row for cuBLAS names what else is
 in the graph: kernels that PyTorch has for them. Every kernel's result is compared with float64
 first. `--sweep` times other tiles than the chosen one.
@@ -29,145 +30,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from accel.backends.triton import TritonBackend, gemv, matmul
+from accel.backends.triton import TritonBackend, gemv, matmul, skinny
 from accel.backends.triton.overlapped import OverlappedTile
 from accel.compiler.gpu import kernel_binary
-from accel.ir import Builder, Op, TensorType, definition
-from accel.ir.module import Region, Value
 from accel.runtime.cuda import CudaLibrary
 from accel.runtime.cuda_code import pack
 from benchmarks.measure import RESULTS, machine
+from benchmarks.product_cases import CASES, Case
 
 ROTATED_BYTES, MOST_COPIES, REPLAYS = 400e6, 24, 15
 MOST_SHARED = 227 << 10
-EPS = 1e-5
+_SMS = 132
 
 
-@dataclass(frozen=True)
-class Case:
-    """One linear: `rows` of x, a weight [columns, depth], and what is around it.
-
-    `before`: "" or "norm"; `after`: "", "gelu", "residual" or "gate" (silu(half) * half).
-    """
-
-    name: str
-    rows: int
-    columns: int
-    depth: int
-    before: str = ""
-    after: str = ""
-    bias: bool = False
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def kind(self) -> str:
-        return "gemv" if self.rows <= gemv.MOST_ROWS else "matmul"
-
-    @property
-    def results(self) -> int:
-        return self.columns // 2 if self.after == "gate" else self.columns
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.columns * self.depth * self.dtype.itemsize
-
-    def types(self) -> list[TensorType]:
-        shapes: list[tuple[int, ...]] = [(self.rows, self.depth), (self.columns, self.depth)]
-        shapes += [(self.depth,)] if self.before else []
-        shapes += [(self.columns,)] if self.bias else []
-        shapes += [(self.rows, self.columns)] if self.after == "residual" else []
-        return [TensorType(s, self.dtype) for s in shapes]
-
-    def inputs(self, seed: int) -> list[Tensor]:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        return [
-            torch.randn(t.shape, generator=generator, device="cuda", dtype=self.dtype)
-            for t in self.types()
-        ]
-
-    def build(self, b: Any, x: Value, w: Value, *rest: Value) -> Value:
-        left = list(rest)
-        if self.before:
-            x = b.rms_norm(x, left.pop(0), eps=EPS, cast_before_weight=True)
-        y = b.linear(x, w, left.pop(0) if self.bias else None)
-        if self.after == "gelu":
-            return b.gelu(y)
-        if self.after == "residual":
-            return b.add(y, left.pop(0))
-        if self.after == "gate":
-            half = self.columns // 2
-            gate = b.slice(y, axis=1, start=0, stop=half)
-            return b.mul(b.silu(gate), b.slice(y, axis=1, start=half, stop=2 * half))
-        return y
-
-    def torch(self, x: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
-        left = list(rest)
-        if self.before:
-            x = F.rms_norm(x, (self.depth,), left.pop(0), EPS)
-        y = F.linear(x, w, left.pop(0) if self.bias else None)
-        if self.after == "gelu":
-            return F.gelu(y)
-        if self.after == "residual":
-            return y + left.pop(0)
-        if self.after == "gate":
-            return F.silu(y[:, : self.columns // 2]) * y[:, self.columns // 2 :]
-        return y
-
-
-def _decode(name: str, hidden: int, inner: int, qkv: int, vocabulary: int) -> list[Case]:
-    return [
-        Case(f"{name}_qkv", 1, qkv, hidden, before="norm"),
-        Case(f"{name}_o", 1, hidden, hidden, after="residual"),
-        Case(f"{name}_gate_up", 1, 2 * inner, hidden, before="norm", after="gate"),
-        Case(f"{name}_down", 1, hidden, inner, after="residual"),
-        Case(f"{name}_head", 1, vocabulary, hidden, before="norm"),
-    ]
-
-
-def _prefill(name: str, rows: int, hidden: int, inner: int, qkv: int) -> list[Case]:
-    return [
-        Case(f"{name}_qkv", rows, qkv, hidden),
-        Case(f"{name}_o", rows, hidden, hidden, after="residual"),
-        Case(f"{name}_gate_up", rows, 2 * inner, hidden, after="gate"),
-        Case(f"{name}_down", rows, hidden, inner, after="residual"),
-    ]
-
-
-def _encoder(name: str, rows: int) -> list[Case]:
-    half = torch.float16
-    return [
-        Case(f"{name}_qkv", rows, 2304, 768, bias=True, dtype=half),
-        Case(f"{name}_o", rows, 768, 768, after="residual", bias=True, dtype=half),
-        Case(f"{name}_up", rows, 3072, 768, after="gelu", bias=True, dtype=half),
-        Case(f"{name}_down", rows, 768, 3072, after="residual", bias=True, dtype=half),
-    ]
-
-
-CASES = {
-    case.name: case
-    for case in (
-        *_decode("1b", 2048, 8192, 3072, 128256),
-        *_decode("8b", 4096, 14336, 6144, 128256),
-        *_encoder("bert_b1", 128),
-        *_encoder("bert_b32", 4096),
-        *_encoder("vit_b1", 197),
-        *_encoder("vit_b64", 12608),
-        *_prefill("8b_2048", 2048, 4096, 14336, 6144),
-    )
-}
-
-Tile = gemv.GemvTile | matmul.Tile
+Tile = gemv.GemvTile | skinny.Tile | matmul.Tile
 
 
 def tiles(case: Case) -> list[Tile]:
     """Tiles to try in a sweep."""
     if case.kind == "gemv":
-        spans = [(512, 2), (512, 4), (1024, 4), (2048, 4), (2048, 8), (4096, 8), (1024, 2)]
-        return [
-            gemv.GemvTile(rows, span, warps, stages)
-            for rows, (span, warps), stages in product((1, 2, 4, 8), spans, (1, 3))
-            if rows * span <= 8192 and span <= case.depth
-        ]
+        return list(gemv.candidates(case.kernel(), _SMS))
+    if case.kind == "skinny":
+        return list(skinny.candidates(case.kernel(), _SMS))
     if case.rows < 1024:
         sizes = [(16, 32, 2), (16, 64, 4), (32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4),
                  (64, 128, 4), (128, 64, 4), (128, 32, 4)]  # fmt: skip
@@ -186,21 +70,13 @@ def tiles(case: Case) -> list[Tile]:
     ]  # fmt: skip
 
 
-def kernel_of(case: Case) -> Op:
-    region = Region(case.types())
-    made = case.build(Builder(region), *region.args)
-    Builder(region).op("yield", [made])
-    outer = Region(case.types())
-    attributes = {"backend": "triton", "kind": case.kind}
-    return Op(definition("kernel"), outer.args, attributes, [made.type], regions=[region])
-
-
 @dataclass
 class Compiled:
     case: str
     tile: Tile | None  # None is the one that the compiler chooses
     symbol: str
     reads: list[int]
+    scratch: list[int]  # bytes of each buffer; all are zeros at first
     code: bytes
     source: str
 
@@ -210,7 +86,7 @@ def compile_one(job: tuple[str, Tile | None, str]) -> Compiled | str:
     name, tile, arch = job
     backend = TritonBackend(arch, tile=tile)
     try:
-        compiled = backend.compile([kernel_of(CASES[name])])
+        compiled = backend.compile([CASES[name].kernel()])
     except Exception as error:
         return f"{name} {tile}: {str(error).splitlines()[0]}"
     (launch,) = compiled.launches[compiled.names[0]]
@@ -218,16 +94,18 @@ def compile_one(job: tuple[str, Tile | None, str]) -> Compiled | str:
         return f"{name} {tile}: {launch.binary.shared} bytes of shared memory"
     code = pack(arch, {launch.name: kernel_binary(launch)})
     reads = [slot.number for slot in launch.reads]
-    return Compiled(name, tile, launch.name, reads, code, launch.code.source)
+    scratch = [int(size) for size in compiled.scratch[compiled.names[0]]]
+    return Compiled(name, tile, launch.name, reads, scratch, code, launch.code.source)
 
 
 def launcher(made: Compiled) -> Callable[[Sequence[Tensor], Tensor], Callable[[], None]]:
     library = CudaLibrary(made.code, torch.device("cuda", 0))
     function = library.function(made.symbol)
+    scratch = [torch.zeros(size, dtype=torch.uint8, device="cuda") for size in made.scratch]
 
     def bind(inputs: Sequence[Tensor], out: Tensor) -> Callable[[], None]:
-        words = [inputs[i].data_ptr() for i in made.reads] + [out.data_ptr()]
-        array = (ctypes.c_int64 * len(words))(*words)
+        tensors = [*(inputs[i] for i in made.reads), out, *scratch]
+        array = (ctypes.c_int64 * len(tensors))(*(t.data_ptr() for t in tensors))
         return lambda: function(ctypes.addressof(array))
 
     return bind
@@ -263,11 +141,13 @@ def measure(case: Case, versions: Sequence[Compiled]) -> dict[str, Any]:
     copies = max(2, min(MOST_COPIES, int(ROTATED_BYTES / per_call) + 1))
     sets = [case.inputs(seed) for seed in range(copies)]
     with torch.no_grad():
-        exact = case.torch(*(t.double() for t in sets[0]))
+        dense = [[t.to(case.dtype) for t in case.dense(s)] for s in sets] if case.codes else sets
+        exact = case.torch(*(t.double() for t in case.dense(sets[0])))
         row: dict[str, Any] = {"case": case.name, "kind": case.kind, "bytes": case.weight_bytes,
                                "flops": 2 * case.rows * case.columns * case.depth}  # fmt: skip
-        row["linear"] = graph_time([partial(F.linear, *s[:2]) for s in sets])
-        row["linear_and_rest"] = graph_time([partial(case.torch, *s) for s in sets])
+        row["linear"] = graph_time([partial(F.linear, *d[:2]) for d in dense])
+        row["linear_and_rest"] = graph_time([partial(case.torch, *d) for d in dense])
+        del dense
     timed: list[tuple[float, str]] = []
     for made in versions:
         bind = launcher(made)
@@ -289,7 +169,7 @@ def measure(case: Case, versions: Sequence[Compiled]) -> dict[str, Any]:
 
 def show(row: dict[str, Any]) -> None:
     def speed(time: float) -> str:
-        if row["kind"] == "gemv":
+        if row["kind"] != "matmul":
             return f"{time:8.2f} us {row['bytes'] / time / 1e6:5.2f} TB/s"
         return f"{time:8.2f} us {row['flops'] / time / 1e6:5.0f} TFLOP/s"
 
