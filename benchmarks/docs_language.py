@@ -12,6 +12,7 @@ def equality_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
     """Which models' greedy texts are those of transformers."""
     rows = data["rows"]
     equal = sum(row["equal"] for row in rows.values())
+    tokens = next(iter(rows.values()))["tokens"]
     lines = []
     for name, row in rows.items():
         difference = ""
@@ -23,10 +24,9 @@ def equality_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
     return [
         "## Greedy text beside `transformers.generate`",
         "",
-        f"{equal} of {len(rows)} models: {next(iter(rows.values()))['tokens']} new tokens, float32,",
-        "each captured as a plain forward without a cache. Where texts differ: the first place, and",
-        "how far apart the plain forward's two best logits are there. `different tokens`: of how",
-        "many a text consists.",
+        f"{equal} of {len(rows)} models: {tokens} new tokens, float32, each captured as a plain",
+        "forward without a cache. Where texts differ: the first place, and how far apart the plain",
+        "forward's two best logits are there. `different tokens`: of how many a text consists.",
         "",
         *markdown(["model", "text", "difference", "different tokens", "state"], lines),
         "",
@@ -59,6 +59,35 @@ def cache_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
         "",
         f"Perplexity on {data['windows']} windows of {data['window']} tokens of CPython's own",
         "`pydoc_data.topics`; scales and zero points are counted.",
+        "",
+        *markdown(head, lines),
+        "",
+    ]
+
+
+def gqa_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
+    """Fewer key/value heads: error before and after healing."""
+    trained = f"{data['full_heads']}, as trained"
+    lines = [[trained, "", "1.000", "", f"{data['perplexity']:.3f}", ""]]
+    for row in data["rows"]:
+        how = f"{row['method']}, {row['clustered']} of {row['attentions']} clustered"
+        lines.append(
+            [
+                str(row["heads"]),
+                how if row["method"] == "best" else row["method"],
+                f"{row['cache_share']:.3f}",
+                f"{row['error']:.3f}",
+                f"{row['perplexity']:.3f}",
+                f"{row['healed_perplexity']:.3f}",
+            ]
+        )
+    head = ["key/value heads", "method", "KV bytes", "error of logits", "perplexity", "healed"]
+    return [
+        "## Fewer key/value heads",
+        "",
+        f"A model over bytes, trained for {data['train_steps']} steps on CPython's own",
+        "`pydoc_data.topics`, converted by `convert_gqa`, then distilled from the original for",
+        f"{data['heal_steps']} steps. Perplexity a byte, on text that no training saw.",
         "",
         *markdown(head, lines),
         "",

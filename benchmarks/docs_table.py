@@ -21,7 +21,7 @@ from benchmarks.docs_gpu import gpu_lines
 from benchmarks.docs_gpu_attention import attention_lines
 from benchmarks.docs_gpu_decode import decode_lines
 from benchmarks.docs_gpu_products import product_lines
-from benchmarks.docs_language import cache_lines, equality_lines
+from benchmarks.docs_language import cache_lines, equality_lines, gqa_lines
 from benchmarks.measure import ROOT, TITLES, geometric_mean, load_results
 
 README = ROOT / "README.md"
@@ -99,6 +99,7 @@ def render() -> str:
         ("compression_decode", decode_section),
         ("generation_equality", equality_section),
         ("kv_cache", cache_section),
+        ("gqa", gqa_section),
     )
     parts = [HEAD]
     for name, section in sections:
@@ -114,6 +115,10 @@ def equality_section(data: dict[str, Any]) -> str:
 
 def cache_section(data: dict[str, Any]) -> str:
     return "\n".join(cache_lines(data, markdown))
+
+
+def gqa_section(data: dict[str, Any]) -> str:
+    return "\n".join(gqa_lines(data, markdown))
 
 
 def gpu_section(data: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ def interpret(
     *,
     oracle: bool = False,
     observe: Observer | None = None,
+    grad: bool = False,
 ) -> list[Tensor]:
     """Runs `function`; returns its results. No input is written.
 
@@ -41,6 +42,7 @@ def interpret(
             floating dtype for a floating one; int8 or uint8 for sub-byte dtypes).
         weights: where `accel.constant` reads.
         observe: called with each op and its result tensors, in order.
+        grad: records what gradients of weights and inputs need.
 
     A value lives until its last use. Raises InterpretError where inputs do not fit, an op cannot be
     evaluated, or makes something else than its type says.
@@ -56,7 +58,7 @@ def interpret(
         if given != wanted and not widened:
             raise InterpretError(f"{_argument(function, i)} is {given}, declared {arg.type}")
     machine = _Machine(weights if weights is not None else WeightStore(), symbols, oracle, observe)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         return machine.run(function.body, [machine.widen(t) for t in inputs])
 
 

@@ -43,6 +43,7 @@ PYTHON_ONLY = {
     "constant": "the weight store is read",
     "kernel": "its region is run",
     "call": "its region is run",
+    "scan": "its region is run",
     "aten": "its attributes name the overload",
     "return": "a terminator",
     "yield": "a terminator",
