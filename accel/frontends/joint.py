@@ -30,9 +30,9 @@ def rewrite_joint(joint: fx.GraphModule) -> None:
     """All rewrites, in place. Graphs without their patterns stay as they are."""
     changed = _drop_detaches(joint.graph) + _slice_splits(joint.graph)
     changed += _permute_transposes(joint.graph)
-    changed += fuse_cross_entropy(joint.graph)
     if any(_on_gpu(node) for node in joint.graph.nodes if node.op == "placeholder"):
         changed += pad_products(joint.graph)
+    changed += fuse_cross_entropy(joint.graph)
     if changed:
         joint.graph.eliminate_dead_code()
         joint.graph.lint()
@@ -192,13 +192,15 @@ class _CrossEntropy:
         soft: fx.Node | None,
     ) -> None:
         self.graph, self.node, self.loss, self.results, self.soft = graph, node, loss, results, soft
+        self.padded = _padded_source(node.args[0])
+        self.forward = True
 
     def run(self) -> None:
         logits = self.node.args[0]
         target, reduction, ignore = self.loss.args[1], self.loss.args[3], self.loss.args[4]
         w = _Writer(self.graph, self.loss, self.loss)
         assert isinstance(logits, fx.Node)
-        wide = w(_aten._to_copy.default, logits, dtype=torch.float32)
+        wide = self._wide(w, float("-inf"))
         top = w(_aten.amax.default, wide, [1], True)
         powers = w(_aten.exp.default, w(_aten.sub.Tensor, wide, top))
         logs = w(_aten.log.default, w(_aten.sum.dim_IntList, powers, [1], True))
@@ -234,7 +236,8 @@ class _CrossEntropy:
         assert soft is not None
         nll = soft.args[0]
         assert isinstance(nll, fx.Node)
-        logits, grad, reduction = self.node.args[0], nll.args[0], self.loss.args[3]
+        grad, reduction = nll.args[0], self.loss.args[3]
+        self.forward = False
         w = _Writer(self.graph, soft, soft)
         factor = w(_aten._to_copy.default, grad, dtype=torch.float32)
         if reduction == _MEAN:
@@ -244,17 +247,76 @@ class _CrossEntropy:
         else:
             factor = w(_aten.expand.default, factor, _value(total).shape)  # type: ignore[union-attr]
         factor = w(_aten.where.self, valid, factor, w(_aten.full_like.default, factor, 0.0))
-        wide = w(_aten._to_copy.default, logits, dtype=torch.float32)
+        wide = self._wide(w, float("-inf"))
         chance = w(_aten.exp.default, w(_aten.sub.Tensor, wide, total))
-        value = _value(logits)
-        assert value is not None
-        line = w(_aten.arange.default, value.shape[1], device=value.device)
-        here = w(_aten.eq.Tensor, w(_aten.unsqueeze.default, line, 0), safe)
+        here = w(_aten.eq.Tensor, self._line(w), safe)
         less = w(_aten.sub.Tensor, chance, w(_aten.full_like.default, chance, 1.0))
         made = w(_aten.mul.Tensor, w(_aten.where.self, here, less, chance), factor)
         wanted = _value(soft)
         assert wanted is not None
-        soft.replace_all_uses_with(w(_aten._to_copy.default, made, dtype=wanted.dtype))
+        made = w(_aten._to_copy.default, made, dtype=wanted.dtype)
+        if self.padded is not None:
+            whole, classes = made, wanted.shape[1]
+            made = w(_aten.slice.Tensor, whole, 1, 0, classes)
+            soft.replace_all_uses_with(made)
+            _drop_pads(made, whole)
+        else:
+            soft.replace_all_uses_with(made)
+
+    def _line(self, w: _Writer) -> fx.Node:
+        """The numbers of the classes [1, C]."""
+        value = _value(self.padded or self.node.args[0])
+        assert value is not None
+        # Each half counts for itself: one range for both would be kept from one to the other.
+        counts = (value.shape[1],) if self.forward else (0, value.shape[1])
+        made = _aten.arange.default if self.forward else _aten.arange.start
+        line = w(made, *counts, device=value.device)
+        return w(_aten.unsqueeze.default, line, 0)
+
+    def _wide(self, w: _Writer, rest: float) -> fx.Node:
+        """The logits in float32; `rest` where a padded product has no classes."""
+        if self.padded is None:
+            return w(_aten._to_copy.default, self.node.args[0], dtype=torch.float32)
+        wide = w(_aten._to_copy.default, self.padded, dtype=torch.float32)
+        value = _value(self.node.args[0])
+        assert value is not None
+        inside = w(_aten.lt.Scalar, self._line(w), value.shape[1])
+        return w(_aten.where.self, inside, wide, w(_aten.full_like.default, wide, rest))
+
+
+def _padded_source(logits: Any) -> fx.Node | None:
+    """The product [N, W] with columns of padding of which the logits [N, C] are a view, if so.
+
+    Reading it whole keeps loads and stores whole vectors.
+    """
+    wanted = _value(logits)
+    node = logits
+    while isinstance(node, fx.Node) and node.target in (_aten.view.default, _aten.reshape.default):
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.target is not _aten.slice.Tensor or wanted is None:
+        return None
+    source, value = _value(node.args[0]), _value(node)
+    whole = node.args[1:3] == (1, 0) and value is not None and value.shape == wanted.shape
+    if not whole or source is None or source.dim() != 2 or source.shape[0] != wanted.shape[0]:
+        return None
+    found = node.args[0]
+    return found if isinstance(found, fx.Node) else None
+
+
+def _drop_pads(part: fx.Node, whole: fx.Node) -> None:
+    """Pads of `part`, through views of it, that give `whole` back, whose padding is zeros."""
+    wanted, size = _value(part), _value(whole)
+    pending = [part]
+    while pending:
+        node = pending.pop()
+        for user in list(node.users):
+            if user.target in (_aten.view.default, _aten.reshape.default):
+                pending.append(user)
+            elif user.target is _aten.constant_pad_nd.default:
+                value, source = _value(user), _value(node)
+                same = source is not None and wanted is not None and source.shape == wanted.shape
+                if same and value is not None and size is not None and value.shape == size.shape:
+                    user.replace_all_uses_with(whole)
 
 
 # -- products ----------------------------------------------------------------------------------

@@ -140,10 +140,12 @@ class _Planner:
         kernel of its own would cost more."""
         if not op.operands:
             return not op.has(Trait.CONSTANT) and self._is_read_in_kernels(op)
-        if not op.has(Trait.ELEMENTWISE) or len(op.operands) != 1:
+        if not op.has(Trait.ELEMENTWISE):
             return False
         source = op.operands[0].op
-        return (source is None or source.has(Trait.CONSTANT)) and all(
+        small = len(op.operands) == 1 and (source is None or source.has(Trait.CONSTANT))
+        counted = all(_is_counted(value) for value in op.operands)
+        return (small or counted) and all(
             self._is_larger(user, op.result) for user in op.result.users
         )
 
@@ -388,6 +390,16 @@ def _reads_elsewhere(reader: Group, source: Group) -> bool:
     row_local = Trait.ELEMENTWISE | Trait.REDUCTION
     indexed = (op for op in reader.ops if not op.has(row_local))
     return any(v in made for op in indexed for v in op.operands)
+
+
+def _is_counted(value: Value) -> bool:
+    """Whether a value is a number, or a range of numbers, through views: nothing is read."""
+    op = value.op
+    if op is None or op.name == "constant":
+        return False
+    if op.has(Trait.VIEW):
+        return _is_counted(op.operands[0])
+    return not op.operands and op.has(Trait.PURE)
 
 
 def _is_scalar_constant(value: Value) -> bool:
