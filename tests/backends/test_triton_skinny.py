@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from accel.backends.triton import TritonBackend
+from accel.backends.triton import TritonBackend, anchors
 from accel.backends.triton.skinny import SkinnyTile, Tile, choose
 from accel.backends.triton.streamed import StreamedTile
 from accel.ir import WeightStore, interpret
+from accel.ir.module import Value
 from accel.ir.storage import pack_sub_byte
 from accel.ir.types import SUB_BYTE_BITS
 from tests.backends.kernels import function_of, kernel_of
@@ -119,6 +121,23 @@ def test_random_regions(worker: Worker, seed: int) -> None:
 def test_few_results_share_their_sums() -> None:
     assert choose(8, 4096, 14336, 1, 132).split > 1
     assert choose(8, 28672, 4096, 2, 132).split == 1
+
+
+def test_kinds_by_rows_and_weight() -> None:
+    def kind(rows: int, dtype: torch.dtype, coded: bool = False) -> str:
+        def build(b: Any, x: Value, w: Value, s: Value) -> Value:
+            return b.linear(x, b.dequantize(w, s, axis=1) if coded else w)
+
+        stored = typed(torch.int8 if coded else dtype, 8, 64)
+        function = function_of([typed(dtype, rows, 64), stored, typed(dtype, 8, 1)], build)
+        (op,) = (o for o in function.ops if o.name == "linear")
+        return anchors.product_kind(op)
+
+    assert [kind(rows, BF16) for rows in (1, 2, 3, 64, 65)] == [
+        "gemv", "gemv", "skinny", "skinny", "matmul"
+    ]  # fmt: skip
+    assert [kind(rows, torch.float32) for rows in (1, 4)] == ["gemv", "gemv"]
+    assert [kind(rows, BF16, coded=True) for rows in (4, 5)] == ["gemv", "skinny"]
 
 
 def test_refusals_say_why() -> None:

@@ -116,9 +116,13 @@ def product_kind(op: Op) -> str:
     """The kind of kernel that multiplies a linear's rows fastest, whatever is around it.
 
     Each row of a gemv's x costs multiplications on slow units; tensor cores take 16 rows at once.
+    But a gemv decodes a weight at far less cost.
     """
     on_tensor_cores = skinny.reason(op) is None
-    if gemv.reason(op) is None and (product(op.result.shape[:-1]) in (1, 2) or not on_tensor_cores):
+    weight = op.operands[1].op
+    plain = weight is None or weight.name == "constant"
+    most = 2 if on_tensor_cores and plain else gemv.MOST_ROWS
+    if gemv.reason(op) is None and int(product(op.result.shape[:-1])) <= most:
         return "gemv"
     return "skinny" if on_tensor_cores else "matmul"
 
