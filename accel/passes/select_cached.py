@@ -131,8 +131,7 @@ class SelectCached(Pass):
                 duplicate=sorted(views, key=order.__getitem__),
                 inline=is_full,
             )
-            function.body.insert_before(kernel, group[-1])
-            order[kernel] = order[group[-1]]
+            _insert_early(kernel, group[-1], function, order)
             finish_outline(kernel, group)
 
 
@@ -164,6 +163,15 @@ def _updates_of(
 def _is_early(user: Op, op: Op, order: dict[Op, int]) -> bool:
     """Whether an op comes before the kernel around `op` would."""
     return user is not op and not user.has(Trait.TERMINATOR) and order[user] < order[op]
+
+
+def _insert_early(kernel: Op, latest: Op, function: Function, order: dict[Op, int]) -> None:
+    """Inserts it as soon as its operands are there: what it reads need not live for longer."""
+    made = [v.op for v in kernel.operands if v.op is not None]
+    last = max(made, key=order.__getitem__, default=None)
+    place = latest if last is None or last.next is None else last.next
+    function.body.insert_before(kernel, place)
+    order[kernel] = order[place]
 
 
 def _alike(one: Op, other: Op, order: dict[Op, int]) -> bool:
