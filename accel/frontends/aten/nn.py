@@ -195,7 +195,9 @@ def batch_norm_functional(
 ) -> Any:  # fmt: skip
     if not training:
         return NotImplemented
-    return batch_norm_training(c, x, weight, bias, mean, variance, momentum, eps)
+    y, *rows = batch_norm_training(c, x, weight, bias, mean, variance, momentum, eps)
+    # A GPU saves statistics of 16-bit floats in float32.
+    return [y, *(c.b.cast_to(row, t.dtype) for row, t in zip(rows, results_of(c.call)[1:]))]
 
 
 @lower("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
