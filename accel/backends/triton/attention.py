@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from accel.backends.loops.phases import Planner
-from accel.backends.triton import attention_overlapped
+from accel.backends.triton import head_tiles
 from accel.backends.triton.attention_loop import AttentionWriter, plan
 from accel.backends.triton.attention_overlapped import OverlappedAttention
 from accel.backends.triton.attention_tiles import (
@@ -54,10 +54,10 @@ def choose(kernel: Op, sms: int, capability: int) -> Tile:
     region = kernel.regions[0]
     op = next(op for op in region.ops if op.name == "attention")
     tile = choose_overlapped(op) if capability == _OVERLAPPED_CAPABILITY else None
-    if tile is None or attention_overlapped.reason(op) is not None:
+    if tile is None or head_tiles.reason(op) is not None:
         return choose_loop(op)
     made = plan(Planner(region))
-    return tile if attention_overlapped.operands_reason(made, tile) is None else choose_loop(op)
+    return tile if head_tiles.operands_reason(made, tile) is None else choose_loop(op)
 
 
 def library_reason(op: Op, capability: int) -> str | None:
@@ -65,7 +65,7 @@ def library_reason(op: Op, capability: int) -> str | None:
     tile = choose_overlapped(op) if capability == _OVERLAPPED_CAPABILITY else None
     batch, keys = op.operands[0].shape[0], op.operands[1].shape[2]
     whole = batch == 1 or (isinstance(keys, int) and tile is not None and keys % tile.columns == 0)
-    overlapped = whole and tile is not None and attention_overlapped.reason(op) is None
+    overlapped = whole and tile is not None and head_tiles.reason(op) is None
     return library_is_faster(op, overlapped)
 
 

@@ -19,69 +19,26 @@ from collections.abc import Sequence
 
 import torch
 
-from accel.backends.loops.index import Indexer
 from accel.backends.loops.phases import region_symbols
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import size_text
-from accel.backends.triton.attention_loop import AttentionWriter, Plan, over, padded
+from accel.backends.triton.attention_loop import AttentionWriter, Plan, over
 from accel.backends.triton.attention_tiles import OverlappedTile
 from accel.backends.triton.emitter import Scope
-from accel.backends.triton.head_tiles import Tiles, tiles_of
+from accel.backends.triton.head_tiles import Tiles, operands_of, reason
 from accel.backends.triton.maps import MapCode
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import parts_of
 from accel.errors import BackendError
-from accel.ir.module import Op, Region
+from accel.ir.module import Region
 from accel.ir.types import Dim, product
 
 _ROWS = 64  # of a group: what one wgmma takes
 _REGISTERS = {2: (240, 24), 3: (160, 32)}  # of a working thread, of the warp that brings
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _BARRIERS = ("query_ready", "query_free", "key_ready", "key_free", "value_ready", "value_free")
-
-
-def reason(op: Op) -> str | None:
-    """Why an attention has no such kernel, whatever its memory layout is; None if it has one."""
-    q, k, v, _ = op.arguments()
-    if q.dtype not in _NAMES:
-        return f"attention of {q.dtype} by wgmma"
-    if any(padded(int(x.shape[3])) != x.shape[3] or x.shape[3] < 64 for x in (q, v)):
-        return f"heads of size {q.shape[3]} and {v.shape[3]} by TMA"
-    causal, offset = bool(op.attribute("causal")), op.attribute("offset")
-    if causal and not (isinstance(offset, int) and offset >= 0):
-        return "queries before the first key"
-    if op.attribute("window") is not None:
-        sizes = (q.shape[2], k.shape[2])
-        square = sizes[0] == sizes[1] and offset == 0
-        fits = causal and (square or _fits(*sizes, offset))
-        return None if fits else "queries behind the last key"
-    return None
-
-
-def _fits(queries: Dim, keys: Dim, offset: int) -> bool:
-    return isinstance(queries, int) and isinstance(keys, int) and queries + offset <= keys
-
-
-def operands_reason(plan: Plan, tile: OverlappedTile) -> str | None:
-    """Why TMA does not bring these operands in these tiles; None if it does."""
-    return _operands(plan, plan.indexer, tile)[1]
-
-
-def _operands(plan: Plan, indexer: Indexer, tile: OverlappedTile) -> tuple[list[Tiles], str | None]:
-    q, k, v, _ = plan.op.arguments()
-    found = [
-        tiles_of(indexer, value, index, int(value.shape[3]))
-        for value, index in ((q, plan.query), (k, plan.key), (v, plan.value))
-    ]
-    made = [t for t in found if t is not None]
-    if len(made) < 3:
-        return made, "operands that are no matrices that TMA can copy"
-    if over(k.shape[2], tile.columns) and made[2].row.terms:
-        # Values beyond the end have the weight 0, but 0 times what is no number is none.
-        return made, "blocks of keys that overrun into the next batch"
-    return made, None
 
 
 class OverlappedAttention(AttentionWriter):
@@ -104,7 +61,7 @@ class OverlappedAttention(AttentionWriter):
         self.overlapped, self.sms = tile, sms
         self.barriers = (*_BARRIERS, "turn") if tile.turns else _BARRIERS
         self.symbols = list(region_symbols(region))
-        found, why = _operands(plan, emitter.indexer, tile)
+        found, why = operands_of(plan, emitter.indexer, tile)
         if why is not None:
             raise BackendError(f"no overlapped attention: {why}")
         self.tiles = found
@@ -121,7 +78,8 @@ class OverlappedAttention(AttentionWriter):
             programs = min(parts, self.sms) if isinstance(parts, int) else self.sms
         self.parts = f"range(tl.program_id(0), {size_text(parts)}, {size_text(programs)})"
         helpers = [self._constants(), place, self._bounds_function(), weigh,
-                   self._bring_function(), self._attend_function(loads)]  # fmt: skip
+                   self._bring_function(), self._step_function(loads),
+                   self._attend_function(loads)]  # fmt: skip
         reads = [t.value for t in self.tiles] + list(emitter.used)
         return Program(self._main(loads), helpers, {}, programs, 4, list(dict.fromkeys(reads)),
                        emitter.checks, tuple(maps), gluon=True)  # fmt: skip
@@ -294,17 +252,23 @@ class OverlappedAttention(AttentionWriter):
 
     # -- working ---------------------------------------------------------------------------
 
-    def _attend_function(self, loads: Sequence[str]) -> str:
-        """One group of warps; and `step`, one block of keys."""
-        dtype = f"tl.{dtypes.storage(self.v.dtype)}"
-        place, more = ", ".join(self.names), ", ".join((*self.names, *loads, *self.symbols))
+    def _state(self, loads: Sequence[str]) -> tuple[str, str, str]:
+        """Arguments of a step: the rings, what it changes, and where it is."""
         rings = "keys, values, " + ", ".join(self.barriers[2:])
-        state = "acc, weight, best, total"
-        cut = self.causal or over(self.keys, self.tile.columns) or self.window is not None
-        # Every block of keys is one turn, so that `taken` counts them.
-        turns = self.overlapped.turns
-        begin = ["mbarrier.wait(turn.index(which), taken & 1)"] if turns else []
-        end = ["mbarrier.arrive(turn.index((which + 1) % GROUPS), count=1)"] if turns else []
+        return rings, "acc, weight, best, total", ", ".join((*self.names, *loads, *self.symbols))
+
+    def _turns(self) -> tuple[list[str], list[str]]:
+        """A group waits for its turn at the tensor cores, and ends it. Every block of keys is one
+        turn, so that `taken` counts them."""
+        if not self.overlapped.turns:
+            return [], []
+        return (["mbarrier.wait(turn.index(which), taken & 1)"],
+                ["mbarrier.arrive(turn.index((which + 1) % GROUPS), count=1)"])  # fmt: skip
+
+    def _step_function(self, loads: Sequence[str]) -> str:
+        """One block of keys, while the last one's values are added."""
+        dtype = f"tl.{dtypes.storage(self.v.dtype)}"
+        (rings, state, more), (begin, end) = self._state(loads), self._turns()
         step = Block(self.top.block.names)
         step.lines = [
             "slot = taken % STAGES",
@@ -328,7 +292,11 @@ class OverlappedAttention(AttentionWriter):
         ]
         head = f"step(which: tl.constexpr, query, {rings}, {state}, taken, block, row, {more}, " \
                "CUT: tl.constexpr)"  # fmt: skip
-        text = self._function(head, step)
+        return self._function(head, step)
+
+    def _walks(self, loads: Sequence[str]) -> list[str]:
+        """The loops over all blocks but the last one."""
+        rings, state, more = self._state(loads)
 
         def walk(count: str, block: str, cut: bool) -> list[str]:
             return [
@@ -338,6 +306,18 @@ class OverlappedAttention(AttentionWriter):
                 "    taken += 1",
             ]
 
+        loop = walk("full - full_low", "full - 1 - i", False)
+        if self._cuts_more():
+            loop = walk("stop - 1 - full", "stop - 2 - i", True) + loop
+        if self.window is not None:
+            loop += walk("full_low - low", "full_low - 1 - i", True)
+        return loop
+
+    def _attend_function(self, loads: Sequence[str]) -> str:
+        """One group of warps."""
+        dtype, place = f"tl.{dtypes.storage(self.v.dtype)}", ", ".join(self.names)
+        (_, _, more), (begin, end) = self._state(loads), self._turns()
+        cut = self.causal or over(self.keys, self.tile.columns) or self.window is not None
         loop = [
             f"{place} = place({self._arguments('part')})",
             f"low, full_low, full, stop = bounds({self._arguments('first')})",
@@ -360,12 +340,8 @@ class OverlappedAttention(AttentionWriter):
             f"weight = tl.convert_layout(weight.to({dtype}), WEIGHTS)",
             "taken += 1",
         ]
-        if self._cuts_more():
-            loop += walk("stop - 1 - full", "stop - 2 - i", True)
-        loop += walk("full - full_low", "full - 1 - i", False)
-        if self.window is not None:
-            loop += walk("full_low - low", "full_low - 1 - i", True)
         loop += [
+            *self._walks(loads),
             "mbarrier.arrive(query_free.index(which), count=1)",
             "visit += 1",
             "last = (taken - 1) % STAGES",
@@ -381,7 +357,7 @@ class OverlappedAttention(AttentionWriter):
         inner.lines = loop
         body.nest(f"for part in {self.parts}:", inner)
         head = self._arguments("queries", "keys", "values", *self.barriers, self.target, *loads)
-        return f"{text}\n\n{self._function(f'attend(which: tl.constexpr, {head})', body)}"
+        return self._function(f"attend(which: tl.constexpr, {head})", body)
 
     def _cuts_more(self) -> bool:
         """Whether the diagonal may cut more than the last block of a part."""

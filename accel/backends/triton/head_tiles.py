@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from accel.backends.loops.index import Affine, Axis, Indexer, exact_quotient
 from accel.backends.loops.survey import Survey
 from accel.backends.loops.trace import Index
+from accel.backends.triton.attention_loop import Plan, over, padded
+from accel.backends.triton.attention_tiles import OverlappedTile
 from accel.backends.triton.maps import MULTIPLE
 from accel.backends.triton.operands import is_stored
-from accel.ir.module import Value
+from accel.ir.module import Op, Value
 from accel.ir.types import Dim
+
+DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -83,3 +89,50 @@ def _quotient(part: Affine, stride: int) -> Affine | None:
     ((atom, coefficient),) = part.terms
     whole = exact_quotient(coefficient, stride)
     return None if whole is None else Affine(0, ((atom, whole),))
+
+
+# -- which attentions have them -----------------------------------------------------------------
+
+
+def reason(op: Op) -> str | None:
+    """Why an attention has no such kernel, whatever its memory layout is; None if it has one."""
+    q, k, v, _ = op.arguments()
+    if q.dtype not in DTYPES:
+        return f"attention of {q.dtype} by wgmma"
+    if any(padded(int(x.shape[3])) != x.shape[3] or x.shape[3] < 64 for x in (q, v)):
+        return f"heads of size {q.shape[3]} and {v.shape[3]} by TMA"
+    causal, offset = bool(op.attribute("causal")), op.attribute("offset")
+    if causal and not (isinstance(offset, int) and offset >= 0):
+        return "queries before the first key"
+    if op.attribute("window") is not None:
+        sizes = (q.shape[2], k.shape[2])
+        square = sizes[0] == sizes[1] and offset == 0
+        fits = causal and (square or _fits(*sizes, offset))
+        return None if fits else "queries behind the last key"
+    return None
+
+
+def _fits(queries: Dim, keys: Dim, offset: int) -> bool:
+    return isinstance(queries, int) and isinstance(keys, int) and queries + offset <= keys
+
+
+def operands_reason(plan: Plan, tile: OverlappedTile) -> str | None:
+    """Why TMA does not bring these operands in these tiles; None if it does."""
+    return operands_of(plan, plan.indexer, tile)[1]
+
+
+def operands_of(
+    plan: Plan, indexer: Indexer, tile: OverlappedTile
+) -> tuple[list[Tiles], str | None]:
+    q, k, v, _ = plan.op.arguments()
+    found = [
+        tiles_of(indexer, value, index, int(value.shape[3]))
+        for value, index in ((q, plan.query), (k, plan.key), (v, plan.value))
+    ]
+    made = [t for t in found if t is not None]
+    if len(made) < 3:
+        return made, "operands that are no matrices that TMA can copy"
+    if over(k.shape[2], tile.columns) and made[2].row.terms:
+        # Values beyond the end have the weight 0, but 0 times what is no number is none.
+        return made, "blocks of keys that overrun into the next batch"
+    return made, None
