@@ -17,6 +17,7 @@ from typing import Any
 from accel.cli.passes import describe
 from accel.passes.registry import load_passes
 from benchmarks.docs_coverage import coverage_lines, op_db_lines
+from benchmarks.docs_generation import text_lines
 from benchmarks.docs_gpu import gpu_lines
 from benchmarks.docs_gpu_attention import attention_lines
 from benchmarks.docs_gpu_decode import decode_lines
@@ -99,6 +100,7 @@ def render() -> str:
         ("compression_decode", decode_section),
         ("generation_equality", equality_section),
         ("kv_cache", cache_section),
+        ("generation", text_section),
         ("gqa", gqa_section),
     )
     parts = [HEAD]
@@ -111,6 +113,10 @@ def render() -> str:
 
 def equality_section(data: dict[str, Any]) -> str:
     return "\n".join(equality_lines(data, markdown))
+
+
+def text_section(data: dict[str, Any]) -> str:
+    return "\n".join(text_lines(data, markdown))
 
 
 def cache_section(data: dict[str, Any]) -> str:
