@@ -51,11 +51,11 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        split = [
+        q, k, v = (
             part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
             for part in self.qkv(self.before(x)).chunk(3, -1)
-        ]
-        seen = F.scaled_dot_product_attention(*split, is_causal=True)
+        )
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         made: Tensor = x + self.down(F.gelu(self.up(self.middle(x))))
         return made

@@ -32,9 +32,11 @@ from benchmarks.measure import THREADS, load_results, machine, store_results
 METHODS: dict[str, str] = {
     "float32": "",
     "int8": "quantize_cache",
-    "int8-g32": "quantize_cache{group=32}",
+    "int8, not rotated": "quantize_cache{rotate=false}",
     "fp8": "quantize_cache{format=fp8}",
+    "fp8, not rotated": "quantize_cache{format=fp8,rotate=false}",
     "int4-g32": "quantize_cache{format=int4,group=32}",
+    "int4-g32, not rotated": "quantize_cache{format=int4,group=32,rotate=false}",
     "int4-g16": "quantize_cache{format=int4,group=16}",
 }
 

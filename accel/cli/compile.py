@@ -26,6 +26,9 @@ app = typer.Typer()
 Extend: TypeAlias = Annotated[
     int, typer.Option("--extend", help="With --generate: tokens at once, to speculate (N + 1).")
 ]
+KvCache: TypeAlias = Annotated[
+    str, typer.Option("--kv-cache", help="With --generate: int8, fp8, int4, or passes before it.")
+]
 Undo: TypeAlias = Annotated[
     bool, typer.Option("--undo", help="Take back a lossy pass that is past its bound.")
 ]
@@ -48,6 +51,7 @@ def compile(
         typer.Option("--generate", help="A language model: tokens of its key/value cache."),
     ] = 0,
     extend: Extend = 0,
+    kv_cache: KvCache = "",
     target: Annotated[str, typer.Option("--target", help="See accel targets.")] = "cpu",
     passes: Annotated[
         list[str] | None,
@@ -92,10 +96,11 @@ def compile(
         "fuel": fuel,
     }
     if generate:
-        sizes = {"capacity": generate, "extend": extend}
+        sizes = {"capacity": generate, "extend": extend, "cache": kv_cache}
         return _generator(model, path, sizes, target, options, as_json)
-    if extend:
-        raise OptionError("--extend has no effect without --generate")
+    if extend or kv_cache:
+        name = "--extend" if extend else "--kv-cache"
+        raise OptionError(f"{name} has no effect without --generate")
     with progress(f"loading {model}", as_json):
         example = load_example(model, inputs or [], seed)
     start = time.perf_counter()
@@ -115,7 +120,7 @@ def compile(
 def _generator(
     model: str,
     path: Path,
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
     target: str,
     options: dict[str, Any],
     as_json: bool,

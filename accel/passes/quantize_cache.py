@@ -20,10 +20,12 @@ Papers: 8 bits a token: Sheng et al., 2023 (FlexGen); 4 bits in groups with zero
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from accel.errors import OptionError
 from accel.ir.builder import Builder
@@ -48,6 +50,9 @@ class QuantizeCache(Pass):
         format: "int8" (around zero), "fp8" (float8_e4m3fn), or "int4" (with zero points, two codes
             a byte).
         group: elements of a head that share a scale; 0: the head (int4: 32).
+        rotate: multiply queries and keys by an orthogonal matrix first (Hadamard's), where heads
+            have 2^n elements: scores are the same, and no element of a key is much larger than
+            the others, which is what rounding suffers from (Ashkboos et al., 2024, QuaRot).
         bound: relative error of results to promise; 0: the format's own.
     """
 
@@ -56,6 +61,7 @@ class QuantizeCache(Pass):
 
     format: Literal["int8", "fp8", "int4"] = "int8"
     group: int = 0
+    rotate: bool = True
     bound: float = 0.0
 
     def __post_init__(self) -> None:
@@ -71,6 +77,8 @@ class QuantizeCache(Pass):
         for op in list(module.main.ops):
             if op.name != "attention" or not op.attribute("causal"):
                 continue
+            if self.rotate and not self._refuse(op.operands[1]):
+                self._rotate(op, module, context)
             for place in (1, 2):
                 value = op.operands[place]
                 reason = self._refuse(value)
@@ -81,6 +89,23 @@ class QuantizeCache(Pass):
                         done[value] = self._rounded(value, op)
                     op.set_operand(place, done[value])
         context.notes["rounded"] = len(done)
+
+    def _rotate(self, op: Op, module: Module, context: Context) -> None:
+        """Queries and keys in another basis, in which their products are what they were."""
+        q, k = op.operands[:2]
+        size = q.shape[3]
+        if not isinstance(size, int) or size & (size - 1):
+            context.miss("rotate", op, f"{size} elements of a head are no power of two")
+            return
+        if not context.rewrite("rotate", op):
+            return
+        name = f"hadamard.{size}.{str(q.dtype).removeprefix('torch.')}"
+        if name not in module.weights:
+            module.weights.add(name, _hadamard(size).to(q.dtype))
+        b = Builder(before=op, made_by=self.name)
+        matrix = b.constant(name, module.weights.type(name))
+        for place, value in enumerate((q, k)):
+            op.set_operand(place, b.matmul(value, matrix))
 
     def _width(self, value: Value) -> int:
         size = value.shape[3]
@@ -136,3 +161,11 @@ class QuantizeCache(Pass):
         step = b.mul(span, b.scalar(1 / _LIMITS[self.format], span.dtype))
         stored = b.cast(b.maximum(step, b.scalar(_SMALLEST, span.dtype)), dtype=torch.float16)
         return stored, b.cast_to(stored, span.dtype)
+
+
+def _hadamard(size: int) -> Tensor:
+    """Orthogonal and symmetric, [size, size], all elements of one magnitude."""
+    made = torch.ones(1, 1, dtype=torch.float64)
+    while made.shape[0] < size:
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    return made / math.sqrt(size)

@@ -52,6 +52,13 @@ def test_more_scales_are_closer():
     assert 0 < errors[1] < errors[0] < 0.01
 
 
+def test_rotation_changes_no_score():
+    """With 8 bits what is left is rounding, and the rotated keys are what the cache keeps."""
+    module = rounded("llama", "format=int8")
+    assert sum(op.name == "matmul" for op in module.functions["decode"].ops) == 4
+    assert check_decode(module, prompts=(4,), batches=(2,), steps=2) <= TOLERANCE
+
+
 def test_the_promise_is_checked():
     module = captured(tiny("llama"))
     with pytest.raises(ContractError, match="quantize_cache"):
@@ -61,7 +68,7 @@ def test_the_promise_is_checked():
 def test_keys_of_an_odd_size_are_a_near_miss():
     module = captured(tiny("llama"))
     ledger = run_pipeline(module, "quantize_cache{group=5}")
-    assert not ledger.rows[0].rewrites
+    assert not ledger.rows[0].rewrites  # not rotated either
     assert "no multiple of group = 5" in ledger.misses[0].reason
 
 
