@@ -76,6 +76,12 @@ class Bound:
                 return False
         return True
 
+    def drop(self) -> None:
+        """Ends the recording now: it hangs in a cycle with this object."""
+        if self.graph is not None:
+            self.graph.drop()
+            self.graph = None
+
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         run = self.graph or self.run_steps
         if torch.is_autocast_enabled(self._device.type):  # the plan says every dtype

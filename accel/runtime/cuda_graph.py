@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from accel.config import logger
 from accel.errors import ExecutionError, OutOfMemoryError
+from accel.runtime.memory import collection_paused
 
 _log = logger("runtime")
 _ALIGNMENT = 16
@@ -30,7 +32,27 @@ _ALIGNMENT = 16
 _MOST_GRAPHS = 16  # of one function and arena
 PATIENCE = 4  # times as many calls before a dropped recording is made again
 
-RECORDING = threading.Lock()  # one recording at a time in a process
+
+class _Recording:
+    """Around every recording: one at a time in a process, and no search for garbage cycles. Where
+    that finds an old graph, its end within a recording is the recording's as well."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = ExitStack()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._inside.enter_context(collection_paused())
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._inside.close()
+        finally:
+            self._lock.release()
+
+
+RECORDING = _Recording()
 
 Steps = Callable[[Sequence[Tensor]], list[Tensor]]
 

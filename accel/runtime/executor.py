@@ -273,9 +273,7 @@ class _Lane:
     def clear(self) -> None:
         """Gives the arena and the recordings back."""
         for bound in self.bound.values():
-            if bound.graph is not None:
-                bound.graph.drop()
-                bound.graph = None
+            bound.drop()
         self.bound.clear()
         self.current, self.pool = None, None
         self.arena = torch.empty(0, dtype=torch.uint8)
@@ -285,7 +283,7 @@ class _Lane:
     ) -> Bound:
         device = self.function.device
         if binding.placement.total > self.arena.numel() or self.arena.device != device:
-            self.bound.clear()  # they point into the old arena
+            self.clear()  # what is bound points into the old arena
             self.current = None
             self.arena = torch.empty(binding.placement.total, dtype=torch.uint8, device=device)
         bound = self.bound[key] = Bound(parts, binding, self.arena, inputs)
@@ -294,5 +292,6 @@ class _Lane:
                 self.pool = torch.cuda.graph_pool_handle()
             bound.graph = self.function.graph_runner(bound.run_steps, self.pool)
         if len(self.bound) > _MAX_BOUND:
-            self.bound.popitem(last=False)
+            _, oldest = self.bound.popitem(last=False)
+            oldest.drop()
         return bound
