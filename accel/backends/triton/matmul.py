@@ -29,6 +29,7 @@ from accel.backends.triton.overlapped import (
 from accel.backends.triton.product_costs import (
     BANDWIDTH,
     LAUNCH,
+    MARGIN,
     choose_overlapped,
     fills,
     library_seconds,
@@ -186,7 +187,7 @@ def _overlapped_pays(
     own = overlapped_seconds(rows, columns, depth, tile, rest, sms)
     apart = rest_seconds(rows, columns, halves, x.dtype.itemsize, rest)
     library = library_seconds(rows, columns, depth, sms) + apart
-    return fills(rows, columns, tile, sms) and own < library
+    return fills(rows, columns, tile, sms) and MARGIN * own < library
 
 
 def _loop_saves(
