@@ -199,11 +199,22 @@ def main() -> None:
     if problems:
         print(f"{len(problems)} tiles do not compile or fit: {problems[0]}...")
     good = [m for m in made if isinstance(m, Compiled)]
-    rows = [measure(CASES[n], [m for m in good if m.case == n]) for n in names]
-    for row in rows:
-        show(row)
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    for name in names:  # one that is wrong is no reason to lose the others
+        versions = [m for m in good if m.case == name]
+        if not any(m.tile is None for m in versions):
+            failures.append(f"{name} does not compile")
+            continue
+        try:
+            rows.append(measure(CASES[name], versions))
+            show(rows[-1])
+        except RuntimeError as error:
+            failures.append(str(error))
     facts = {**machine(), "gpu": torch.cuda.get_device_name()}
     Path(chosen.out).write_text(json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n")
+    if failures:
+        raise RuntimeError("\n".join(failures))
 
 
 if __name__ == "__main__":

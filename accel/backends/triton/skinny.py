@@ -35,6 +35,8 @@ Tile = SkinnyTile | StreamedTile
 MOST_ROWS = 64
 _DEPTH = 128  # of a step: 256 bytes of each row
 _MOST_RESIDENT = 3  # programs of a multiprocessor, in its shared memory
+_ENOUGH = 0.9  # programs a multiprocessor
+_MOST_SHARING, _MOST_STAGES = 8, 9
 
 
 def reason(op: Op) -> str | None:
@@ -70,31 +72,24 @@ def choose_streamed(
 ) -> StreamedTile | None:
     """The tile where TMA copies; None where a step is too long for K.
 
-    Programs are all on the GPU at once, as evenly as can be, unless there are very many. Shared
-    sums cost traffic of their own: each program's part is written and read in float32. Measured on
-    an H200 (benchmarks/results/gpu_products.json).
+    Each multiprocessor gets a program, by shared sums if need be: their parts cost traffic, so as
+    few as do. What shared memory is left is steps in flight. Measured on an H200.
     """
     if depth < _DEPTH:
         return None
     height = max(16, next_power(rows))
     tiles, steps = -(-columns // 64), -(-depth // _DEPTH)
-    best = StreamedTile()
-    most = 0.0
-    for split in range(1, min(8, max(1, steps // 4)) + 1):
-        resident, share = -(-tiles * split // sms), -(-steps // split)
-        even = tiles * split / (resident * sms)
-        if resident > _MOST_RESIDENT:  # they come and go
-            resident, even = 2, 0.95
-        room = SHARED_BYTES // resident - (2 << 10)
-        span = _DEPTH
-        if 3 * (64 * sums + height) * span * 2 > room:
-            span //= 2
-        stages = min(12, share * _DEPTH // span, room // ((64 * sums + height) * span * 2))
-        parts = 0.0 if split == 1 else 4 * height * split / (2 * depth)
-        value = even * steps / (share * split) / (1 + parts)
-        if value > most + 0.02:
-            best, most = StreamedTile(64, span, stages, split), value
-    return best
+    split = 1
+    while tiles * split < _ENOUGH * sms and split < _MOST_SHARING and steps >= 8 * split:
+        split *= 2
+    resident = -(-tiles * split // sms)
+    resident = 2 if resident > _MOST_RESIDENT else resident  # they come and go
+    room, span = SHARED_BYTES // resident - (2 << 10), _DEPTH
+    if 3 * (64 * sums + height) * span * 2 > room:
+        span //= 2
+    share = -(-depth // (span * split))
+    stages = min(_MOST_STAGES, share, room // ((64 * sums + height) * span * 2))
+    return StreamedTile(64, span, stages, split)
 
 
 def choose_for(kernel: Op, sms: int, capability: int) -> StreamedTile | None:
