@@ -13,6 +13,7 @@ from accel.ir.types import Dim, product
 
 _SYMBOLIC_LENGTH = 2048
 _SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
+_CACHE_BYTES = 28e6  # half of the second-level cache, and a bit
 _LEAST_OVERLAPPED = 256  # queries: with fewer, setting the warps up costs more than it gains
 
 
@@ -85,7 +86,19 @@ def choose_overlapped(op: Op) -> OverlappedTile | None:
     q, k, v, _ = op.arguments()
     if min(_known(q.shape[2]), _known(k.shape[2])) < _LEAST_OVERLAPPED:
         return None
-    return OverlappedTile(2, 128 if max(int(q.shape[3]), int(v.shape[3])) <= 128 else 64, 2)
+    wide = max(int(q.shape[3]), int(v.shape[3])) > 128
+    # A cap takes registers: with 128 columns, scores and results do not fit them.
+    columns = 64 if wide or op.attribute("softcap") is not None else 128
+    small = bool(op.attribute("causal")) and _fits_cache(op)
+    return OverlappedTile(columns=columns, persistent=small, across=small)
+
+
+def _fits_cache(op: Op) -> bool:
+    """Whether the keys and values of all heads stay in the second-level cache."""
+    _, k, v, _ = op.arguments()
+    rows = product((*k.shape[:2], _known(k.shape[2])))
+    bytes_ = product((rows, k.shape[3] + v.shape[3], k.dtype.itemsize))
+    return isinstance(bytes_, int) and bytes_ <= _CACHE_BYTES
 
 
 def candidates(kernel: Op, sms: int) -> list[Tile]:
@@ -143,20 +156,25 @@ def _known(length: Dim) -> int:
 
 _LIBRARY_RATE, _LOOP_RATE = 500e12, 300e12  # FLOP/s of 16-bit attention: cuDNN's, the loop's
 _LIBRARY_START = 3.5e-6  # seconds that a call of cuDNN takes longer than a kernel, if both are tiny
+_NARROW_HEAD = 64
 _FEW_KEYS, _SMALL_HEAD = 256, 128  # up to these a kernel is never slower than cuDNN
 
 
 def library_is_faster(op: Op, overlapped: bool) -> str | None:
     """Why cuDNN's kernel is the better one; None if it is not.
 
-    `overlapped` says that `attention_overlapped` takes this, which is as fast. A mask, a window or
-    a cap means a mask of all pairs for the library, or that it has no kernel.
+    `overlapped` says that `attention_overlapped` takes this, which is as fast, but for heads of 64:
+    there the exponentials are the limit. A mask, a window or a cap means a mask of all pairs for
+    the library, or that it has no kernel; where heads share keys, torch does not reach cuDNN's.
     """
     q, k, v, mask = op.arguments()
     special = mask is not None or op.attribute("window") is not None
     special = special or op.attribute("softcap") is not None or op.attribute("offset") != 0
-    if special or overlapped:
+    if special:
         return None
+    if overlapped:
+        narrow = q.shape[3] <= _NARROW_HEAD and q.shape[1] == k.shape[1]
+        return "cuDNN is faster at heads of 64" if narrow else None
     if q.dtype.itemsize > 2:
         return "a library multiplies float32 on its own path"
     flops = product((2, *q.shape[:3], k.shape[2], q.shape[3] + v.shape[3]))
