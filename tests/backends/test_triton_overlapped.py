@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -83,6 +84,24 @@ def test_symbolic_rows(worker: Worker, rows: int) -> None:
     function = function_of(types, lambda b, x, w: b.silu(b.linear(x, w)))
     inputs = [randn(rows, 32).bfloat16(), randn(72, 32).bfloat16()]
     check(worker, function, inputs, "matmul", backend=BACKEND)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_order_of_barriers_hangs(worker: Worker, seed: int) -> None:
+    """Tiles, steps and stages in any proportion; the interpreter's threads meet as they may."""
+    chance = random.Random(seed)
+    rows, columns = chance.randint(2, 300), 8 * chance.randint(1, 24)
+    depth, stages = 8 * chance.randint(1, 20), chance.randint(2, 6)
+    tile = OverlappedTile(64, 64, chance.choice((16, 32)), stages, chance.randint(1, 4))
+    backend = TritonBackend("sm_90", sms=chance.randint(1, 3), tile=tile)
+    types = [typed(BF16, rows, depth), typed(BF16, columns, depth), typed(BF16, rows, columns)]
+    residual = chance.random() < 0.5
+    function = function_of(
+        types if residual else types[:2],
+        lambda b, x, w, *r: b.add(b.linear(x, w), r[0]) if r else b.relu(b.linear(x, w)),
+    )
+    torch.manual_seed(seed)
+    check(worker, function, inputs_for(types)[: len(function.args)], "matmul", backend=backend)
 
 
 def test_what_is_no_matrix_is_refused() -> None:
