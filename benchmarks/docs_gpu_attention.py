@@ -26,7 +26,7 @@ def attention_lines(data: dict[str, Any]) -> list[str]:
         "`scaled_dot_product_attention` chooses from, flex_attention is compiled; a dash: the",
         "system refuses the case, or has no such mask. `error` is accel's largest one, relative to",
         "the largest value, against float64. A star: the compiler leaves the case to the library",
-        "(cuDNN's kernel), and its own one is shown.",
+        "(cuDNN's kernel, the memory-efficient one for float32); its own one is shown.",
         "",
         f"| attention | accel | {' | '.join(_PEERS.values())} | best peer / accel | error |",
         "|---|---|" + "---|" * len(_PEERS) + "---|---|",
