@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ class DeviceKernels:
     kernels of one kind. Arguments from number `weights` on are constants, if it is given."""
 
     def __init__(self, suite: Suite, kind: str = "pointwise", weights: int | None = None) -> None:
-        self.functions, self.made = suite(), {}
+        self.functions = suite()
+        self.made: dict[int, tuple[Any, bytes]] = {}
         count = len(self.functions)
         workers = min(16, os.cpu_count() or 1, max(count // 4, 1))
         parts = [list(range(start, count, workers)) for start in range(workers)]
@@ -64,12 +66,12 @@ class DeviceKernels:
         self.libraries: dict[int, CudaLibrary] = {}
 
     def source(self, number: int) -> str:
-        return "\n".join(self.made[number][0][2].values())  # type: ignore[index]
+        return "\n".join(self.made[number][0][2].values())
 
     def __call__(self, number: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Results, on the CPU. Raises ExecutionError for an index out of range."""
         function = self.functions[number]
-        (launches, (scratch, zeroed), _), code = self.made[number]  # type: ignore[misc]
+        (launches, (scratch, zeroed), _), code = self.made[number]
         device = torch.device("cuda", torch.cuda.current_device())
         if number not in self.libraries:
             self.libraries[number] = CudaLibrary(code, device)
