@@ -206,7 +206,7 @@ def test_variants_have_different_sources_and_the_library() -> None:
     (kernel,) = kernels_of(program((few, "gemv")))
     found = variants_of(kernel, TritonBackend(), 4)
     assert {"as skinny", "as matmul"} <= {v.label for v in found}
-    assert [v.label for v in found if v.is_tile][0] == KERNEL
+    assert next(v.label for v in found if v.is_tile) == KERNEL
     (flat,) = kernels_of(program((FLAT, "pointwise")))
     labels = [v.label for v in variants_of(flat, TritonBackend(), 8)]
     assert LIBRARY not in labels and len(labels) > 2
