@@ -107,9 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_pipeline(base, list(CLEAN_PIPELINE))
     before = load_results("kv_cache")
     rows = before.get("rows", {}) if before.get("windows") == given.windows else {}
-    for name in ("float32", *(m for m in given.method or METHODS if m != "float32")):
-        if name not in rows or name in (given.method or METHODS):
-            rows[name] = measure(base, name, tokens)
+    wanted = given.method or list(METHODS)
+    # Every row is compared with the first.
+    for name in wanted if "float32" in rows else dict.fromkeys(["float32", *wanted]):
+        rows[name] = measure(base, name, tokens)
         ordered = {n: rows[n] for n in METHODS if n in rows}
         result = {"machine": machine(), "windows": given.windows, "window": WINDOW}
         store_results("kv_cache", {**result, "rows": ordered})
