@@ -40,8 +40,8 @@ _log = logger("runtime")
 MOST_SIZES = 2  # whose recordings a function keeps, with all their activations
 _MOST = 4  # recordings of one set of sizes
 _REMEMBERED = 4  # calls whose addresses are remembered
-_STABLE = 0.9  # of the arguments' bytes must come from known places before a recording
-_PATIENT = 8  # calls that wait for that
+_PATIENT = 3  # calls that wait for all arguments to come from known places
+_MOST_COPIED = 64 << 20  # bytes of others that a call may copy: more costs what recording saves
 
 
 @dataclass
@@ -97,8 +97,8 @@ class KeptGraphRunner(GraphRunner):
                 if one.fits(inputs):
                     return self._hand_out(one, inputs)
             self._calls += 1
-            stable = self._learn(inputs)
-            ready = stable >= _STABLE or self._calls >= _PATIENT
+            strange = self._learn(inputs)
+            ready = strange == 0 or (strange <= _MOST_COPIED and self._calls >= _PATIENT)
             room = self._calls >= self._wanted and len(self._recordings) < _MOST
             if self._record and ready and room:
                 made = self._record_steps(inputs)
@@ -121,21 +121,19 @@ class KeptGraphRunner(GraphRunner):
             torch.cuda.empty_cache()
             return self._step_by_step(inputs)
 
-    def _learn(self, inputs: Sequence[Tensor]) -> float:
-        """The share of the arguments' bytes that lie where they lay in an earlier call."""
+    def _learn(self, inputs: Sequence[Tensor]) -> int:
+        """How many of the arguments' bytes lie where none lay in an earlier call."""
         if not self._known:
             self._known = [deque(maxlen=_REMEMBERED) for _ in inputs]
-        total = same = 0
+        strange = 0
         self._places = []
         for tensor, known in zip(inputs, self._known):
             address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-            total += size
             self._places.append(address in known and is_aligned(tensor))
-            if self._places[-1]:
-                same += size
-            else:
+            if not self._places[-1]:
+                strange += size
                 known.append(address)
-        return same / total if total else 1.0
+        return strange
 
     def _hand_out(self, one: Recording, inputs: Sequence[Tensor]) -> list[Tensor]:
         for i, own in one.copied:

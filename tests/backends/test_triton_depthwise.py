@@ -75,7 +75,7 @@ def test_taps_equal_the_convolution(worker: Worker, name: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_loads_are_vectors_of_16_bytes(arch: str) -> None:
-    types, build = convolution((8, 28, 28, 72), (5, 5), stride=(2, 2), padding=(2, 2))
+    types, build = convolution((64, 56, 56, 72), (3, 3), padding=(1, 1))
     backend = TritonBackend(arch)
     made = backend.compile([kernel_of(function_of(types, build), "depthwise")])
     ((launch,),) = made.launches.values()

@@ -1,8 +1,9 @@
 """Kernels of kind "depthwise": channels-last depthwise convolutions with what follows.
 
 The convolution becomes its taps: for every place of the window a strided slice of the padded image
-times a row of the weight, added up in float32. As an elementwise kernel over channels-last results
-each tap is a vector load that neighbours find in the cache; padding is a mask, never written.
+times a row of the weight, added up in float32. A thread computes a vector of channels of a few
+neighbours in a row of pixels, which share what they read of the image and of the weight: it is
+loaded and widened once. Padding is a mask, never written.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ from typing import Any
 
 import torch
 
-from accel.backends.triton import kernel
-from accel.backends.triton.kernel import KernelCode
+from accel.backends.loops.phases import Phase, Place, Store
+from accel.backends.loops.survey import Survey
+from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
+from accel.backends.triton.program import ProgramWriter
+from accel.errors import BackendError
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Region, Value
+from accel.ir.types import Dim
 
 _LARGEST_WINDOW = 49
+_MAX_ROUNDS = 8
+_MOST_TERMS = 64  # products for each channel of a thread: more do not fit its registers
 
 
 def reason(op: Op) -> str | None:
@@ -39,8 +46,55 @@ def reason(op: Op) -> str | None:
 def generate(name: str, region: Region, comment: str, sms: int, tile: Any = None) -> KernelCode:
     """The source of a region with one depthwise convolution."""
     op = next(op for op in region.ops if op.name == "conv")
+    generator = _Generator(name, region, comment, sms)
+    generator.taps = int(op.operands[1].shape[2]) * int(op.operands[1].shape[3])
     op.replace_with([_taps(Builder(before=op), op)])
-    return kernel.generate(name, region, comment, sms, tile)
+    return generator.run()
+
+
+class _Generator(Generator):
+    """One launch that stores some neighbours of each result. `taps`: places of the window."""
+
+    taps = 1
+
+    def run(self) -> KernelCode:
+        results = self.region.results
+        shape = results[0].shape
+        pixels = _neighbours(shape[2], self.taps)
+        if pixels == 1 or any(r.shape != shape for r in results):
+            return super().run()
+        self.kind = index_kind(self.region, [])
+        phase = self._plan(pixels)
+        targets = [f"y{store.place.number}" for store in phase.stores]
+        writer = ProgramWriter(phase, self._emitter(phase), targets, self.sms)
+        reads, program = self._finish(phase, writer.write())
+        self._launch(program, reads, [Slot("result", n) for n in range(len(results))], [])
+        return KernelCode(self.name, self.launches, [])
+
+    def _plan(self, pixels: int) -> Phase:
+        results, planner = self.region.results, self.planner
+        batch, height, width, channels = results[0].shape
+        for _ in range(_MAX_ROUNDS):
+            index, axes = planner.index_of((batch, height, width // pixels, channels))
+            places = [index[2].times(pixels).plus(p) for p in range(pixels)]
+            stores = [
+                Store(value, Place("result", n), (*index[:2], place, index[3]), ())
+                for place in places
+                for n, value in enumerate(results)
+            ]
+            survey = Survey(planner.indexer, {})
+            for store in stores:
+                survey.element(store.value, store.index)
+            if not planner.apply_splits():
+                return Phase(axes, stores, [])
+        raise BackendError("no loop nest found for a convolution", where=self.name)
+
+
+def _neighbours(width: Dim, taps: int) -> int:
+    """How many pixels of a row one thread computes: a divisor of the row."""
+    if not isinstance(width, int):
+        return 1
+    return next((n for n in (4, 7, 5, 3, 2) if width % n == 0 and n * taps <= _MOST_TERMS), 1)
 
 
 def _taps(b: Builder, op: Op) -> Value:
