@@ -56,7 +56,7 @@ class Job:
     @staticmethod
     def of(kernel: Op, backend: TritonBackend, tile: Any = None) -> Job:
         chosen = with_tile(backend, kernel, tile)
-        text = print_module(module_of(kernel))
+        text = print_module(module_of(kernel, alike=True))
         key = gpu.kernel_key(kernel, chosen)
         return Job(key, text, backend.arch, backend.sms, "" if tile is None else str(tile))
 
@@ -67,16 +67,27 @@ def with_tile(backend: TritonBackend, kernel: Op, tile: Any) -> TritonBackend:
     return TritonBackend(backend.arch, backend.sms, tiles=tiles)
 
 
-def module_of(kernel: Op) -> Module:
-    """A module whose only function is the kernel: its operands are arguments."""
+def module_of(kernel: Op, *, alike: bool = False) -> Module:
+    """A module whose only function is the kernel: its operands are arguments.
+
+    A kernel's code depends on which operands are constants and which are arguments of its function
+    (`kernel_fingerprint`). If the module is to be `alike`, they are here what they are there, and
+    what other ops computed is the reshape of an argument.
+    """
     module = Module()
     function = module.add(Function("main", [v.type for v in kernel.operands]))
     around = kernel.parent.parent if kernel.parent is not None else None
     if isinstance(around, Function):
         function.symbols = {n: SymbolInfo(s.min, s.max) for n, s in around.symbols.items()}
-    copy = clone_op(kernel, dict(zip(kernel.operands, function.args)))
+    b, inside = Builder(function.body), dict(zip(kernel.operands, function.args))
+    for number, operand in enumerate(kernel.operands if alike else ()):
+        if operand.op is not None and operand.op.name == "constant":
+            inside[operand] = b.constant(f"constant.{number}", operand.type)
+        elif operand.op is not None:
+            inside[operand] = b.reshape(inside[operand], shape=operand.shape)
+    copy = clone_op(kernel, inside)
     function.body.append(copy)
-    Builder(function.body).op("return", list(copy.results))
+    b.op("return", list(copy.results))
     return module
 
 

@@ -144,8 +144,7 @@ def as_kind(kernel: Op, kind: str) -> Op:
 
 def job_of(kernel: Op, variant: Variant, backend: TritonBackend) -> Job:
     """The compilation that a variant of the kernel needs."""
-    chosen = as_kind(kernel, variant.kind) if variant.kind else kernel
-    return Job.of(chosen, backend, variant.tile)
+    return Job.of(as_kind(kernel, variant.kind), backend, variant.tile)
 
 
 def _source(kernel: Op, backend: TritonBackend) -> str:

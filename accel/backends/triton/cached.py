@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import torch
 
-from accel.backends.triton.cached_code import CachedWriter, Tiles
+from accel.backends.triton.cached_code import CachedWriter
 from accel.backends.triton.cached_plan import CachedTile, Plan, make_plan
+from accel.backends.triton.cached_tiles import Tiles
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.tiles import next_power
 from accel.ir.module import Op, Region, Value

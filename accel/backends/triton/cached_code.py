@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -15,13 +14,13 @@ from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import decompose, size_text
 from accel.backends.triton.cached_plan import CachedTile, Plan, through_views
+from accel.backends.triton.cached_tiles import Span, Tiles, is_stored
 from accel.backends.triton.dependent import WAIT
-from accel.backends.triton.emitter import Emitter, Scope
+from accel.backends.triton.emitter import Scope
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import next_power
 from accel.ir.module import Value
-from accel.ir.op import Trait
 from accel.ir.types import product
 
 _LEAST_TILE = 16  # of a matrix product
@@ -29,35 +28,6 @@ _COMBINED = 4096  # elements a warp of a tile that adds up parts
 _BOTH = frozenset((ROW, COL))
 _LOG2_E = math.log2(math.e)
 _LARGEST_POSITION = (1 << 31) - (1 << 16)
-
-
-class Tiles(Emitter):
-    """Loads the operands of products as they are stored, zeros outside; other values as ever."""
-
-    raw = False
-
-    def load(self, value: Value, index: Index) -> Expr:
-        if not self.raw:
-            return super().load(value, index)
-        self.used.setdefault(value)
-        flat = self.indexer.flatten(index, value.shape)
-        loaded = self.load_text(self.pointers[value], self.addresses.code(flat), flat.axes)
-        text = loaded.text
-        if "mask=" in text:
-            text = text.removesuffix(")") + ", other=0.0)"
-        return Expr(text, "stored", loaded.dims)
-
-
-@dataclass
-class Span:
-    """One dimension of a tile: `axes` at the positions `variable`, of which those in `mask` are
-    there."""
-
-    axes: tuple[Axis, ...]
-    variable: str
-    dim: str
-    size: str
-    mask: str = ""
 
 
 class CachedWriter:
@@ -206,7 +176,7 @@ class CachedWriter:
         emitter, columns = self.emitter, self.columns[size]
         with self._bound(columns):
             block = emitter.block
-            emitter.raw = _is_stored(value)
+            emitter.raw = is_stored(value)
             made = emitter.element(value, (*lead, emitter.indexer.of(columns.axes[0])))
             masks = [s.mask for s in (rows, columns) if s.mask]
             if emitter.raw:  # zeros already, where the address depends on the masked axes
@@ -449,10 +419,3 @@ class CachedWriter:
         tail = f", mask={mask}" if mask else ""
         spread = "" if rows.axes else f" + {rows.variable} * 0"  # a pointer for every lane
         block.line(f"tl.store(y{plan.result} + {code}{spread}, {made}{tail})")
-
-
-def _is_stored(value: Value) -> bool:
-    """Whether an element is one load, as it is stored: an argument, behind views or not."""
-    while value.op is not None and value.op.has(Trait.VIEW):
-        value = value.op.operands[0]
-    return value.op is None
