@@ -240,3 +240,24 @@ def test_compiles_without_a_gpu(arch: str, name: str) -> None:
     made = TritonBackend(arch).compile([kernel_of(function_of(types, build), "gemv")])
     (launch,) = made.launches[made.names[0]]
     assert launch.binary.cubin and f".target {arch}" in launch.binary.ptx
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e15])
+@pytest.mark.parametrize("name", ["int8 a channel", "int4 in groups"])
+def test_sums_over_codes_at_any_usual_size(worker: Worker, name: str, size: float) -> None:
+    types, build = CASES[name]
+    torch.manual_seed(0)
+    x, *weights = inputs_for(types)
+    source = check(worker, function_of(types, build), [x * size, *weights], "gemv", 1)
+    assert "bitcast=True) *" in source  # codes are floats by their bits
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_sums_over_codes_pass_on_what_is_no_number(worker: Worker, bad: float) -> None:
+    types = [f32(1, 64), typed(torch.uint8, 8, 64), f32(8, 1)]
+    function = function_of(types, lambda b, x, q, s: b.linear(x, b.dequantize(q, s, axis=1)))
+    x, codes, scale = torch.ones(1, 64), torch.full((8, 64), 3, dtype=torch.uint8), torch.ones(8, 1)
+    x[0, 5] = bad
+    (got,) = InterpretedKernels([function], worker, ["gemv"], weights=1)(0, [x, codes, scale])
+    assert torch.equal(got.isnan(), torch.full((1, 8), bad != bad))
+    assert bad != bad or torch.equal(got, torch.full((1, 8), bad))

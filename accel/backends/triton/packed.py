@@ -8,7 +8,8 @@ codes above bit 23 are shifted down together first. What the powers of two make 
 infinite, and of |x| < 2^-40 beside nothing larger, inexact.
 
 Signed codes have their sign flipped (offset binary). Zero points, that offset and scales are
-applied to sums, once for four words or, where a scale holds for a whole row, at the end:
+applied to sums, once for four words or, where a scale holds for a whole row, at the end (so that
+an infinite x, of which both sums are infinite, makes the result NaN):
 
     sum (q - z) s x = s (sum u x - (z + offset) sum x),   q = u - offset
 """
