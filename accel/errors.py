@@ -51,6 +51,8 @@ class CaptureError(AccelError):
 class FixedSizeError(CaptureError):
     """A size that was declared dynamic is a number to the model: it counts to it, or compares."""
 
+    id = "ACCEL012"
+
 
 class InputError(AccelError):
     """A call's inputs do not fit what was compiled (structure, shape, dtype, device)."""
