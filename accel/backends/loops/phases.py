@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from accel.backends.loops.index import Affine, Axis, Indexer, exact_quotient
+from accel.backends.loops.index import Affine, Axis, Indexer, at_least, exact_quotient
 from accel.backends.loops.survey import Survey, index_axes
 from accel.backends.loops.trace import Index
 from accel.errors import BackendError
 from accel.ir.module import Op, Region, Value
-from accel.ir.types import Dim, product
+from accel.ir.types import Dim, product, simplify_dim
 
 _FEW_ROWS = 8
 _LARGE = 1 << 14  # elements: worth sharing among cores
@@ -230,10 +230,9 @@ class Planner:
         for reduce in reduces:
             own = [i.single_axis for i in reduce.index if i != Affine()]
             plain = None not in own and len(set(own)) == len(own)
-            missing = outer - index_axes(reduce.index)
-            if (not plain and not self._is_split_index(reduce.index)) or product(
-                a.extent for a in missing
-            ) != 1:
+            missing = product(a.extent for a in outer - index_axes(reduce.index))
+            own_rows = plain or self._is_split_index(reduce.index)
+            if not own_rows or missing != 1 or not _stays_inside(reduce):
                 repeated.append(reduce.op)
         return repeated
 
@@ -300,6 +299,27 @@ def _reads(value: Value, source: Value) -> bool:
             seen.add(v)
             pending.extend(v.op.operands)
     return False
+
+
+def _stays_inside(reduce: Reduce) -> bool:
+    """Whether every row of the loops is a row of the reduction: below a pad or a concatenation some
+    are not, and a row's loop is not guarded, so that it would read outside of its operand."""
+    for place, extent in zip(reduce.index, reduce.op.result.shape, strict=True):
+        low: Dim = place.constant
+        high: Dim = place.constant
+        for atom, factor in place.terms:
+            if not isinstance(atom, Axis):
+                return False
+            span = simplify_dim(factor * (atom.extent - 1))
+            if at_least(span, 0):
+                high = high + span
+            elif at_least(0, span):
+                low = low + span
+            else:
+                return False
+        if not at_least(low, 0) or not at_least(extent, high + 1):
+            return False
+    return True
 
 
 def _is_few(rows: Dim) -> bool:
