@@ -20,14 +20,14 @@ from accel.backends.triton.attention_tiles import (
     choose_overlapped,
     library_is_faster,
 )
-from accel.backends.triton.kernel import Generator, KernelCode, Slot
+from accel.backends.triton.kernel import Generator, KernelCode, Slot, kind_of
 from accel.backends.triton.operands import StoredOperands
 from accel.ir.module import Op, Region
 
 __all__ = ["candidates", "choose", "generate", "library_reason", "reason"]
 
 _LARGEST_HEAD = 256
-_LARGEST_INT32 = (1 << 31) - (1 << 20)  # tiles may overrun a tensor by their size
+
 _OVERLAPPED_CAPABILITY = 90  # wgmma is Hopper's own
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,9 +71,7 @@ def library_reason(op: Op, capability: int) -> str | None:
 
 def _kind(region: Region) -> str:
     """The type of positions. A mask that is computed has no memory, however large it is."""
-    counts = [v.type.numel() for v in (*region.args, *region.results)]
-    small = all(isinstance(n, int) and n < _LARGEST_INT32 for n in counts)
-    return "int32" if small else "int64"
+    return kind_of(region, (*region.args, *region.results))
 
 
 class AttentionGenerator(Generator):

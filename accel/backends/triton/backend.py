@@ -12,7 +12,7 @@ import torch
 from accel.backends.loops import trace
 from accel.backends.loops.phases import REDUCTIONS
 from accel.backends.triton import anchors, dependent, dtypes, float8, matmul, scalar
-from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot
+from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot, size_limits
 from accel.backends.triton.toolchain import Binary, capability, compile_source, version
 from accel.errors import BackendError
 from accel.ir.builder import Builder
@@ -228,6 +228,7 @@ class TritonBackend:
     def primitive_region(self, region: Region, kind: str = "") -> Region:
         """A copy in which every op has code of its own; composites without are decomposed."""
         copy = Region([a.type for a in region.args])
+        copy.parent = region.parent  # whose function knows how large sizes get
         clone_region_into(region, copy, {})
         pending = list(copy.ops)
         while pending:
@@ -260,11 +261,12 @@ def constant_operands(kernel: Op) -> tuple[int, ...]:
 
 def kernel_fingerprint(kernel: Op) -> str:
     """What an `accel.kernel` op computes, its kind, and which operands are constants, or arguments
-    of the function that it may read early: equal ones share one kernel."""
+    of the function that it may read early, and the largest sizes: equal ones share one kernel."""
     region, kind = region_fingerprint(kernel.regions[0]), kernel.attribute("kind")
     arguments = [i for i, v in enumerate(kernel.operands) if v.op is None]
     early = arguments if kind in anchors.EARLY else []
-    text = f"{kind} {constant_operands(kernel)} {early} {region}"
+    limits = sorted(size_limits(kernel.regions[0]).items())
+    text = f"{kind} {constant_operands(kernel)} {early} {limits} {region}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

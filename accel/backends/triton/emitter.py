@@ -176,8 +176,8 @@ class Emitter(Tracer):
         if not value.terms and isinstance(value.constant, int):
             return scalar.constant(value.constant, dtype)
         place = self.block.let(code.text, self.kind, code.dims, "place")
-        if not code.dims and not value.axes:  # a size: a parameter of type int64
-            place = Expr(place.text, "int64")
+        if not code.dims and not value.axes:  # a size: a parameter
+            place = Expr(place.text, self.kind)
         have = torch.int64 if place.kind == "int64" else torch.int32
         return dtypes.convert(place, have, dtype, self.block)
 

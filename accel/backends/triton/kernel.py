@@ -10,7 +10,10 @@ the symbolic sizes, a word that is set if an index is out of range, and block si
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+import sympy
 
 from accel.backends.loops.phases import Phase, Planner, Store, region_symbols
 from accel.backends.triton import dtypes
@@ -25,10 +28,10 @@ from accel.backends.triton.split import (
     scratch_bytes,
 )
 from accel.backends.triton.tiles import MODEL_TILE, KernelTile
-from accel.ir.module import Region, Value
+from accel.ir.module import Function, Region, Value
 from accel.ir.types import SUB_BYTE_BITS, Dim, product
 
-_LARGEST_INT32 = (1 << 31) - (1 << 16)  # tiles may overrun a range by their size
+_LARGEST_INT32 = (1 << 31) - (1 << 20)  # tiles may overrun a tensor by their size
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ class Generator:
         name = f"{self.name}_{len(self.launches)}"
         signature = {slot.name: dtypes.pointer(self._stored(slot)) for slot in (*reads, *writes)}
         symbols = region_symbols(self.region)
-        signature.update(dict.fromkeys(symbols, "i64"))
+        signature.update(dict.fromkeys(symbols, "i32" if self.kind == "int32" else "i64"))
         if program.checks:
             signature["status"] = "*i32"
         signature.update({one.name: one.type for one in program.maps})
@@ -212,11 +215,38 @@ class Generator:
 def index_kind(region: Region, scratch: list[Value]) -> str:
     """int32 if every position in every tensor fits, whatever the symbolic sizes are."""
     inner = [r for op in region.ops for r in op.results]
-    for value in (*region.args, *region.results, *scratch, *inner):
-        count = value.type.numel()
-        if not isinstance(count, int) or count >= _LARGEST_INT32:
-            return "int64"
-    return "int32"
+    return kind_of(region, (*region.args, *region.results, *scratch, *inner))
+
+
+def kind_of(region: Region, values: Iterable[Value]) -> str:
+    """int32 if every position in these values of a region fits."""
+    limits = size_limits(region)
+    counts = (_largest(value.type.numel(), limits) for value in values)
+    fits = all(count is not None and count < _LARGEST_INT32 for count in counts)
+    return "int32" if fits else "int64"
+
+
+def size_limits(region: Region) -> dict[str, int]:
+    """The largest values of the symbolic sizes that a region mentions, where there are any: the
+    runtime refuses larger ones."""
+    around: object = region.parent
+    while around is not None and not isinstance(around, Function):
+        around = around.parent  # type: ignore[attr-defined]
+    if around is None:
+        return {}
+    known = ((name, around.symbols.get(name)) for name in region_symbols(region))
+    return {name: info.max for name, info in known if info is not None and info.max is not None}
+
+
+def _largest(count: Dim, limits: Mapping[str, int]) -> int | None:
+    """The largest value of a size; None if it has none, or is no sum of products of symbols."""
+    if isinstance(count, int):
+        return count
+    if not all(s.name in limits for s in count.free_symbols) or not count.is_polynomial():
+        return None
+    if any(c.is_negative is not False for c in sympy.Poly(count).coeffs()):
+        return None
+    return int(count.subs({s: limits[s.name] for s in count.free_symbols}))
 
 
 def join_stores(phases: list[Phase]) -> None:
