@@ -122,8 +122,8 @@ def _store(values: list[Any], results: Any, outputs: list[int]) -> None:
 
     An operator that only checks (`_linalg_check_errors`) returns nothing at all.
     """
-    if results is None:
-        results = ()
+    if results is None and not outputs:
+        return
     several = () if isinstance(results, Tensor) else results
     made = [r for r in several if isinstance(r, Tensor)] or [results]
     if len(outputs) == 1:

@@ -18,7 +18,7 @@ from accel.backends.loops.survey import Survey, index_axes
 from accel.backends.loops.trace import Index
 from accel.errors import BackendError
 from accel.ir.module import Op, Region, Value
-from accel.ir.types import Dim, product, simplify_dim
+from accel.ir.types import Dim, product, same_dim, simplify_dim
 
 _FEW_ROWS = 8
 _LARGE = 1 << 14  # elements: worth sharing among cores
@@ -149,7 +149,7 @@ class Planner:
             if self.apply_splits():
                 continue
             if not blocked:
-                blocked = self._unsuited(axes, reduces)
+                blocked = self._unsuited(value, axes, reduces)
             if not blocked:
                 self._add(value, place, index, axes, reduces, [survey, *surveys])
                 return
@@ -217,7 +217,7 @@ class Planner:
             axes.extend(parts)
         return Reduce(op, index, tuple(source), tuple(axes))
 
-    def _unsuited(self, axes: tuple[Axis, ...], reduces: list[Reduce]) -> list[Op]:
+    def _unsuited(self, value: Value, axes: tuple[Axis, ...], reduces: list[Reduce]) -> list[Op]:
         """Reductions that this loop nest would repeat, or leave to one core."""
         outer: set[Axis] = set().union(*(index_axes(r.index) for r in reduces))
         if not reduces:
@@ -232,7 +232,8 @@ class Planner:
             plain = None not in own and len(set(own)) == len(own)
             missing = product(a.extent for a in outer - index_axes(reduce.index))
             own_rows = plain or self._is_split_index(reduce.index)
-            if not own_rows or missing != 1 or not _stays_inside(reduce):
+            inside = reduce.op is value.op or _stays_inside(reduce)
+            if not own_rows or missing != 1 or not inside:
                 repeated.append(reduce.op)
         return repeated
 
@@ -305,6 +306,9 @@ def _stays_inside(reduce: Reduce) -> bool:
     """Whether every row of the loops is a row of the reduction: below a pad or a concatenation some
     are not, and a row's loop is not guarded, so that it would read outside of its operand."""
     for place, extent in zip(reduce.index, reduce.op.result.shape, strict=True):
+        axis = place.single_axis
+        if axis is not None and same_dim(axis.extent, extent):
+            continue
         low: Dim = place.constant
         high: Dim = place.constant
         for atom, factor in place.terms:

@@ -148,9 +148,9 @@ def _phase(
     status = parameters.pointer("status", "int32", tir.i64(1))
     places = dict(zip(planner.scratch_values, scratch))
     state = {
-        v: results[i]
-        for i, v in enumerate(region.results)
-        if v.op is not None and v.op.name == "dynamic_update"
+        region.results[made.result]: results[made.result]
+        for made in planner.phases
+        if isinstance(made, UpdatePhase)
     }
     reads = buffers | state | {v: places[v] for v in phase.needs}
     emitter = Emitter(planner.indexer, reads, sizes)
