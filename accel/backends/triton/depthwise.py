@@ -43,6 +43,12 @@ def reason(op: Op) -> str | None:
     return None
 
 
+def library_reason(op: Op, capability: int) -> str | None:
+    """Why cuDNN is faster: MobileNetV3-L at batch 64 took 1.47 ms with these kernels and 1.28 ms
+    with cuDNN's (fp16, H200, two runs). Tuning still times both."""
+    return "cuDNN's depthwise convolutions are faster"
+
+
 def generate(name: str, region: Region, comment: str, sms: int, tile: Any = None) -> KernelCode:
     """The source of a region with one depthwise convolution."""
     op = next(op for op in region.ops if op.name == "conv")
