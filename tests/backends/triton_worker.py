@@ -46,7 +46,7 @@ def run(job: Job) -> list[Tensor]:
     if gluon_interpreter.is_gluon(source):
         source, name = gluon_interpreter.interpreted(source, name), f"{name}_entry"
     with loaded(source, name) as module:
-        module.libdevice = _Libdevice()
+        vars(module)["libdevice"] = _Libdevice()
         args = list(job.args)
         args = [a.of(args) if isinstance(a, gluon_interpreter.MapOf) else a for a in args]
         awaited = [args[i].untyped_storage() for i in job.awaited]
