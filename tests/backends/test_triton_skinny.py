@@ -149,7 +149,7 @@ def test_refusals_say_why() -> None:
         return str(BACKEND.supports_anchor(op, "skinny"))
 
     assert reason(8) == "None"
-    assert "65 rows" in reason(65) and "1 rows" in reason(1)
+    assert "65 rows" in reason(65) and "one row" in reason(1)
     assert "torch.float32" in reason(8, torch.float32)
 
 

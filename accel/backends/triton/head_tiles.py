@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from accel.backends.loops.index import Affine, Axis, Indexer, exact_quotient
-from accel.backends.loops.survey import Survey
 from accel.backends.loops.trace import Index
 from accel.backends.triton.attention_loop import Plan, over, padded
 from accel.backends.triton.attention_tiles import OverlappedTile
-from accel.backends.triton.maps import MULTIPLE
+from accel.backends.triton.maps import MULTIPLE, Loads
 from accel.backends.triton.operands import is_stored
 from accel.ir.module import Op, Value
 from accel.ir.types import Dim
@@ -38,23 +37,11 @@ class Tiles:
     column: Affine
 
 
-class _Loads(Survey):
-    """Notes which arguments are read, and where."""
-
-    def __init__(self, indexer: Indexer) -> None:
-        super().__init__(indexer, {})
-        self.found: list[tuple[Value, Affine]] = []
-
-    def load(self, value: Value, index: Index) -> bool:
-        self.found.append((value, self.indexer.flatten(index, value.shape)))
-        return super().load(value, index)
-
-
 def tiles_of(indexer: Indexer, value: Value, index: Index, width: int) -> Tiles | None:
     """`value` [B, H, rows, width] at `index`, perhaps behind views; None if TMA cannot copy it."""
     if not is_stored(value):
         return None
-    loads = _Loads(indexer)
+    loads = Loads(indexer)
     loads.element(value, index)
     if len(loads.found) != 1:
         return None

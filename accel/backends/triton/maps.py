@@ -83,7 +83,7 @@ class Matrix:
     col0: int
 
 
-class _Loads(Survey):
+class Loads(Survey):
     """Notes which arguments are read, and where."""
 
     def __init__(self, indexer: Indexer) -> None:
@@ -113,7 +113,7 @@ def matrix(
     else:
         if not is_stored(value):
             return None
-        loads = _Loads(indexer)
+        loads = Loads(indexer)
         loads.element(value, index)
         if len(loads.found) != 1:
             return None

@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.maps import MULTIPLE
 from accel.backends.triton.operands import StoredOperands
@@ -37,7 +35,7 @@ from accel.backends.triton.product_costs import (
     rest_seconds,
 )
 from accel.backends.triton.product_loop import MatmulWriter
-from accel.backends.triton.product_plan import MatmulTile, plan
+from accel.backends.triton.product_plan import MatmulTile, plan, tensor_core_reason
 from accel.backends.triton.tiles import next_power
 from accel.ir.module import Op, Region, Value
 from accel.ir.types import Dim, product
@@ -57,16 +55,7 @@ _SYMBOLIC_ROWS = 4096
 
 def reason(op: Op) -> str | None:
     """None if a kernel of kind "matmul" may be built around this op, else the reason why not."""
-    if op.name != "linear":
-        return f"accel.{op.name} has no generated code"
-    x, weight, _ = op.arguments()
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"a product of {x.dtype}"
-    if not all(isinstance(d, int) and d > 0 for d in weight.shape):
-        return "a weight of symbolic size, or none"
-    if product(x.shape[:-1]) in (0, 1) or weight.shape[0] == 1:
-        return "a product of one row or column, or of none"
-    return None
+    return tensor_core_reason(op)
 
 
 def choose(rows: Dim, columns: int, depth: int, tiles: int, sms: int) -> MatmulTile:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.phases import Planner
 from accel.backends.loops.survey import Survey
 from accel.backends.loops.trace import Index
 from accel.errors import BackendError
 from accel.ir.module import Op, Value
+from accel.ir.types import product
 
 _MAX_ROUNDS = 8
 _MOST_TILES = 2  # accumulators of a program
@@ -45,6 +48,20 @@ class Plan:
     x_index: Index
     weight_indices: tuple[Index, ...]
     survey: Survey
+
+
+def tensor_core_reason(op: Op) -> str | None:
+    """None if a kernel on tensor cores may be built around this op, else the reason why not."""
+    if op.name != "linear":
+        return f"accel.{op.name} has no generated code"
+    x, weight, _ = op.arguments()
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"a product of {x.dtype}"
+    if not all(isinstance(d, int) and d > 0 for d in weight.shape):
+        return "a weight of symbolic size, or none"
+    if product(x.shape[:-1]) in (0, 1) or weight.shape[0] == 1:
+        return "a product of one row or column, or of none"
+    return None
 
 
 def plan(planner: Planner) -> Plan:

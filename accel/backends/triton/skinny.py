@@ -13,12 +13,10 @@ the epilogue (bias, activation, gate times up, residual), which is traced as any
 
 from __future__ import annotations
 
-import torch
-
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.overlapped import SHARED_BYTES
-from accel.backends.triton.product_plan import Plan, plan
+from accel.backends.triton.product_plan import Plan, plan, tensor_core_reason
 from accel.backends.triton.skinny_loop import SkinnyTile, SkinnyWriter
 from accel.backends.triton.streamed import (
     FIRST_CAPABILITY,
@@ -41,19 +39,10 @@ _MOST_SHARING, _MOST_STAGES = 8, 9
 
 def reason(op: Op) -> str | None:
     """None if a kernel of kind "skinny" may be built around this op, else the reason why not."""
-    if op.name != "linear":
-        return f"accel.{op.name} has no generated code"
-    x, weight, _ = op.arguments()
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"a product of {x.dtype}"
-    if not all(isinstance(d, int) and d > 0 for d in weight.shape):
-        return "a weight of symbolic size, or none"
-    rows = product(x.shape[:-1])
-    if not isinstance(rows, int) or not 1 < rows <= MOST_ROWS:
+    rows = product(op.result.shape[:-1])
+    if op.name == "linear" and not (isinstance(rows, int) and rows <= MOST_ROWS):
         return f"a linear of {rows} rows"
-    if weight.shape[0] == 1:
-        return "a product of one column"
-    return None
+    return tensor_core_reason(op)
 
 
 def choose(rows: int, columns: int, depth: int, tiles: int, sms: int) -> SkinnyTile:
