@@ -135,12 +135,18 @@ def test_memory_that_idle_models_keep_is_given_to_one_that_needs_it() -> None:
         )
         for _ in range(2)
     ]
-    free, _ = torch.cuda.mem_get_info()
-    rows = int((free / 3 / 4) ** 0.5) // 64 * 64  # scores and softmax take two thirds
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.empty_cache()
+    permitted = torch.cuda.memory_reserved() + (6 << 30)
+    rows = int(((6 << 30) / 3 / 4) ** 0.5) // 64 * 64  # scores and softmax take two thirds
     x = torch.randn(rows, 64, device="cuda")
-    first = made[0](x).clone()
-    torch.cuda.empty_cache()  # what the arena holds stays
-    agree(made[1](x), first, 1e-3)
+    torch.cuda.set_per_process_memory_fraction(permitted / total)
+    try:
+        first = made[0](x).clone()
+        torch.cuda.empty_cache()  # what the arena holds stays
+        agree(made[1](x), first, 1e-3)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 # -- inputs ----------------------------------------------------------------------------------
