@@ -44,6 +44,7 @@ from accel.runtime.steps import Parts
 
 _CPU = torch.device("cpu")
 _MAX_LANES = 8  # arenas kept for concurrent calls
+_MOST_SPARE = 256 << 20  # bytes that an arena which has to grow takes beyond what it needs
 _MAX_BOUND = 32  # sets of sizes that a lane keeps closures for
 _ALIVE: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
 
@@ -283,9 +284,11 @@ class _Lane:
     ) -> Bound:
         device = self.function.device
         if binding.placement.total > self.arena.numel() or self.arena.device != device:
+            size = binding.placement.total
+            if self.bound:  # sizes that grow call by call would end all recordings every time
+                size = max(size, self.arena.numel() + min(self.arena.numel() // 2, _MOST_SPARE))
             self.clear()  # what is bound points into the old arena
-            self.current = None
-            self.arena = torch.empty(binding.placement.total, dtype=torch.uint8, device=device)
+            self.arena = torch.empty(size, dtype=torch.uint8, device=device)
         bound = self.bound[key] = Bound(parts, binding, self.arena, inputs)
         if device.type == "cuda":
             if self.pool is None:

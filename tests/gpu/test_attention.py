@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from accel.backends.triton import TritonBackend
 from accel.backends.triton.attention_tiles import Tile
-from accel.compiler.gpu import kernel_binary
-from accel.ir import Function, TensorType, WeightStore, interpret
-from accel.ir.interpret import bind_symbols
-from accel.ir.types import substitute
-from accel.runtime.cuda import CudaLibrary
-from accel.runtime.cuda_code import pack
+from accel.ir import TensorType, WeightStore, interpret
 from accel.runtime.interfaces import Operand
 from accel.runtime.libraries.torch_native import ScaledDotProduct, cudnn_is_faster
 from tests.backends import test_triton_attention as loop
 from tests.backends import test_triton_attention_overlapped as overlapped
-from tests.backends.kernels import function_of, kernel_of, poisoned
+from tests.backends.kernels import function_of
 from tests.backends.test_tvm_kernels import typed
-from tests.gpu.device_kernels import device_arch
+from tests.gpu.device_kernels import DeviceKernels, Kernel, device_arch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,34 +28,7 @@ BF16, FP16, BOOL = torch.bfloat16, torch.float16, torch.bool
 RANDOM = 60
 
 
-@dataclass
-class Compiled:
-    """One kernel: `reads` are the inputs that it takes, `sizes` the symbols after the tensors."""
-
-    function: Function
-    name: str
-    reads: list[int]
-    sizes: tuple[str, ...]
-    code: bytes
-    source: str
-
-
-def run(one: Compiled, inputs: list[Tensor]) -> Tensor:
-    """The result, on the CPU."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    symbols = bind_symbols(one.function, [tuple(t.shape) for t in inputs])
-    (result,) = one.function.results
-    memory = [t.to(device) for t in inputs]
-    out = poisoned([int(substitute(d, symbols)) for d in result.shape], result.dtype).to(device)
-    words = [memory[i].data_ptr() for i in one.reads] + [out.data_ptr()]
-    words += [symbols[s] for s in one.sizes]
-    library = CudaLibrary(one.code, device)
-    library.function(one.name)(ctypes.addressof((ctypes.c_int64 * len(words))(*words)))
-    torch.cuda.synchronize()
-    library.raise_failure()
-    return out.cpu()
-
-
+# The region's types and ops, the size of its heads, and a tile or None.
 Job = tuple[list[TensorType], Callable[..., Any], int, Tile | None]
 
 
@@ -116,59 +77,49 @@ def _attention(case: loop.Case) -> Callable[..., Any]:
     return lambda b, *x: b.attention(*x, **attributes)
 
 
-def compile_jobs(arch: str, keys: list[tuple[str, str]]) -> list[Compiled]:
-    found, made = jobs(arch), []
-    for key in keys:
-        types, build, _, tile = found[key]
-        sms = 5 if key[0].endswith("overlapped") else 132  # few, so that each has several parts
-        function = function_of(types, build)
-        backend = TritonBackend(arch, sms=sms, tile=tile)
-        compiled = backend.compile([kernel_of(function, "attention")])
-        (launch,) = compiled.launches[compiled.names[0]]
-        code = pack(arch, {launch.name: kernel_binary(launch)})
-        reads = [slot.number for slot in launch.reads]
-        made.append(Compiled(function, launch.name, reads, launch.code.sizes, code,
-                             launch.code.source))  # fmt: skip
+def keys_of(kind: str) -> list[tuple[str, str]]:
+    return [key for key in jobs("sm_90") if key[0] == kind]
+
+
+def kernels_of(kind: str) -> list[Kernel]:
+    """All kernels of a kind: the first of a job's key."""
+    sms = 5 if kind.endswith("overlapped") else 132  # few, so that each has several parts
+    made = []
+    for key in keys_of(kind):
+        types, build, _, tile = jobs("sm_90")[key]
+        made.append(Kernel(function_of(types, build), "attention", sms=sms, tile=tile))
     return made
 
 
 @cache
-def compiled(arch: str, kind: str) -> dict[tuple[str, str], Compiled]:
-    """All kernels of a kind: the first of a job's key."""
-    keys = [key for key in jobs(arch) if key[0] == kind]
-    workers = min(16, os.cpu_count() or 1)
-    parts = [keys[start::workers] for start in range(workers)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        made = pool.map(compile_jobs, [arch] * workers, parts)
-        return {
-            k: one for part, ones in zip(parts, made, strict=True) for k, one in zip(part, ones)
-        }
+def compiled(kind: str) -> DeviceKernels:
+    return DeviceKernels(partial(kernels_of, kind))
+
+
+def kernel_at(key: tuple[str, str]) -> tuple[DeviceKernels, int]:
+    if key not in jobs(device_arch()):
+        pytest.skip("for Hopper")
+    return compiled(key[0]), keys_of(key[0]).index(key)
 
 
 @pytest.mark.parametrize("key", list(jobs("sm_90")), ids=" ".join)
 def test_against_the_oracle(key: tuple[str, str]) -> None:
-    arch = device_arch()
-    if key not in jobs(arch):
-        pytest.skip("for Hopper")
-    types, _, size, _ = jobs(arch)[key]
-    one = compiled(arch, key[0])[key]
+    kernels, number = kernel_at(key)
+    types, _, size, _ = jobs("sm_90")[key]
     inputs = loop.inputs_of(types, size, 1)
-    (want,) = interpret(one.function, inputs, WeightStore(), oracle=True)
-    got = run(one, inputs)
+    (want,) = interpret(kernels.functions[number], inputs, WeightStore(), oracle=True)
+    (got,) = kernels(number, inputs)
     bound = loop.LIMITS[got.dtype] * max(float(want.abs().max()), 1e-3)
-    assert float((got.double() - want).abs().max()) <= bound, one.source
+    assert float((got.double() - want).abs().max()) <= bound, kernels.source(number)
 
 
 @pytest.mark.parametrize("key", [("large", "long, several"), ("overlapped", "fused, causal")])
 def test_a_batch_does_not_see_the_others(key: tuple[str, str]) -> None:
-    arch = device_arch()
-    if key not in jobs(arch):
-        pytest.skip("for Hopper")
-    types, _, size, _ = jobs(arch)[key]
+    kernels, number = kernel_at(key)
+    types, _, size, _ = jobs("sm_90")[key]
     inputs = loop.inputs_of(types, size, 2)
     inputs[0][1:] = float("nan")
-    got = run(compiled(arch, key[0])[key], inputs)
+    (got,) = kernels(number, inputs)
     assert bool(got[0].isfinite().all()) and bool(got[1].isnan().all())
 
 

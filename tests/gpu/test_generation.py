@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import pytest
@@ -10,16 +9,10 @@ import torch
 from torch import Tensor
 
 import accel
-from accel.backends.triton import TritonBackend
-from accel.backends.triton.kernel import Slot
-from accel.compiler.gpu import kernel_binary
 from accel.errors import ExecutionError
 from accel.ir import interpret
-from accel.runtime.cuda import CudaLibrary
-from accel.runtime.cuda_code import pack
-from tests.backends.kernels import kernel_of
 from tests.backends.test_triton_cached import BOUND, CASES, Case
-from tests.gpu.device_kernels import device_arch
+from tests.gpu.device_kernels import DeviceKernels, Kernel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,49 +25,32 @@ def target() -> str:
     return "h200" if "H200" in torch.cuda.get_device_name() else "h100"
 
 
-def run_on_device(case: Case, position: int) -> tuple[list[Tensor], list[Tensor]]:
-    """A cached attention kernel's results, and the interpreter's."""
-    function, inputs = case.function(), case.inputs(position)
-    arch = device_arch()
-    backend = TritonBackend(arch, tile=case.tile)
-    compiled = backend.compile([kernel_of(function, "cached_attention")])
-    (name,) = compiled.names
-    (launch,) = compiled.launches[name]
-    device = torch.device("cuda", torch.cuda.current_device())
-    library = CudaLibrary(pack(arch, {launch.name: kernel_binary(launch)}), device)
-    memory = {Slot("input", i): x.to(device) for i, x in enumerate(inputs)}
-    for i, result in enumerate(function.results):
-        shape = [int(d) for d in result.shape]
-        memory[Slot("result", i)] = torch.zeros(shape, dtype=result.dtype, device=device)
-    for written, read in launch.code.updates:
-        memory[launch.writes[written]].copy_(memory[launch.reads[read]])
-    for i, size in enumerate(compiled.scratch[name]):
-        memory[Slot("scratch", i)] = torch.zeros(int(size), dtype=torch.uint8, device=device)
-    words = [memory[s].data_ptr() for s in (*launch.reads, *launch.writes)]
-    array = (ctypes.c_int64 * len(words))(*words)
-    for _ in range(3):  # the parts' counters are ready again after each
-        library.function(launch.name)(ctypes.addressof(array))
-    torch.cuda.synchronize()
-    library.raise_failure()
-    got = [memory[Slot("result", i)].cpu() for i in range(len(function.results))]
-    return got, interpret(function, inputs)
+def cached_kernels() -> list[Kernel]:
+    return [Kernel(c.function(), "cached_attention", tile=c.tile) for c in CASES]
+
+
+@pytest.fixture(scope="module")
+def cached() -> DeviceKernels:
+    return DeviceKernels(cached_kernels)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_over_a_cache(case: Case) -> None:
+def test_attention_over_a_cache(cached: DeviceKernels, case: Case) -> None:
     torch.manual_seed(0)
-    for position in (0, 17, case.capacity - case.tokens):
-        got, wanted = run_on_device(case, position)
+    number, last = CASES.index(case), case.capacity - case.tokens
+    for position in {0, min(17, last), last}:
+        inputs = case.inputs(position)
+        got = cached(number, inputs, calls=3)  # the parts' counters are ready again after each
+        wanted = interpret(cached.functions[number], inputs)
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(
                 a.float(), b.float(), rtol=0, atol=2 * BOUND[case.dtype], equal_nan=True
             )
 
 
-def test_a_position_outside_of_the_cache() -> None:
-    case = Case()
+def test_a_position_outside_of_the_cache(cached: DeviceKernels) -> None:
     with pytest.raises(ExecutionError, match="out of range"):
-        run_on_device(case, case.capacity)
+        cached(0, CASES[0].inputs(CASES[0].capacity))
 
 
 def llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:

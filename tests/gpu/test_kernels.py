@@ -20,7 +20,7 @@ from tests.backends.test_tvm_kernels import (
 )
 from tests.backends.test_tvm_scalar import ULPS, Claim, check_elementwise, claimed
 from tests.backends.triton_kernels import BACKEND
-from tests.gpu.device_kernels import DeviceKernels
+from tests.gpu.device_kernels import DeviceKernels, Kernel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,33 +30,33 @@ FUZZ = 300
 _CASES = {**INDEX_CASES, **REDUCTION_CASES}
 
 
-def case_functions() -> list[Function]:
-    return [function_of(c.types, c.build) for c in _CASES.values()]
+def case_kernels() -> list[Kernel]:
+    return [Kernel(function_of(c.types, c.build)) for c in _CASES.values()]
 
 
-def long_functions() -> list[Function]:
-    return [function_of(types, build) for types, build, _ in LONG.values()]
+def long_kernels() -> list[Kernel]:
+    return [Kernel(function_of(types, build)) for types, build, _ in LONG.values()]
 
 
-def symbolic_functions() -> list[Function]:
-    return [function_of(types, build) for types, build, _ in SYMBOLIC.values()]
+def symbolic_kernels() -> list[Kernel]:
+    return [Kernel(function_of(types, build)) for types, build, _ in SYMBOLIC.values()]
 
 
-def fuzz_functions() -> list[Function]:
-    return [Generator(seed).run() for seed in range(FUZZ)]
+def fuzz_kernels() -> list[Kernel]:
+    return [Kernel(Generator(seed).run()) for seed in range(FUZZ)]
 
 
 def elementwise() -> list[Claim]:
     return claimed(BACKEND)
 
 
-def elementwise_functions() -> list[Function]:
-    return [c[3] for c in elementwise()]
+def elementwise_kernels() -> list[Kernel]:
+    return [Kernel(c[3]) for c in elementwise()]
 
 
-def other_functions() -> list[Function]:
+def other_kernels() -> list[Kernel]:
     float8 = torch.float8_e4m3fn
-    return [
+    functions = [
         function_of([f32(7, 4), typed(torch.int64, 2)], lambda b, t, i: b.embedding(t, i)),
         function_of([typed(float8, 256)], lambda b, v: b.cast(v, dtype=torch.float32)),
         function_of([f32(512)], lambda b, v: b.cast(v, dtype=float8)),
@@ -65,6 +65,7 @@ def other_functions() -> list[Function]:
             lambda b, v: b.add(v, b.scalar(1, torch.int8)),
         ),
     ]
+    return [Kernel(function) for function in functions]
 
 
 def close(got: list[Tensor], function: Function, inputs: list[Tensor], tolerance: float) -> None:
@@ -86,7 +87,7 @@ def close(got: list[Tensor], function: Function, inputs: list[Tensor], tolerance
 
 @pytest.fixture(scope="module")
 def cases() -> DeviceKernels:
-    return DeviceKernels(case_functions)
+    return DeviceKernels(case_kernels)
 
 
 @pytest.mark.parametrize("name", _CASES)
@@ -99,7 +100,7 @@ def test_cases(cases: DeviceKernels, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def long_rows() -> DeviceKernels:
-    return DeviceKernels(long_functions)
+    return DeviceKernels(long_kernels)
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -110,7 +111,7 @@ def test_long_rows(long_rows: DeviceKernels, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def symbolic() -> DeviceKernels:
-    return DeviceKernels(symbolic_functions)
+    return DeviceKernels(symbolic_kernels)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 70), (5, 3), (64, 64), (67, 129), (700, 3000)])
@@ -122,7 +123,7 @@ def test_symbolic_sizes(symbolic: DeviceKernels, name: str, sizes: tuple[int, in
 
 
 def test_random_regions() -> None:
-    kernels = DeviceKernels(fuzz_functions)
+    kernels = DeviceKernels(fuzz_kernels)
     runs = 0
     for seed, function in enumerate(kernels.functions):
         for size in (1, 7, 33) if seed % 3 == 0 else (1,):
@@ -142,7 +143,7 @@ def test_random_regions() -> None:
 
 def test_every_elementwise_op() -> None:
     """All claimed ops and dtypes; failures are collected, so that one run shows them all."""
-    kernels, claims = DeviceKernels(elementwise_functions), elementwise()
+    kernels, claims = DeviceKernels(elementwise_kernels), elementwise()
     failures = []
     for number, claim in enumerate(claims):
         try:
@@ -156,7 +157,7 @@ def test_every_elementwise_op() -> None:
 
 @pytest.fixture(scope="module")
 def others() -> DeviceKernels:
-    return DeviceKernels(other_functions)
+    return DeviceKernels(other_kernels)
 
 
 @pytest.mark.parametrize("bad", [7, -1, 2**33])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import accel
-from accel.ir import Function, WeightStore, interpret
-from accel.ir.storage import pack_sub_byte
-from accel.ir.types import SUB_BYTE_BITS
+from accel.ir import WeightStore, interpret
 from accel.runtime import cuda
 from accel.runtime.cuda_code import CudaCode
 from tests.backends import test_triton_gemv as gemv
 from tests.backends import test_triton_skinny as skinny
 from tests.backends.kernels import function_of
 from tests.backends.test_tvm_kernels import typed
-from tests.gpu.device_kernels import DeviceKernels
+from tests.gpu.device_kernels import DeviceKernels, Kernel
 from tests.gpu.test_models import target
 
 pytestmark = [
@@ -50,24 +49,20 @@ def skinny_cases() -> list[gemv.Case]:
     return [*skinny.CASES.values(), *some, *_linears(SKINNY_SHAPES)]
 
 
-def gemv_functions() -> list[Function]:
-    return [function_of(*case) for case in gemv_cases()]
+def gemv_kernels(weights: int | None) -> list[Kernel]:
+    return [Kernel(function_of(*case), "gemv", weights) for case in gemv_cases()]
 
 
-def skinny_functions() -> list[Function]:
-    return [function_of(*case) for case in skinny_cases()]
+def skinny_kernels(weights: int | None) -> list[Kernel]:
+    return [Kernel(function_of(*case), "skinny", weights) for case in skinny_cases()]
 
 
 def check(kernels: DeviceKernels, cases: list[gemv.Case]) -> None:
     for number, (types, _) in enumerate(cases):
         torch.manual_seed(number)
         function, inputs = kernels.functions[number], gemv.inputs_for(types)
-        stored = [
-            pack_sub_byte(t, a.dtype) if a.dtype in SUB_BYTE_BITS else t
-            for t, a in zip(inputs, function.args, strict=True)
-        ]
         exact = interpret(function, inputs, WeightStore(), oracle=True)
-        for got, want in zip(kernels(number, stored), exact, strict=True):
+        for got, want in zip(kernels(number, inputs), exact, strict=True):
             roundings = 4 if got.dtype.itemsize < 4 else 16
             bound = roundings * torch.finfo(got.dtype).eps * float(want.abs().max())
             error = float((got.double() - want).abs().max())
@@ -76,12 +71,12 @@ def check(kernels: DeviceKernels, cases: list[gemv.Case]) -> None:
 
 @pytest.mark.parametrize("weights", [None, 1])
 def test_gemv(weights: int | None) -> None:
-    check(DeviceKernels(gemv_functions, "gemv", weights), gemv_cases())
+    check(DeviceKernels(partial(gemv_kernels, weights)), gemv_cases())
 
 
 @pytest.mark.parametrize("weights", [None, 1])
 def test_skinny(weights: int | None) -> None:
-    check(DeviceKernels(skinny_functions, "skinny", weights), skinny_cases())
+    check(DeviceKernels(partial(skinny_kernels, weights)), skinny_cases())
 
 
 class Chain(nn.Module):

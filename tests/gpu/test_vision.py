@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ pytestmark = [
 def check(model: nn.Module, x: Tensor, bound: float) -> None:
     """Three calls (step by step, recorded, replayed) against eager float64."""
     fast = accel.compile(model, inputs=(x,), target=target_of(torch.device("cuda")))
-    exact = model.double().cuda()
+    exact = copy.deepcopy(model).double().cuda()
     with torch.no_grad():
         for _ in range(3):
             x = torch.randn_like(x)

@@ -119,6 +119,6 @@ def _full_mask(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
     shape = (*q.shape[:3], k.shape[2])
-    wide = torch.empty((*shape[:3], shape[3] + -shape[3] % 8), dtype=q.dtype, device=q.device)
+    wide = torch.zeros((*shape[:3], shape[3] + -shape[3] % 8), dtype=q.dtype, device=q.device)
     made = wide[..., : shape[3]]
     return made.copy_(mask.to(q.dtype).expand(shape))
