@@ -270,6 +270,19 @@ def _mixtures() -> list[Row]:
         ),
         row("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**HEADED, **experts}),
         row(
+            "gpt_oss",
+            "GptOssConfig",
+            "GptOssForCausalLM",
+            {
+                **HEADED,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+        row(
             "olmoe",
             "OlmoeConfig",
             "OlmoeForCausalLM",

@@ -146,17 +146,16 @@ class OpDefinition:
         return sum(o.optional or o.variadic for o in self.operands) > 1
 
     def default_segments(self, count: int) -> tuple[int, ...]:
-        """Sizes of the operand groups for `count` operands, when that is unambiguous."""
+        """Sizes of the groups for `count` operands: optional ones are given from the left."""
         required = sum(not (o.optional or o.variadic) for o in self.operands)
-        spare = count - required
-        sizes = []
+        spare, taken = count - required, 0
+        sizes: list[int] = []
         for o in self.operands:
             if o.variadic:
                 sizes.append(spare)
-            elif o.optional:
-                sizes.append(spare)
-                if spare not in (0, 1):
-                    raise TypeInferenceError(f"accel.{self.name} got {count} operands")
+            elif o.optional:  # given from the left: older text has no later ones
+                sizes.append(min(max(spare - taken, 0), 1))
+                taken += sizes[-1]
             else:
                 sizes.append(1)
         if spare < 0 or sum(sizes) != count:

@@ -177,11 +177,14 @@ class _Site:
         order, back = self._order(groups)
         if order == list(range(len(order))):
             return
-        q, mask = op.operands[0], op.arguments()[3]
+        q, _, _, mask, sinks = op.arguments()
         op.set_operand(0, b.index(q, _indices(module, b, order), axes=(1,)))
         if mask is not None and not same_dim(mask.shape[-3] if mask.type.rank > 2 else 1, 1):
             wide = b.broadcast_to(mask, shape=(*q.shape[:3], mask.shape[-1]))
             op.set_operand(3, b.index(wide, _indices(module, b, order), axes=(1,)))
+        if sinks is not None:
+            place = len(op.operands) - 1
+            op.set_operand(place, b.index(sinks, _indices(module, b, order), axes=(0,)))
         users = list(op.result.uses)
         after = Builder(before=op.next, made_by=ConvertGqa.name)
         made = after.index(op.result, _indices(module, after, back), axes=(1,))

@@ -1,57 +1,20 @@
-"""The rule that finds attention written as products and a softmax (see `raise_attention`)."""
+"""The rule that finds attention written as products and a softmax (see `raise_attention`).
+
+A sink (gpt-oss) is one more column that is put beside the scores and whose weight is dropped.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Value
-from accel.ir.patterns import splat_value
 from accel.ir.rewrite import Made, RewriteContext, Rule
 from accel.ir.types import Dim, Shape, product, same_dim, same_shape
-from accel.passes.masks import ABSORBS, HIDDEN, Mask, MaskReader
-
-_LONGEST = 24
-
-
-@dataclass
-class _Bias:
-    """Added to the scores, times `factor`."""
-
-    value: Value
-    factor: float
-    lead: Shape
-
-
-@dataclass
-class _Hidden:
-    """Scores are `fill` except where the condition is `seen`."""
-
-    condition: Value
-    seen: bool
-    fill: float
-    lead: Shape
-
-
-@dataclass
-class _Scores:
-    """What lies between q k^T and the softmax, read from the softmax down.
-
-    `shape` and `factor` are the scores' shape and what multiplies them where the walk is. Biases
-    and hidden parts broadcast to scores with the leading axes `lead`.
-    """
-
-    shape: Shape
-    leads: list[Shape]
-    factor: float = 1.0
-    softcap: float | None = None
-    biases: list[_Bias] = field(default_factory=list)
-    hidden: list[_Hidden] = field(default_factory=list)
-    product: Op | None = None
-    reason: str = ""
-    at: Op | None = None
+from accel.passes.attention_scores import Scores, find_softmax, read_scores, second_user
+from accel.passes.masks import ABSORBS, Mask, MaskReader
 
 
 class EagerAttention(Rule):
@@ -63,27 +26,27 @@ class EagerAttention(Rule):
         self.reader = reader
 
     def apply(self, op: Op, b: Builder, context: RewriteContext) -> Made:
-        softmax = _find_softmax(op.operands[0])
+        softmax = find_softmax(op.operands[0])
         if softmax is None:
             return None
         if softmax.attribute("axis") % len(softmax.result.shape) != len(softmax.result.shape) - 1:
             context.miss(self.name, softmax, "softmax is not over the last axis")
             return None
-        second = _second_user(op.operands[0], softmax)
+        second = second_user(op.operands[0], softmax)
         if second is not None:
             context.miss(self.name, second, "the weights have another user")
             return None
-        scores = _read_scores(softmax, op.operands[0].shape[:-2])
+        scores = read_scores(softmax, op.operands[0].shape[:-2])
         if scores.product is None:
             context.miss(self.name, scores.at or softmax, scores.reason)
             return None
         parts = self._mask(b, scores, op, context)
         if parts is None:
             return None
-        return _Emit(b, op, scores, parts, context).value()
+        return _Emit(b, op, scores, parts, self.reader, context).value()
 
     def _mask(
-        self, b: Builder, scores: _Scores, op: Op, context: RewriteContext
+        self, b: Builder, scores: Scores, op: Op, context: RewriteContext
     ) -> list[tuple[Value, Shape]] | None:
         """Additive masks with the leading axes they broadcast to; None if that is not exact."""
         rows, columns = scores.shape[-2:]
@@ -119,150 +82,15 @@ def _holds(dtype: torch.dtype, number: float) -> bool:
     return number == float("-inf") or number >= torch.finfo(dtype).min
 
 
-def _find_softmax(value: Value) -> Op | None:
-    """The softmax under casts and reshapes of leading axes."""
-    op = value.op
-    while op is not None and (_is_float_cast(op) or _keeps_rows(op)):
-        op = op.operands[0].op
-    return op if op is not None and op.name == "softmax" else None
-
-
-def _is_float_cast(op: Op) -> bool:
-    return op.name == "cast" and bool(op.operands[0].dtype.is_floating_point)
-
-
-def _keeps_rows(op: Op) -> bool:
-    """A reshape that changes leading axes only."""
-    if op.name != "reshape" or len(op.operands[0].shape) < 2:
-        return False
-    return same_shape(op.operands[0].shape[-2:], op.result.shape[-2:])
-
-
-def _second_user(weights: Value, softmax: Op) -> Op | None:
-    """An op between the weights and the softmax whose result others read too."""
-    op = weights.op
-    while op is not None:
-        if len(op.result.uses) != 1:
-            return op
-        if op is softmax:
-            return None
-        op = op.operands[0].op
-    return None
-
-
-def _read_scores(softmax: Op, lead: Shape) -> _Scores:
-    scores = _Scores(softmax.result.shape, [lead, softmax.result.shape[:-2]])
-    value = softmax.operands[0]
-    for _ in range(_LONGEST):
-        op = value.op
-        if op is None:
-            return _stop(scores, softmax, "the scores are an argument")
-        if len(op.result.uses) != 1:
-            return _stop(scores, op, "the scores have another user")
-        if op.name == "matmul":
-            return _finish(scores, op)
-        following = _step(scores, op)
-        if following is None:
-            reason = scores.reason or f"accel.{op.name} is between the product and the softmax"
-            return _stop(scores, op, reason)
-        value = following
-    return _stop(scores, softmax, "no product of queries and keys was found")
-
-
-def _stop(scores: _Scores, op: Op, reason: str) -> _Scores:
-    scores.reason, scores.at = reason, op
-    return scores
-
-
-def _finish(scores: _Scores, product: Op) -> _Scores:
-    if scores.softcap is not None:
-        scores.factor *= scores.softcap
-    scores.product = product
-    return scores
-
-
-def _step(scores: _Scores, op: Op) -> Value | None:
-    """One op down towards the product; None if it is no part of attention."""
-    if _is_float_cast(op):
-        return op.operands[0]
-    if _keeps_rows(op):
-        scores.shape = op.operands[0].shape
-        scores.leads.append(scores.shape[:-2])
-        return op.operands[0]
-    if op.name == "mul" or op.name == "div":
-        number = splat_value(op.operands[1])
-        if not isinstance(number, float) or number <= 0:
-            scores.reason = f"the scale of accel.{op.name} is no positive number"
-            return None
-        scores.factor *= number if op.name == "mul" else 1 / number
-        return op.operands[0]
-    if op.name == "tanh" and scores.softcap is None and not scores.reason:
-        scores.softcap, scores.factor = scores.factor, 1.0
-        return op.operands[0]
-    if scores.softcap is not None:
-        return None
-    if op.name in ("add", "sub"):
-        return _bias(scores, op)
-    if op.name == "where":
-        return _hidden(scores, op)
-    if op.name == "maximum":
-        low = splat_value(op.operands[1])
-        return op.operands[0] if isinstance(low, float) and low <= ABSORBS else None
-    return None
-
-
-def _bias(scores: _Scores, op: Op) -> Value | None:
-    sign = 1.0 if op.name == "add" else -1.0
-    for k in (0, 1) if op.name == "add" else (0,):
-        if same_shape(op.operands[k].shape, scores.shape) and _leads(op.operands[k]):
-            bias = _Bias(op.operands[1 - k], sign * scores.factor, scores.shape[:-2])
-            scores.biases.append(bias)
-            return op.operands[k]
-    scores.reason = "neither side of the sum leads to a product"
-    return None
-
-
-def _hidden(scores: _Scores, op: Op) -> Value | None:
-    condition = op.operands[0]
-    for k, wanted in ((1, True), (2, False)):
-        fill = splat_value(op.operands[3 - k])
-        if isinstance(fill, (int, float)) and not isinstance(fill, bool):
-            if fill * scores.factor > HIDDEN:
-                scores.reason = f"masked scores become {fill}, which is not minus infinity"
-                return None
-            hidden = _Hidden(condition, wanted, fill * scores.factor, scores.shape[:-2])
-            scores.hidden.append(hidden)
-            return op.operands[k]
-    return None
-
-
-def _leads(value: Value) -> bool:
-    """Whether a product lies under the value, through the ops that `_step` knows."""
-    op = value.op
-    for _ in range(_LONGEST):
-        if op is None or len(op.result.uses) != 1:
-            return False
-        if op.name == "matmul":
-            return True
-        if op.name in ("mul", "div", "sub", "cast", "tanh", "maximum") or _keeps_rows(op):
-            op = op.operands[0].op
-        elif op.name == "add":
-            return any(_leads(v) for v in op.operands)
-        elif op.name == "where":
-            return any(_leads(v) for v in op.operands[1:])
-        else:
-            return False
-    return False
-
-
 @dataclass
 class _Emit:
     """Builds the attention: q, k, v and masks on four axes, and the result's own shape again."""
 
     b: Builder
     op: Op
-    scores: _Scores
+    scores: Scores
     masks: list[tuple[Value, Shape]]
+    reader: MaskReader
     context: RewriteContext
 
     def value(self) -> Value | None:
@@ -285,8 +113,14 @@ class _Emit:
         v_lead = self.key_lead(self.op.result.shape[:-2], groups, count)
         v4 = self.shaped(v, v_lead, (batch, groups))
         mask = self.mask((batch, count))
+        sinks = None
+        if self.scores.sinks is not None:
+            sinks = self.sinks(self.scores.sinks, (batch, count))
+            if sinks is None:
+                self.context.miss("attention", self.op, "the sinks are not one number a head")
+                return None
         made = self.b.attention(
-            q4, k4, v4, mask, scale=self.scores.factor, softcap=self.scores.softcap
+            q4, k4, v4, mask, sinks, scale=self.scores.factor, softcap=self.scores.softcap
         )
         return self.b.reshape_to(made, self.op.result.shape)
 
@@ -331,6 +165,25 @@ class _Emit:
         if not same_dim(product(x.shape[:-2]), product(heads)):
             x = self.b.broadcast_to(x, shape=(*lead, *tail))
         return self.b.reshape_to(x, (*heads, *tail))
+
+    def sinks(self, column: Value, heads: tuple[Dim, Dim]) -> Value | None:
+        """The column [B, H, S, 1] as one number for each head; None if it has more."""
+        b, rank = self.b, 4
+        made = column.op
+        if made is not None and made.name == "broadcast_to":
+            column = made.operands[0]
+        shape = (1,) * (rank - column.type.rank) + column.shape
+        if column.type.rank > rank or not same_shape(self.scores.shape[:-2], heads):
+            return None
+        wide = [axis for axis in (0, 2) if not same_dim(shape[axis], 1)]
+        if not all(self.reader.is_repeated(column, axis) for axis in wide):
+            return None
+        column = b.reshape_to(column, shape)
+        for axis in wide:
+            column = b.slice(column, axis=axis, start=0, stop=1)
+        column = b.broadcast_to(b.reshape_to(column, column.shape[1:2]), shape=heads[1:])
+        narrow = column.dtype in (self.op.result.dtype, torch.float32)
+        return column if narrow else b.cast_to(column, self.op.result.dtype)
 
     def mask(self, heads: tuple[Dim, Dim]) -> Value | None:
         total: Value | None = None

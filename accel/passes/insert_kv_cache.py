@@ -27,7 +27,7 @@ measures with the interpreter in float64. Before and after:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -39,7 +39,8 @@ from accel.ir.types import Dim, TensorType, symbol_names
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.equivalence import check_decode
 from accel.passes.narrow import WHOLE, Axes, depend_on, stored
-from accel.passes.state import Held, State
+from accel.passes.row_positions import fix_rows, give_positions, row_axis
+from accel.passes.state import Held, Item, State
 from accel.passes.windows import LastToken, NextTokens
 
 _COUNT = sympy.Symbol("count", integer=True, positive=True)
@@ -56,6 +57,9 @@ class InsertKvCache(Pass):
         batch: rows of the functions; 0 leaves the number of rows as @main has it.
         extend: the most tokens that @extend takes at a time; 0: there is no @extend.
         rings: whether attention with a sliding window keeps no more tokens than it sees.
+        unequal: @decode takes a position for each row, so that texts of unequal length run
+            together (`accel.passes.row_positions`). Where an op has no form for that, the report
+            names it, and @decode takes one position. Needs @main with a symbol for its rows.
     """
 
     name: ClassVar[str] = "insert_kv_cache"
@@ -65,6 +69,7 @@ class InsertKvCache(Pass):
     batch: int = 0
     extend: int = 0
     rings: bool = True
+    unequal: bool = False
 
     def run(self, module: Module, context: Context) -> None:
         if self.capacity < 2:
@@ -74,7 +79,7 @@ class InsertKvCache(Pass):
         model = _Model(module.main, self)
         if not context.rewrite(self.name):
             return
-        decode = model.next_tokens("decode", 1)
+        decode = self._decode(model, context)
         if not model.state.items:
             raise CaptureError(
                 "the model has no attention over its tokens, so there is nothing to cache",
@@ -89,15 +94,33 @@ class InsertKvCache(Pass):
             "capacity": self.capacity,
             "caches": len(model.state),
             "vocabulary": _table_rows(model.main, model.ids),
-            "state": [item.describe() for item in model.state.items],
+            "state": [model.describe_item(item) for item in model.state.items],
             "fixed": len(model.fixed),
             "extend": self.extend,
+            "unequal": bool(decode.args[1].shape),
         }
+        if self.unequal and self.batch and isinstance(model.batch, sympy.Symbol):
+            for function in made:
+                fix_rows(function, {model.batch.name: self.batch})
         module.metadata["kv_cache"] = facts
         for function in made:
             module.add(function)
             function.metadata["kv_cache"] = facts
         context.notes["caches"] = len(model.state)
+
+    def _decode(self, model: _Model, context: Context) -> Function:
+        """@decode, with a position for each row if so chosen and possible."""
+        decode = model.next_tokens("decode", 1)
+        if not self.unequal or not isinstance(model.batch, sympy.Symbol):
+            return decode
+        try:
+            for item in model.state.items:
+                row_axis(item.type, model.batch)
+            give_positions(decode, decode.args[1], model.batch)
+        except CaptureError as error:
+            context.miss(self.name, next(iter(model.main.ops)), f"{error} ({error.where})")
+            return model.next_tokens("decode", 1)
+        return decode
 
     def check(self, module: Module, seed: int) -> float:
         """Decode equivalence (`accel.passes.equivalence`)."""
@@ -117,7 +140,10 @@ class _Model:
                 f"insert_kv_cache: a cache of {self.capacity} positions, and the model takes "
                 f"{limit}"
             )
-        batch, rows = options.batch, self.ids.shape[0]
+        rows = self.ids.shape[0]
+        # Rows stay a symbol until each of them has a position.
+        later = options.unequal and isinstance(rows, sympy.Symbol)
+        batch = 0 if later else options.batch
         self.batch: Dim = batch or rows
         self.sizes: dict[str, Dim] = {}
         if batch and isinstance(rows, sympy.Symbol):
@@ -137,7 +163,7 @@ class _Model:
             _check_causal(op)
             window = op.attribute("window")
             slots = self.capacity
-            if window is not None and rings and len(op.operands) == 3:
+            if window is not None and rings and op.arguments()[3] is None:
                 slots = window if not self.extend else _rounded(window + self.extend - 1)
             for value in (*stored(op.operands[1]), *stored(op.operands[2])):
                 found[value] = max(found.get(value, 0), min(slots, self.capacity))
@@ -178,6 +204,13 @@ class _Model:
         first = len(function.args) - len(items)
         function.donates = {1 + i: first + i for i in range(len(items))}
         return function
+
+    def describe_item(self, item: Item) -> dict[str, Any]:
+        """What the runtime must know of an item; along which axis its rows lie, if they do."""
+        facts = item.describe()
+        if isinstance(self.batch, sympy.Symbol) and self.batch in item.type.shape:
+            facts["rows"] = row_axis(item.type, self.batch)
+        return facts
 
     def describe(self, function: Function, results: int) -> None:
         given = {n for a in function.args for d in a.shape for n in _names(d)}

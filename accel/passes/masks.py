@@ -164,6 +164,14 @@ class MaskReader:
         stored = self._stored_band(value, rows, columns, True)
         return whole if stored is None else Mask(stored)
 
+    def is_repeated(self, value: Value, axis: int) -> bool:
+        """Whether a stored value is the same all along the axis."""
+        name = constant_name(value)
+        if name is None:
+            return False
+        tensor = self.weights.tensor(name)
+        return torch.equal(tensor, tensor.narrow(axis, 0, 1).expand_as(tensor))
+
     def _stored_band(self, value: Value, rows: Dim, columns: Dim, wanted: bool) -> Band | None:
         """The band that a stored mask spells out, or None if it is none."""
         name = constant_name(value)

@@ -73,7 +73,7 @@ class AttentionMask(Rule):
         self.reader = reader
 
     def apply(self, op: Op, b: Builder, context: RewriteContext) -> Made:
-        q, k, v, mask = op.arguments()
+        q, k, v, mask, sinks = op.arguments()
         if mask is None:
             return None
         rows, columns = q.shape[2], k.shape[2]
@@ -93,7 +93,7 @@ class AttentionMask(Rule):
         if attributes is None:
             return None
         rest = _rest(b, parts, q)
-        return _attention(b, op, [q, k, v, rest], **attributes)
+        return _attention(b, op, [q, k, v, rest, sinks], **attributes)
 
 
 def _rest(b: Builder, parts: Mask, q: Value) -> Value | None:
@@ -136,7 +136,7 @@ class GroupedHeads(Rule):
     name, roots = "grouped_heads", ("attention",)
 
     def apply(self, op: Op, b: Builder, context: RewriteContext) -> Made:
-        q, k, v, mask = op.arguments()
+        q, k, v, *rest = op.arguments()
         first = _before_repeat(k)
         second = _before_repeat(v)
         if first is None or second is None:
@@ -151,7 +151,7 @@ class GroupedHeads(Rule):
             b.reshape_to(source, (value.shape[0], groups, *value.shape[2:]))
             for (source, groups), value in ((first, k), (second, v))
         ]
-        return _attention(b, op, [q, *small, mask])
+        return _attention(b, op, [q, *small, *rest])
 
 
 def _before_repeat(value: Value) -> tuple[Value, Dim] | None:
@@ -182,13 +182,13 @@ class AttentionScale(Rule):
     name, roots = "attention_scale", ("attention",)
 
     def apply(self, op: Op, b: Builder, context: RewriteContext) -> Made:
-        q, k, v, mask = op.arguments()
+        q, k, v, *rest = op.arguments()
         for place, value in ((0, q), (1, k)):
             found = _before_scale(b, value)
             if found is None:
                 continue
             plain, factor = found
-            operands = [q, k, v, mask]
+            operands = [q, k, v, *rest]
             operands[place] = plain
             return _attention(b, op, operands, scale=op.attribute("scale") * factor)
         return None

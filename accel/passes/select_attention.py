@@ -95,7 +95,7 @@ def mask_before(op: Op, generator: KernelGenerator, most: int = 24) -> set[Op]:
     operands, and read nothing that has an element for each pair of query and key."""
     if op.name != "attention" or op.arguments()[3] is None:
         return set()
-    q, k, _, mask = op.arguments()
+    q, k, _, mask, _ = op.arguments()
     found: set[Op] = set()
     pending, leaves = [mask], []
     while pending:

@@ -17,6 +17,12 @@ from accel.passes.state import Held, Item, State
 from accel.passes.token_wise import is_prefix_stable
 
 
+def _rest(mask: Value | None, sinks: Value | None, given: Sequence[Value]) -> list[Value | None]:
+    """An attention's mask and sinks, None where it has none, of the values of those it has."""
+    left = iter(given)
+    return [None if x is None else next(left) for x in (mask, sinks)]
+
+
 class LastToken(Narrow):
     """The last of `length` tokens. `made` starts with whole values that are there already."""
 
@@ -38,10 +44,12 @@ class LastToken(Narrow):
         return self.clone(op, rows=1, **moved)
 
     def attend(self, op: Op) -> Plan:
-        q, k, v, mask = op.arguments()
+        q, k, v, mask, sinks = op.arguments()
         needs = [(q, frozenset((2,))), (k, WHOLE), (v, WHOLE)]
         if mask is not None:
             needs.append((mask, self._aligned(mask, op.result, frozenset((2,)))))
+        if sinks is not None:
+            needs.append((sinks, WHOLE))
         window = op.attribute("window")
         if window is None:  # one query, and no token after it
             return Plan(needs, self.clone(op, causal=False))
@@ -49,7 +57,8 @@ class LastToken(Narrow):
 
         def emit(b: Builder, values: Sequence[Value]) -> Sequence[Value]:
             place = b.size_like(simplify_dim(self.length - 1), torch.int64)
-            return b.op("cached_attention", [*values[:3], place, *values[3:]], attributes).results
+            more = _rest(mask, sinks, values[3:])
+            return b.op("cached_attention", [*values[:3], place, *more], attributes).results
 
         return Plan(needs, emit)
 
@@ -177,10 +186,11 @@ class NextTokens(Narrow):
         return emit
 
     def attend(self, op: Op) -> Plan:
-        q, k, v, mask = op.arguments()
+        q, k, v, mask, sinks = op.arguments()
         row = frozenset((2,))
         rows = [(q, row)]
         masks = [] if mask is None else [(mask, self._aligned(mask, op.result, row))]
+        masks += [] if sinks is None else [(sinks, WHOLE)]
         if not self.is_sequence(k.shape[2]):  # keys of something else, such as an encoder
             return Plan([*rows, (k, WHOLE), (v, WHOLE), *masks], self.clone(op))
         leaves = list(dict.fromkeys((*stored(k), *stored(v))))
@@ -198,7 +208,8 @@ class NextTokens(Narrow):
                 place, attributes["window"] = self.slot(b, "newest", slots), None
             elif ring:
                 attributes["ring"] = True
-            operands = [values[0], keys, values_, place, *values[1 + len(leaves) :]]
+            more = _rest(mask, sinks, values[1 + len(leaves) :])
+            operands = [values[0], keys, values_, place, *more]
             return b.op("cached_attention", operands, attributes).results
 
         return Plan([*rows, *zip(leaves, axes), *masks], emit)

@@ -47,12 +47,14 @@ def check(
     return runner.source(0)
 
 
-def plain(b: Any, q: Any, k: Any, v: Any, mask: Any = None, **attributes: Any) -> Any:
+def plain(
+    b: Any, q: Any, k: Any, v: Any, mask: Any = None, sinks: Any = None, **attributes: Any
+) -> Any:
     """[B, S, H * D], heads of 64."""
     split = [heads(b, x, 64) for x in (q, k, v)]
     if mask is not None:
         mask = b.reshape(mask, shape=(mask.shape[0], 1, 1, mask.shape[1]))
-    return merged(b, b.attention(*split, mask, scale=0.125, **attributes))
+    return merged(b, b.attention(*split, mask, sinks, scale=0.125, **attributes))
 
 
 def three(batch: int, queries: int, keys: int, count: int, groups: int) -> list[TensorType]:
@@ -87,6 +89,14 @@ CASES: dict[str, tuple[list[TensorType], Callable[..., Any], int]] = {
         lambda b, *x: plain(b, *x, causal=True, offset=62), 0,
     ),
     "heads first, a bias of distances": ([typed(FP16, 1, 4, 128, 64)] * 3, alibi, 0),
+    "sinks": (
+        [*three(1, 200, 200, 2, 1), typed(FP16, 2)],
+        lambda b, *x: plain(b, *x[:3], sinks=x[3], causal=True, window=100), 0,
+    ),
+    "sinks, keys that are none": (
+        [*three(2, 130, 192, 2, 2), typed(BOOL, 2, 192), typed(FP16, 2)],
+        lambda b, *x: plain(b, *x[:4], sinks=x[4]), 0,
+    ),
     "wider values": (
         [typed(BF16, 2, 2, 128, 64), typed(BF16, 2, 2, 128, 64), typed(BF16, 2, 2, 128, 128)],
         lambda b, *x: b.attention(*x, scale=0.2, causal=True), 0,

@@ -40,30 +40,35 @@ class Case:
     update: bool = True
     ring: bool = False
     tile: CachedTile = _SMALL
+    each: bool = False  # a position for each text
+    sinks: bool = False
 
     def function(self) -> Function:
         c = self
         t = c.tokens
         qkv = (c.heads + c.groups) * c.size + c.groups * c.width
+        angles = TensorType((c.batch, 1, t, c.size) if c.each else (1, t, c.size), c.dtype)
         types = [
             TensorType((c.batch, t, qkv), c.dtype),
-            TensorType((1, t, c.size), c.dtype),
-            TensorType((1, t, c.size), c.dtype),
+            angles,
+            angles,
             TensorType((c.batch, c.groups, c.capacity, c.size), c.dtype),
             TensorType((c.batch, c.groups, c.capacity, c.width), c.dtype),
-            TensorType((), torch.int64),
+            TensorType((c.batch,) if c.each else (), torch.int64),
         ]
         if c.mask:
             boolean = c.mask == "bool"
             shape = (c.batch, 1, t, c.capacity) if boolean else (1, c.heads, 1, c.capacity)
             types.append(TensorType(shape, torch.bool if boolean else c.dtype))
+        if c.sinks:
+            types.append(TensorType((c.heads,), c.dtype))
 
         def split(b: Builder, x: Value, start: int, heads: int, size: int) -> Value:
             part = b.slice(x, axis=2, start=start, stop=start + heads * size)
             return b.permute(b.reshape(part, shape=(c.batch, t, heads, size)), axes=(0, 2, 1, 3))
 
         def build(b: Builder, x: Value, cos: Value, sin: Value, keys: Value, values: Value,
-                  position: Value, *mask: Value) -> list[Value]:  # fmt: skip
+                  position: Value, *rest: Value) -> list[Value]:  # fmt: skip
             first = c.heads * c.size
             q = b.rope(split(b, x, 0, c.heads, c.size), cos, sin)
             made: list[Value] = []
@@ -79,7 +84,8 @@ class Case:
                 values = b.dynamic_update(values, v, start, axis=2)
                 made = [keys, values]
             out = b.cached_attention(
-                q, keys, values, position, *mask, scale=c.size**-0.5, window=c.window,
+                q, keys, values, position, rest[0] if c.mask else None,
+                rest[-1] if c.sinks else None, scale=c.size**-0.5, window=c.window,
                 softcap=c.softcap, ring=many,
             )  # fmt: skip
             merged = (c.batch, t, c.heads * c.width)
@@ -93,16 +99,23 @@ class Case:
         made = []
         for a in function.args[:5]:
             made.append(torch.randn([int(d) for d in a.shape]).to(a.dtype))
-        seen = position if self.update else position + self.tokens
-        for cache in made[3:5]:
-            cache[:, :, max(seen, 0) :] = math.nan
-        made.append(torch.tensor(position))
+        places = torch.tensor(position)
+        if self.each:
+            last = self.capacity - self.tokens
+            places = torch.tensor([position, last - position, position // 3])[: self.batch]
+        for row, at in enumerate(places.expand(self.batch).tolist()):
+            seen = at if self.update else at + self.tokens
+            for cache in made[3:5]:
+                cache[row, :, max(seen, 0) :] = math.nan
+        made.append(places)
         if self.mask == "bool":
             keep = torch.rand(self.batch, 1, self.tokens, self.capacity) > 0.3
             keep[:, :, 0] &= position % 2 == 0  # every other time, a query sees nothing
             made.append(keep)
         elif self.mask:
             made.append(torch.randn(1, self.heads, 1, self.capacity).to(self.dtype))
+        if self.sinks:
+            made.append(torch.randn(self.heads).to(self.dtype) + 2)
         return made
 
 
@@ -126,6 +139,12 @@ CASES = [
     Case(heads=2, groups=1, size=256, width=256, dtype=torch.bfloat16),
     Case(heads=40, groups=1, capacity=64),
     Case(ring=True, capacity=50),
+    Case(each=True, batch=3),
+    Case(each=True, batch=2, tokens=2, update=False, window=20),
+    Case(each=True, batch=3, dtype=torch.bfloat16, size=64, width=64, tile=CachedTile(32, 1)),
+    Case(sinks=True, heads=8, groups=2, batch=2),
+    Case(sinks=True, mask="bool", tokens=3, tile=CachedTile(32, 1), window=30),
+    Case(sinks=True, ring=True, capacity=50, dtype=torch.bfloat16),
     Case(ring=True, capacity=64, tokens=3, window=20, update=False),
     Case(ring=True, capacity=37, tokens=2, window=36, update=False, dtype=torch.bfloat16),
 ]

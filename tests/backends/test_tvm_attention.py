@@ -31,19 +31,25 @@ class Case:
     dtype: torch.dtype = torch.float32
     size: int = 0
     attributes: dict[str, Any] = field(default_factory=dict)
+    sinks: bool = False
 
     def types(self) -> list[TensorType]:
         types = [TensorType(s, self.dtype) for s in (self.q, self.k, self.v or self.k)]
         if self.mask is not None:
             dtype = BOOL if self.mask_dtype == BOOL else self.dtype
             types.append(TensorType(self.mask, dtype))
+        if self.sinks:
+            types.append(TensorType((self.q[1],), self.dtype))
         return types
 
     def function(self) -> Function:
-        depth = self.q[3]
-        return function_of(
-            self.types(), lambda b, *x: b.attention(*x, **{"scale": depth**-0.5, **self.attributes})
-        )
+        attributes = {"scale": self.q[3] ** -0.5, **self.attributes}
+
+        def build(b: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+            mask = rest[0] if self.mask is not None else None
+            return b.attention(q, k, v, mask, rest[-1] if self.sinks else None, **attributes)
+
+        return function_of(self.types(), build)
 
 
 CASES: dict[str, Case] = {
@@ -76,6 +82,21 @@ CASES: dict[str, Case] = {
     "symbolic batch and mask": Case((S, 2, 20, 32), (S, 2, 70, 32), mask=(S, 1, 1, 70), size=3),
     "bfloat16": Case((1, 2, 40, 64), (1, 2, 90, 64), dtype=torch.bfloat16),
     "float16": Case((1, 2, 40, 64), (1, 2, 90, 64), dtype=torch.float16),
+    "sinks": Case((2, 4, 40, 32), (2, 2, 70, 32), sinks=True),
+    "sinks, window": Case(
+        (1, 4, 150, 64), (1, 2, 150, 64), sinks=True, dtype=torch.bfloat16,
+        attributes={"causal": True, "window": 40},
+    ),
+    "sinks, boolean mask": Case(
+        (2, 2, 33, 32), (2, 2, 70, 32), mask=(2, 1, 33, 70), mask_dtype=BOOL, sinks=True
+    ),
+    "sinks, rows without keys": Case(
+        (1, 2, 90, 32), (1, 2, 80, 32), sinks=True, attributes={"causal": True, "offset": -70}
+    ),
+    "sinks, bias and cap": Case(
+        (1, 2, 33, 16), (1, 2, 70, 16), mask=(1, 2, 33, 70), sinks=True,
+        attributes={"softcap": 2.0},
+    ),
 }  # fmt: skip
 
 

@@ -27,12 +27,26 @@ CASES: dict[str, tuple[tuple[TensorType, ...], dict[str, Any]]] = {
         (f32(1, 2, 1, 16), f32(1, 2, 66, 16), f32(1, 2, 66, 16), I64, f32(1, 2, 1, 66)),
         {},
     ),
+    "sinks": (
+        (f32(2, 4, 2, 32), f32(2, 2, 90, 32), f32(2, 2, 90, 32), I64, f32(4)),
+        {"window": 40},
+    ),
+    "a position a text": (
+        (f32(3, 4, 1, 32), f32(3, 2, 150, 32), f32(3, 2, 150, 32), TensorType((3,), torch.int64)),
+        {"window": 70},
+    ),
 }
+
+
+def _attend(b: Any, *x: Any, **attributes: Any) -> Any:
+    """A fifth operand of rank 1 is the sinks."""
+    operands = [*x[:4], None, x[4]] if len(x) > 4 and x[4].type.rank == 1 else x
+    return b.cached_attention(*operands, scale=0.3, **attributes)
 
 
 def function(name: str) -> Function:
     types, attributes = CASES[name]
-    return function_of(list(types), lambda b, *x: b.cached_attention(*x, scale=0.3, **attributes))
+    return function_of(list(types), lambda b, *x: _attend(b, *x, **attributes))
 
 
 @cache
@@ -45,9 +59,12 @@ def inputs_of(name: str, position: int) -> list[Tensor]:
     types, _ = CASES[name]
     made = [torch.randn([int(d) for d in t.shape], generator=generator) for t in types]
     made[3] = torch.tensor(position)
-    seen = position + made[0].shape[2]
-    for held in made[1:3]:
-        held[:, :, seen:] = float("nan")
+    if types[3].rank:  # unequal texts
+        last = int(types[1].shape[2]) - 1
+        made[3] = torch.tensor([position, (position * 7) % last, last - position])
+    for row, at in enumerate(made[3].expand(made[0].shape[0])):
+        for held in made[1:3]:
+            held[row, :, int(at) + made[0].shape[2] :] = float("nan")
     return made
 
 
@@ -92,7 +109,7 @@ def test_what_is_refused(types: tuple[TensorType, ...], reason: str) -> None:
     assert reason in str(cached.reason(op))
 
 
-def _step(capacity: int, rows: int = 1, batch: int = 1) -> Function:
+def _step(capacity: int, rows: int = 1, batch: int = 1, each: bool = False) -> Function:
     """What a layer does with new rows: rotary embedding, both writes, attention, merged heads."""
 
     def make(b: Any, qkv: Any, cos: Any, sin: Any, keys: Any, values: Any, at: Any) -> Any:
@@ -105,8 +122,9 @@ def _step(capacity: int, rows: int = 1, batch: int = 1) -> Function:
         return keys, values, merged
 
     cache = f32(batch, 2, capacity, 32)
-    angles = f32(1, 1, rows, 32)
-    types = [f32(batch, rows, 256), angles, angles, cache, cache, I64]
+    angles = f32(batch if each else 1, 1, rows, 32)
+    at = TensorType((batch,), torch.int64) if each else I64
+    types = [f32(batch, rows, 256), angles, angles, cache, cache, at]
     return function_of(types, make)
 
 
@@ -134,8 +152,29 @@ def test_writes_and_attention_are_one_kernel(rows: int, batch: int, place: int) 
     assert float((got[2] - wanted[2]).abs().max()) <= 5e-6
 
 
-def test_a_position_outside_of_the_cache_is_an_error() -> None:
-    function = _step(16)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_texts_of_unequal_length_in_one_kernel(rows: int) -> None:
+    function = _step(90, rows, 3, each=True)
+    positions = torch.tensor([70, 0, 88 - rows])
+    generator = torch.Generator().manual_seed(rows)
+    inputs = [
+        torch.randn([int(d) for d in a.shape], generator=generator) for a in function.args[:5]
+    ]
+    for held in inputs[3:5]:
+        for row, at in enumerate(positions):
+            held[row, :, int(at) :] = float("nan")
+    inputs.append(positions)
+    got = Runner([function], ["cached_attention"])(0, inputs)
+    wanted = interpret(function, inputs, WeightStore(), oracle=True)
+    for made, right in zip(got, wanted):
+        torch.testing.assert_close(made, right.float(), rtol=0, atol=5e-6, equal_nan=True)
+    assert bool(got[2].isfinite().all())
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_a_position_outside_of_the_cache_is_an_error(each: bool) -> None:
+    function = _step(16, batch=2, each=each)
     inputs = [torch.randn([int(d) for d in a.shape]) for a in function.args[:5]]
+    position = torch.tensor([3, 16]) if each else torch.tensor(16)
     with pytest.raises(ExecutionError):
-        Runner([function], ["cached_attention"])(0, [*inputs, torch.tensor(16)])
+        Runner([function], ["cached_attention"])(0, [*inputs, position])

@@ -145,6 +145,8 @@ def _(d: Sizes, dtype: torch.dtype) -> Cases:
     yield sample([*grouped, None], scale=0.35, causal=True, window=2)
     yield sample([*grouped, None], scale=0.35, window=3, offset=1, softcap=2.5)
     yield sample([*full, t(BOOL, d.b, 1, 1, d.k)], scale=0.35, causal=True)
+    yield sample([*grouped, None, t(dtype, 4)], scale=0.35, causal=True, window=2)
+    yield sample([*full, t(BOOL, d.n, d.k), t(dtype, 4)], scale=0.35, softcap=2.5)
 
 
 @samples("cached_attention")
@@ -158,9 +160,22 @@ def _(d: Sizes, dtype: torch.dtype) -> Cases:
     yield sample([*several, None], scale=0.35, window=3, softcap=2.5)
     yield sample([*several, t(dtype, 4, 1, 6)], scale=0.2)
     yield sample([*grouped, t(BOOL, d.b, 1, 1, 1)], scale=0.35)
+    yield sample([*several, None, t(dtype, 4)], scale=0.35, window=3)
     late = t(torch.int64, kind="index:40")
     yield sample([*grouped[:3], late, None], scale=0.35, window=6, ring=True)
     yield sample([*several[:3], late, None], scale=0.35, window=3, softcap=2.5, ring=True)
+
+
+@samples("paged_attention")
+def _(d: Sizes, dtype: torch.dtype) -> Cases:
+    pools = [t(dtype, 7, 2, 4, 8), t(dtype, 7, 2, 4, 6), t(torch.int32, d.b, 3, kind="distinct:7")]
+    q, at = t(dtype, d.b, 4, 1, 8), t(torch.int64, kind="index:12")
+    yield sample([q, *pools, at], scale=0.35)
+    two = [t(dtype, 2, 4, 1, 8), *pools[:2], t(torch.int64, 2, 3, kind="distinct:7")]
+    yield sample([*two, t(torch.int64, 2, kind="index:12")], scale=0.35, window=2)
+    several = t(dtype, d.b, 4, 3, 8)
+    yield sample([several, *pools, t(torch.int64, kind="index:9"), None], scale=0.35, softcap=2.5)
+    yield sample([several, *pools, at, t(dtype, 4, 1, 12), t(dtype, 4)], scale=0.2)
 
 
 @samples("flash_attention")
@@ -267,3 +282,13 @@ def _(d: Sizes, dtype: torch.dtype) -> Cases:
     one = (1, 1)
     rest = {"kernel": (2, 3), "stride": one, "padding": (0, 1), "dilation": one}
     yield sample([t(dtype, d.b, 12, 15)], size=(4, 5), **rest)
+
+
+@samples("expert_linear", dtypes=FLOATS)
+def _(d: Sizes, dtype: torch.dtype) -> Cases:
+    rounded = narrow(dtype)  # as for a linear
+    chosen = t(torch.int64, d.b, d.n, kind="index:3")
+    yield sample([t(dtype, d.b, d.n, d.k), t(dtype, 3, d.m, d.k), chosen, None])
+    one = t(torch.int32, d.n, kind="index:3")
+    biased = [t(dtype, d.n, d.k), t(dtype, 3, d.m, d.k), one, t(dtype, 3, d.m)]
+    yield sample(biased, inner=rounded)

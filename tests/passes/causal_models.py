@@ -72,6 +72,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "experts_implementation": "batched_mm",
         },
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **_LOCAL,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "experts_implementation": "batched_mm",
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
     "mixtral_grouped": ("MixtralConfig", {**_GROUPED, **_EXPERTS}),
 }
 _STATES: dict[str, Any] = {
@@ -143,7 +155,7 @@ TRANSLATORS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-EAGER_ONLY = ("gemma2", "bloom", *RECURRENT)
+EAGER_ONLY = ("gemma2", "bloom", "gpt_oss", *RECURRENT)
 
 
 def tiny(family: str, attention: str = "sdpa") -> Any:

@@ -368,6 +368,47 @@ def test_second_users_are_near_misses():
     assert "attention" not in compute(module) and "another user" in misses[0][2]
 
 
+def with_sinks(b, q, k, v, sinks, part=None, columns=1, scores=lambda b, s: s):
+    """gpt-oss: a column of sinks beside the scores, whose weight is dropped."""
+    batch, heads, rows, _ = q.shape
+    s = scores(b, b.mul(b.matmul(q, transpose(b, k)), sc(b, 0.25, q.dtype)))
+    one = sinks if sinks.type.rank == 4 else b.reshape(sinks, shape=(1, heads, 1, 1))
+    whole = b.cat(s, b.broadcast_to(one, shape=(batch, heads, rows, columns)), axis=3)
+    whole = b.sub(whole, b.amax(whole, axes=(3,), keepdim=True))
+    weights = b.softmax(whole, axis=3)
+    weights = b.slice(weights, axis=3, start=0, stop=part or k.shape[2])
+    return b.matmul(weights, v)
+
+
+def test_sinks():
+    def make(b, q, k, v, sinks):
+        return with_sinks(b, q, k, v, sinks, scores=CAUSAL["stored additive"])
+
+    module, misses = raised(make, Q, Q, Q, t(H))
+    op = find(module, "attention")
+    assert op.attribute("causal") and op.arguments()[3] is None and not misses
+    assert op.arguments()[4] is module.main.args[3]
+
+
+def test_stored_sinks_that_were_broadcast():
+    column = torch.randn(H)[None, :, None, None].expand(B, H, S, 1).contiguous()
+    module, _ = raised(lambda b, q, k, v: with_sinks(b, q, k, v, b.weight(column)), Q, Q, Q)
+    assert find(module, "attention").arguments()[4].shape == (H,)
+
+    column = torch.randn(B, H, S, 1)
+    module, misses = raised(lambda b, q, k, v: with_sinks(b, q, k, v, b.weight(column)), Q, Q, Q)
+    assert "attention" not in compute(module) and "one number a head" in misses[0][2]
+
+
+@pytest.mark.parametrize("changes", [{"part": S - 1}, {"columns": 2}])
+def test_other_columns_beside_scores_are_no_sinks(changes):
+    module, _ = raised(
+        lambda b, q, k, v, sinks: with_sinks(b, q, k, v, sinks, **changes),
+        Q, Q, t(B, H, changes.get("part", S), D), t(H),
+    )  # fmt: skip
+    assert "attention" not in compute(module) and "softmax" in compute(module)
+
+
 NEARLY = {
     "softmax over rows": lambda b, q, k, v: b.matmul(
         b.softmax(b.matmul(q, transpose(b, k)), axis=2), v

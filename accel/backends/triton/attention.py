@@ -34,7 +34,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def reason(op: Op) -> str | None:
     """None if a kernel of kind "attention" may be built around this op, else the reason why not."""
-    q, k, v, mask = op.arguments()
+    q, k, v, mask, _ = op.arguments()
     if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"attention of {q.dtype}, {k.dtype} and {v.dtype}"
     sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])

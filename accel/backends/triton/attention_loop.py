@@ -67,7 +67,7 @@ def plan(planner: Planner) -> Plan:
     op = next(op for op in region.ops if op.name == "attention")
     if len(region.results) != 1:
         raise BackendError("an attention kernel has one result", where=str(op.location or ""))
-    q, k, v, mask = op.arguments()
+    q, k, v, mask, sinks = op.arguments()
     _, found = find_place(planner, op)
     batch, head, row, column, address = found
     group = indexer.divide(head, int(q.shape[1]) // int(k.shape[1]))[0]
@@ -81,6 +81,8 @@ def plan(planner: Planner) -> Plan:
         survey.element(operand, index)
     if mask is not None:
         survey.element(mask, broadcast_index(place, (0, 0, 0, 0), mask.shape))
+    if sinks is not None:
+        survey.element(sinks, (head,))
     indexer.splits.clear()
     outer = tuple(sorted((batch.axes | head.axes), key=lambda a: a.order))
     return Plan(op, indexer, outer, query_at, key_at, value_at, place, column, address,
@@ -109,7 +111,7 @@ class AttentionWriter:
     def __init__(self, plan: Plan, emitter: StoredOperands, target: str, tile: Tile):
         self.plan, self.emitter, self.target, self.tile = plan, emitter, target, tile
         self.op = plan.op
-        self.q, self.k, self.v, self.mask = plan.op.arguments()
+        self.q, self.k, self.v, self.mask, self.sinks = plan.op.arguments()
         self.queries, self.keys = self.q.shape[2], self.k.shape[2]
         self.depth, self.width = int(self.q.shape[3]), int(self.v.shape[3])
         self.causal = bool(self.op.attribute("causal"))
@@ -188,9 +190,19 @@ class AttentionWriter:
         self._bind(self.plan.key[3], "depth", ROW, self.depth, padded(self.depth))
         block.line("col = tl.arange(0, WIDTH)[None, :]")
         self._bind(self.plan.column, "col", COL, self.width, padded(self.width))
-        block.line('best = tl.full([ROWS, 1], float("-inf"), tl.float32)')
-        block.line("total = tl.zeros([ROWS, 1], tl.float32)")
+        best, total = self._first_sum(block)
+        block.line(f"best = tl.full([ROWS, 1], {best}, tl.float32)")
+        block.line(f"total = tl.full([ROWS, 1], {total}, tl.float32)")
         block.line("acc = tl.zeros([ROWS, WIDTH], tl.float32)")
+
+    def _first_sum(self, block: Block) -> tuple[str, str]:
+        """The maximum and the sum before any key: none, or those of the sink."""
+        if self.sinks is None:
+            return 'float("-inf")', "0.0"
+        with self.emitter.inside(Scope(block, frozenset(self.plan.outer))):
+            sink = self.emitter.element(self.sinks, (self.plan.place[1],))
+            block.line(f"sink = {sink} * {_LOG2E!r}")
+        return "sink", "1.0"
 
     def _spans(self) -> list[Span]:
         """The loops over keys; their bounds are written to the program."""

@@ -70,6 +70,8 @@ class OverlappedAttention(AttentionWriter):
     def write(self) -> Program:
         tile, emitter = self.overlapped, self.emitter
         place = self._place_function()
+        self.sink = Block(self.top.block.names)
+        self.before = self._first_sum(self.sink)
         weigh, loads = self._weigh_function()
         maps = [self._map(number, one) for number, one in enumerate(self.tiles)]
         parts = product((parts_of(self.queries, tile.rows), *(a.extent for a in self.plan.outer)))
@@ -323,8 +325,9 @@ class OverlappedAttention(AttentionWriter):
             f"low, full_low, full, stop = bounds({self._arguments('first')})",
             "row = first + which * 64 + tl.arange(0, 64, tl.SliceLayout(1, SCORES))[:, None]",
             "key = (stop - 1) * COLS + tl.arange(0, COLS, tl.SliceLayout(0, SCORES))[None, :]",
-            'best = tl.full([64], float("-inf"), tl.float32, tl.SliceLayout(1, SCORES))',
-            "total = tl.zeros([64], tl.float32, tl.SliceLayout(1, SCORES))",
+            *self.sink.lines,
+            f"best = tl.full([64], {self.before[0]}, tl.float32, tl.SliceLayout(1, SCORES))",
+            f"total = tl.full([64], {self.before[1]}, tl.float32, tl.SliceLayout(1, SCORES))",
             "acc = tl.zeros([64, WIDTH], tl.float32, RESULT)",
             "zero = tl.zeros([64, COLS], tl.float32, SCORES)",
             "mbarrier.wait(query_ready.index(which), visit & 1)",

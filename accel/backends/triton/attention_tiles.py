@@ -63,7 +63,7 @@ Tile = AttentionTile | OverlappedTile
 
 def choose_loop(op: Op) -> AttentionTile:
     """The tile of a kernel by `attention_loop`."""
-    q, k, v, _ = op.arguments()
+    q, k, v, *_ = op.arguments()
     size = max(int(q.shape[3]), int(v.shape[3]))
     queries, keys = _known(q.shape[2]), _known(k.shape[2])
     if q.dtype.itemsize > 2:
@@ -83,7 +83,7 @@ def choose_loop(op: Op) -> AttentionTile:
 
 def choose_overlapped(op: Op) -> OverlappedTile | None:
     """The tile of a kernel by `attention_overlapped`; None where the loop is faster."""
-    q, k, v, _ = op.arguments()
+    q, k, v, *_ = op.arguments()
     if min(_known(q.shape[2]), _known(k.shape[2])) < _LEAST_OVERLAPPED:
         return None
     wide = max(int(q.shape[3]), int(v.shape[3])) > 128
@@ -95,7 +95,7 @@ def choose_overlapped(op: Op) -> OverlappedTile | None:
 
 def _fits_cache(op: Op) -> bool:
     """Whether the keys and values of all heads stay in the second-level cache."""
-    _, k, v, _ = op.arguments()
+    _, k, v, *_ = op.arguments()
     rows = product((*k.shape[:2], _known(k.shape[2])))
     bytes_ = product((rows, k.shape[3] + v.shape[3], k.dtype.itemsize))
     return isinstance(bytes_, int) and bytes_ <= _CACHE_BYTES
@@ -104,7 +104,7 @@ def _fits_cache(op: Op) -> bool:
 def candidates(kernel: Op, sms: int) -> list[Tile]:
     """Tiles worth timing for a kernel."""
     op = next(op for op in kernel.regions[0].ops if op.name == "attention")
-    q, k, v, _ = op.arguments()
+    q, k, v, *_ = op.arguments()
     depth, width = next_power(int(q.shape[3])), next_power(int(v.shape[3]))
     tallest, widest = next_power(_known(q.shape[2])), next_power(_known(k.shape[2]))
     overlapped = [
@@ -167,8 +167,8 @@ def library_is_faster(op: Op, overlapped: bool) -> str | None:
     there the exponentials are the limit. A mask, a window or a cap means a mask of all pairs for
     the library, or that it has no kernel; where heads share keys, torch does not reach cuDNN's.
     """
-    q, k, v, mask = op.arguments()
-    special = mask is not None or op.attribute("window") is not None
+    q, k, v, mask, sinks = op.arguments()
+    special = mask is not None or sinks is not None or op.attribute("window") is not None
     special = special or op.attribute("softcap") is not None or op.attribute("offset") != 0
     if special:
         return None

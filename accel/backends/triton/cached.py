@@ -52,7 +52,7 @@ def neighbour_reason(op: Op, update: Op) -> str | None:
     """None if the kernel around `op` may also write its new keys or values, else why not."""
     if update.name != "dynamic_update":
         return f"accel.{update.name} does not ride along with attention"
-    q, k, v, position, _ = op.arguments()
+    q, k, v, position, *_ = op.arguments()
     cache, source, start = update.operands
     if update.result is not k and update.result is not v:
         return "an update of something else"

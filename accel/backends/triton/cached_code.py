@@ -38,7 +38,7 @@ class CachedWriter:
     ) -> None:
         self.planner, self.plan, self.emitter, self.tile = planner, plan, emitter, tile
         self.op, self.top = plan.op, emitter.scopes[0]
-        self.q, self.k, self.v, self.position, self.mask = plan.op.arguments()
+        self.q, self.k, self.v, self.position, self.mask, self.sinks = plan.op.arguments()
         self.parts = [f"t{scratch + i}" for i in range(3)] if tile.split > 1 else []
         self.ring = bool(plan.op.attribute("ring"))
         write = plan.writes.get(self.k)
@@ -66,8 +66,7 @@ class CachedWriter:
         line(f"{WAIT}()")
         with self._bound(self.rows):
             self.query = self._tile(self.q, (plan.lead[0], *plan.query), self.rows, "DEPTH")
-        line('top = tl.full([ROWS, 1], float("-inf"), tl.float32)')
-        line("total = tl.zeros([ROWS, 1], tl.float32)")
+        self._first_sum()
         line("sums = tl.zeros([ROWS, WIDTH], tl.float32)")
         if self.single:
             ahead = self._new_row(ahead)
@@ -83,6 +82,17 @@ class CachedWriter:
         programs = product((pairs, self.tile.split))
         return Program(self.top.block.source(), [], self.constants, programs, self.tile.warps,
                        list(self.emitter.used), self.emitter.checks)  # fmt: skip
+
+    def _first_sum(self) -> None:
+        """The maximum and the sum before any key: none, or in the first part those of the sinks."""
+        line = self.top.block.line
+        line('top = tl.full([ROWS, 1], float("-inf"), tl.float32)')
+        line("total = tl.zeros([ROWS, 1], tl.float32)")
+        if self.sinks is not None:
+            with self._bound(self.rows):
+                sink = self.emitter.element(self.sinks, (self.plan.query[0],))
+                self.emitter.block.line(f"top = tl.where(part == 0, {sink} * {_LOG2_E!r}, top)")
+            line("total = tl.where(part == 0, 1.0, total)")
 
     def _place(self) -> None:
         """Which head of which text, and which part of its keys."""
@@ -101,7 +111,10 @@ class CachedWriter:
     def _read_position(self) -> None:
         """`at`, the first query's position, and the keys from `low` to `high` of this program."""
         emitter, line = self.emitter, self.top.block.line
-        given = dtypes.cast(emitter.element(self.position, ()), "int64")
+        each = self.plan.lead[:1]  # a position for each text, if not one for all
+        given = dtypes.cast(
+            emitter.element(self.position, each[: len(self.position.shape)]), "int64"
+        )
         last = self.capacity - self.tokens
         self.new = "at"  # the slot of the first new row
         if self.start is self.position:
@@ -112,7 +125,7 @@ class CachedWriter:
             line(f"at = tl.minimum(tl.maximum({given}, -{self.tokens}), {most}).to(tl.int32)")
             line(f"end = tl.minimum(at + {self.tokens}, {self.capacity})")
         if self.start is not None and self.start is not self.position:
-            place = dtypes.cast(emitter.element(self.start, ()), "int64")
+            place = dtypes.cast(emitter.element(self.start, each[: len(self.start.shape)]), "int64")
             line(f"slot = {self._checked(place, last)}.to(tl.int32)")
             self.new = "slot"
         window = self.op.attribute("window")

@@ -83,7 +83,7 @@ def _quotient(part: Affine, stride: int) -> Affine | None:
 
 def reason(op: Op) -> str | None:
     """Why an attention has no such kernel, whatever its memory layout is; None if it has one."""
-    q, k, v, _ = op.arguments()
+    q, k, v, *_ = op.arguments()
     if q.dtype not in DTYPES:
         return f"attention of {q.dtype} by wgmma"
     if any(padded(int(x.shape[3])) != x.shape[3] or x.shape[3] < 64 for x in (q, v)):
@@ -111,7 +111,7 @@ def operands_reason(plan: Plan, tile: OverlappedTile) -> str | None:
 def operands_of(
     plan: Plan, indexer: Indexer, tile: OverlappedTile
 ) -> tuple[list[Tiles], str | None]:
-    q, k, v, _ = plan.op.arguments()
+    q, k, v, *_ = plan.op.arguments()
     found = [
         tiles_of(indexer, value, index, int(value.shape[3]))
         for value, index in ((q, plan.query), (k, plan.key), (v, plan.value))

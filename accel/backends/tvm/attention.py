@@ -39,7 +39,7 @@ _LARGEST_HEAD = 256
 
 def reason(op: Op, least_queries: int = _LEAST_QUERIES) -> str | None:
     """None if a kernel of kind "attention" may hold this op, else the reason why not."""
-    q, k, v, *_, mask = op.arguments()
+    q, k, v, *_, mask, _ = op.arguments()
     if any(x.dtype not in (torch.float32, torch.bfloat16, torch.float16) for x in (q, k, v)):
         return f"attention of {q.dtype}"
     sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
@@ -70,7 +70,7 @@ def plan(planner: Planner, op: Op) -> None:
     """Plans the phases of a region whose one result is attention, or a view of it."""
     if len(planner.region.results) != 1:
         raise BackendError("an attention kernel has one result", where=str(op.location or ""))
-    _, k, v, _ = op.arguments()
+    _, k, v, *_ = op.arguments()
     b = Builder(before=op)
     keys = _padded(b, b.permute(k, axes=(0, 1, 3, 2)), 3)
     values = _padded(b, v, 2)
@@ -102,7 +102,7 @@ class AttentionNest:
         assert phase.op is not None and phase.keys is not None and phase.values is not None
         self.phase, self.emitter, self.out = phase, emitter, result
         self.op, self.keys, self.values = phase.op, phase.keys, phase.values
-        self.q, self.k, self.v, *_, self.mask = phase.op.arguments()
+        self.q, self.k, self.v, *_, self.mask, self.sinks = phase.op.arguments()
         self.causal = bool(phase.op.attributes.get("causal", False))
         self.sizes = emitter.sizes
         self.depth, self.width = int(self.q.shape[3]), int(self.v.shape[3])
@@ -149,6 +149,11 @@ class AttentionNest:
             self._each(KEYS, partial(self._set, self.sums[m], 0.0))
             self._each(self.width, partial(self._set, self.results[m], 0.0))
             block.store(self.best[m], tir.f32(-pymath.inf), tir.i64(0))
+            if self.sinks is not None:
+                # What the softmax has seen first: a key whose value is 0.
+                sink = self.emitter.element(self.sinks, (self.head,))
+                block.store(self.best[m], sink, tir.i64(0))
+                block.store(self.sums[m], tir.f32(1.0), tir.i64(0))
         step = tir.var("step")
         low, high = self._blocks()
         with self.emitter.scope() as body:

@@ -10,7 +10,8 @@ from accel.ir.types import same_shape
 
 
 class ScaledDotProduct:
-    """attention without softcap; then permute(0, 2, 1, 3) and reshape to [B, S, H * E], if there.
+    """attention without softcap and sinks; then permute(0, 2, 1, 3) and reshape to [B, S, H * E],
+    if there.
 
     The kernel's output is laid out [B, S, H, E] in memory, so taking the head merge into the call
     turns two copies into none.
@@ -21,6 +22,8 @@ class ScaledDotProduct:
 
     def match(self, op: Op) -> LibraryMatch | None:
         if op.name != "attention" or op.attribute("softcap") is not None:
+            return None
+        if op.arguments()[4] is not None:
             return None
         if op.result.dtype not in self.dtypes:
             return None
@@ -33,13 +36,15 @@ class ScaledDotProduct:
 
 
 class CachedAttention:
-    """cached_attention with the head merge, over a view of what the cache holds."""
+    """cached_attention without sinks, with the head merge, over a view of what the cache holds."""
 
     name = "cached_attention"
     dtypes = ScaledDotProduct.dtypes | {torch.float16}
 
     def match(self, op: Op) -> LibraryMatch | None:
         if op.name != "cached_attention" or op.result.dtype not in self.dtypes:
+            return None
+        if op.arguments()[5] is not None:
             return None
         ops = with_head_merge(op)
         names = ("scale", "window", "softcap", "ring")

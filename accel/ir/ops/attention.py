@@ -34,8 +34,10 @@ class Attention:
     q [B, H, S, D], k [B, G, T, D], v [B, G, T, E] with H a multiple of G: query head h uses key
     head h // (H / G). `mask` broadcasts to [B, H, S, T]: bool (true: attend) or additive in q's
     dtype. With `causal`, query i sees keys j <= i + `offset`; with `window`, only j > i + offset -
-    window. `softcap` c replaces scores s by c * tanh(s / c) before masking. Scores and softmax of
-    16-bit floats are float32. A row with no key attended is 0 where the mask is boolean.
+    window. `softcap` c replaces scores s by c * tanh(s / c) before masking. `sinks` [H], in q's
+    dtype or float32, are scores of a key whose value is 0: exp(sinks[h]) joins the softmax's
+    denominator (learned in gpt-oss; Xiao et al., 2024). Scores and softmax of 16-bit floats are
+    float32. A row with no key attended is 0 where the mask is boolean.
     """
 
     @staticmethod
@@ -44,6 +46,7 @@ class Attention:
         k: TensorType,
         v: TensorType,
         mask: TensorType | None = None,
+        sinks: TensorType | None = None,
         *,
         scale: float,
         causal: bool = False,
@@ -67,6 +70,10 @@ class Attention:
                 raise TypeInferenceError(f"accel.attention: mask {mask} for {format_shape(full)}")
             if mask.dtype not in (torch.bool, q.dtype):
                 raise TypeInferenceError(f"accel.attention: a mask of {mask.dtype}")
+        if sinks is not None and (
+            not same_shape(sinks.shape, (heads,)) or sinks.dtype not in (q.dtype, torch.float32)
+        ):
+            raise TypeInferenceError(f"accel.attention: sinks {sinks} for {q}")
         return q.with_shape((q.shape[0], heads, q.shape[2], v.shape[3]))
 
     @staticmethod
@@ -75,6 +82,7 @@ class Attention:
         k: Tensor,
         v: Tensor,
         mask: Tensor | None = None,
+        sinks: Tensor | None = None,
         *,
         scale: float,
         causal: bool = False,
@@ -94,7 +102,11 @@ class Attention:
         keep = _attention_keep(scores, mask, causal, offset, window)
         if keep is not None:
             scores = scores.masked_fill(~keep, float("-inf"))
-        weights = torch.softmax(scores, -1)
+        if sinks is None:
+            weights = torch.softmax(scores, -1)
+        else:
+            column = sinks.to(wide).reshape(-1, 1, 1).expand(*scores.shape[:3], 1)
+            weights = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
         if keep is not None:
             weights = torch.where(keep.any(-1, keepdim=True), weights, 0.0)
         return (weights @ values).to(q.dtype)
@@ -106,6 +118,7 @@ class Attention:
         k: Value,
         v: Value,
         mask: Value | None = None,
+        sinks: Value | None = None,
         *,
         scale: float,
         causal: bool = False,
@@ -142,7 +155,13 @@ class Attention:
             keep = band if keep is None else b.logical_and(keep, band)
         if keep is not None:
             scores = b.where(keep, scores, b.scalar(float("-inf"), dtype))
-        weights = b.softmax(scores, axis=3)
+        if sinks is None:
+            weights = b.softmax(scores, axis=3)
+        else:
+            column = b.reshape(b.cast_to(sinks, dtype), shape=(1, heads, 1, 1))
+            column = b.broadcast_to(column, shape=(batch, heads, queries, 1))
+            weights = b.softmax(b.cat(scores, column, axis=3), axis=3)
+            weights = b.slice(weights, axis=3, start=0, stop=keys)
         if keep is not None:
             some = b.any(b.broadcast_to(keep, shape=scores.shape), axes=(3,), keepdim=True)
             weights = b.where(some, weights, b.scalar(0.0, dtype))
@@ -153,12 +172,12 @@ class Attention:
 class CachedAttention:
     """Attention of new queries over a key/value cache (`attention`, and the position is data).
 
-    q [B, H, S, D], k [B, G, C, D], v [B, G, C, E], position 0-d int64 or int32: query i stands at
-    `position` + i and sees keys j <= position + i; with `window`, only j > position + i - window.
-    What the cache holds behind that is not read. `mask` broadcasts to [B, H, S, C], as in
-    `attention`; so do `scale` and `softcap` mean the same. In a `ring` the key of position j is in
-    slot j mod C, and the newest key is the last query's; it takes a window of at most C - S + 1,
-    and no mask.
+    q [B, H, S, D], k [B, G, C, D], v [B, G, C, E], position 0-d int64 or int32, or [B] where texts
+    of unequal length run together: query i stands at `position` + i and sees keys j <= position +
+    i; with `window`, only j > position + i - window. What the cache holds behind that is not read.
+    `mask` broadcasts to [B, H, S, C], as in `attention`; so do `sinks`, `scale` and `softcap` mean
+    the same. In a `ring` the key of position j is in slot j mod C, and the newest key is the last
+    query's; it takes a window of at most C - S + 1, and no mask.
     """
 
     @staticmethod
@@ -168,13 +187,15 @@ class CachedAttention:
         v: TensorType,
         position: TensorType,
         mask: TensorType | None = None,
+        sinks: TensorType | None = None,
         *,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
         ring: bool = False,
     ) -> TensorType:
-        if position.rank or position.dtype not in (torch.int64, torch.int32):
+        each = position.rank == 1 and q.rank > 0 and same_dim(position.shape[0], q.shape[0])
+        if not (each or position.rank == 0) or position.dtype not in (torch.int64, torch.int32):
             raise TypeInferenceError(f"accel.cached_attention: the position is {position}")
         if window is not None and window < 1:
             raise TypeInferenceError(f"accel.cached_attention: window = {window}")
@@ -185,7 +206,7 @@ class CachedAttention:
                 raise TypeInferenceError(
                     f"accel.cached_attention: a ring of {slots}, {rows} queries, window {window}"
                 )
-        return Attention.infer(q, k, v, mask, scale=scale)
+        return Attention.infer(q, k, v, mask, sinks, scale=scale)
 
     @staticmethod
     def evaluate(
@@ -194,24 +215,36 @@ class CachedAttention:
         v: Tensor,
         position: Tensor,
         mask: Tensor | None = None,
+        sinks: Tensor | None = None,
         *,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
         ring: bool = False,
     ) -> Tensor:
+        if position.dim():
+            attributes = {"scale": scale, "window": window, "softcap": softcap, "ring": ring}
+            made = []
+            for row, place in enumerate(position):
+                one = [x[row : row + 1] for x in (q, k, v)]
+                own = mask
+                if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+                    own = mask[row : row + 1]
+                made.append(CachedAttention.evaluate(*one, place, own, sinks, **attributes))
+            return torch.cat(made)
         first, rows = int(position), q.shape[2]
         seen = min(max(first + rows, 0), k.shape[2])
         if ring:
             keep = _ring_keep(first, rows, seen, k.shape[2], window)
             keys, values = k[:, :, :seen], v[:, :, :seen]
-            return Attention.evaluate(q, keys, values, keep, scale=scale, softcap=softcap)
+            return Attention.evaluate(q, keys, values, keep, sinks, scale=scale, softcap=softcap)
         mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., :seen]
         return Attention.evaluate(
             q,
             k[:, :, :seen],
             v[:, :, :seen],
             mask,
+            sinks,
             scale=scale,
             causal=True,
             offset=first,
@@ -227,6 +260,7 @@ class CachedAttention:
         v: Value,
         position: Value,
         mask: Value | None = None,
+        sinks: Value | None = None,
         *,
         scale: float,
         window: int | None = None,
@@ -234,6 +268,8 @@ class CachedAttention:
         ring: bool = False,
     ) -> Value:
         rows, columns = q.shape[2], k.shape[2]
+        if position.shape:
+            position = b.reshape(position, shape=(position.shape[0], 1, 1, 1))
         row = b.add(b.iota(shape=(rows, 1), axis=0, dtype=position.dtype), position)
         column = b.iota(shape=(1, columns), axis=1, dtype=position.dtype)
         if ring:  # the position in each slot: the last one that is congruent
@@ -250,7 +286,7 @@ class CachedAttention:
             keep = b.logical_and(keep, mask)
         elif mask is not None:
             keep = b.where(keep, mask, b.scalar(float("-inf"), mask.dtype))
-        made: Value = b.attention(q, k, v, keep, scale=scale, softcap=softcap)
+        made: Value = b.attention(q, k, v, keep, sinks, scale=scale, softcap=softcap)
         return made
 
 
