@@ -20,6 +20,7 @@ from accel.backends.triton import TritonBackend
 from accel.backends.tvm import TvmBackend
 from accel.backends.vendor import (
     CachedAttention,
+    ExpertLinear,
     OneDnnConv,
     OneDnnLinear,
     ScaledDotProduct,
@@ -66,6 +67,7 @@ CPU_LIBRARIES: tuple[Library, ...] = (
     CachedAttention(),
     Update(),
     TorchLinear(),
+    ExpertLinear(),
 )
 
 

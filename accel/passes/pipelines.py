@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Exact clean-up. A user's techniques come after it, when the program is in its plainest form.
 CLEAN_PIPELINE: tuple[str, ...] = (
+    "raise_experts",  # routing, as models write it
     "canonicalize",
     "fold",
     "fold_batch_norm",

@@ -8,12 +8,13 @@ run-time half needs. Meaning is never encoded here: it is the region of the `acc
 from accel.backends.vendor.attention import CachedAttention, CudaAttention, ScaledDotProduct, Update
 from accel.backends.vendor.cudnn import CudnnConv
 from accel.backends.vendor.flash import FlashAttention
-from accel.backends.vendor.onednn import OneDnnConv, OneDnnLinear, TorchLinear
+from accel.backends.vendor.onednn import ExpertLinear, OneDnnConv, OneDnnLinear, TorchLinear
 
 __all__ = [
     "CachedAttention",
     "CudaAttention",
     "CudnnConv",
+    "ExpertLinear",
     "FlashAttention",
     "OneDnnConv",
     "OneDnnLinear",

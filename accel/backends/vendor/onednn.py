@@ -39,6 +39,18 @@ class TorchLinear:
         return LibraryMatch(self.name, [op]) if op.name == "linear" else None
 
 
+class ExpertLinear:
+    """`experts.linear`: a mixture's products, one linear an expert that has rows.
+
+    The call reads the experts' numbers on the host, so it is none for a CUDA graph.
+    """
+
+    name = "experts.linear"
+
+    def match(self, op: Op) -> LibraryMatch | None:
+        return LibraryMatch(self.name, [op]) if op.name == "expert_linear" else None
+
+
 class OneDnnConv:
     """`onednn.conv`: 2-d float32 convolution, constant weight, bias, add, one activation."""
 

@@ -6,6 +6,7 @@
     creation      ranges, fills
     indexing      embedding, gather, scatter, index
     contractions  linear, matmul, convolution, attention
+    experts       grouped products of mixtures of experts
     nn            normalizations, softmax, pooling, upsampling
     random        draws
     training      saved statistics and gradients
@@ -22,6 +23,7 @@ from accel.frontends.aten import (
     contractions,
     creation,
     elementwise,
+    experts,
     indexing,
     nn,
     random,
@@ -38,6 +40,7 @@ __all__ = [
     "contractions",
     "creation",
     "elementwise",
+    "experts",
     "indexing",
     "nn",
     "random",

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from accel.frontends.aten.views import broadcast
-from accel.frontends.calls import Call
 from accel.frontends.importer import Importer, lower
 from accel.ir.module import Region, Value, constant_name
 from accel.ir.types import is_float
@@ -256,20 +255,3 @@ def sdpa_cpu(
             c.b.flash_attention(c(q), keys, values, mask, scale=factor, causal=bool(causal))
         )
     return [_attention(c, q, k, v, attn_mask, causal, scale), None]
-
-
-@lower("transformers::grouped_mm_fallback")
-def grouped_mm(c: Importer, x: Tensor, weight: Tensor, ends: Tensor) -> Any:
-    """transformers' stand-in for a mixture's expert products, for tracers without its shape rule.
-
-    ATen has the same op; with that one, an artifact does not need transformers to run. Its kernel
-    wants rows of whole 16 bytes.
-    """
-    target = getattr(torch.ops.aten, "_grouped_mm", None)
-    widths = (weight.shape[1], weight.shape[2])
-    if target is None or any(int(w) * x.dtype.itemsize % 16 for w in widths):
-        return c.fallback(c.call)
-    call = c.call
-    if ends.dtype != torch.int32:
-        return c.fallback(c.call)
-    return c.fallback(Call(target.default, (x, weight, ends), {}, call.result, call.location))

@@ -8,6 +8,7 @@ reduce       sum, mean, amax, argmax, var...
 scan         cumsum, sort, topk, searchsorted...
 index        gather, scatter, index, slices at run-time positions
 contract     matmul, linear, convolutions
+experts      products with a weight chosen for each row: mixtures of experts
 norm         softmax, layer_norm, rms_norm, group_norm, batch_norm
 attention    attention, rope
 pool         pooling, upsampling, grid sampling
@@ -25,6 +26,7 @@ from accel.ir.ops import (
     compression,
     contract,
     elementwise,
+    experts,
     index,
     norm,
     norm_backward,
@@ -45,6 +47,7 @@ __all__ = [
     "compression",
     "contract",
     "elementwise",
+    "experts",
     "index",
     "norm",
     "norm_backward",

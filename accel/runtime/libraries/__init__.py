@@ -10,6 +10,7 @@ from accel.errors import MissingDependencyError
 from accel.runtime.interfaces import Library
 from accel.runtime.libraries.cache import CachedAttention, Update
 from accel.runtime.libraries.cudnn import CudnnConv
+from accel.runtime.libraries.experts import ExpertLinear
 from accel.runtime.libraries.flash import FlashAttention
 from accel.runtime.libraries.loop import Scan
 from accel.runtime.libraries.onednn import OneDnnConv, OneDnnLinear
@@ -21,6 +22,7 @@ _ENTRIES: dict[str, Library] = {
         OneDnnLinear(),
         OneDnnConv(),
         TorchLinear(),
+        ExpertLinear(),
         ScaledDotProduct(),
         CudnnConv(),
         CachedAttention(),
