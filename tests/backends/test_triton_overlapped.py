@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from accel.backends.triton import TritonBackend
+from accel.backends.triton.cooperative import CooperativeTile
 from accel.backends.triton.overlapped import OverlappedTile
 from accel.errors import BackendError
 from accel.ir import TensorType
@@ -19,8 +20,10 @@ from tests.backends.test_tvm_kernels import randn, typed
 from tests.backends.triton_worker import Worker
 
 BF16, FP16 = torch.bfloat16, torch.float16
-TILE = OverlappedTile(64, 64, 32, 3)
-BACKEND = TritonBackend("sm_90", sms=2, tile=TILE)  # few programs, so that each has many tiles
+TILES = (OverlappedTile(64, 64, 32, 3), CooperativeTile(128, 128, 32, 3))
+# Few programs, so that each has many tiles.
+BACKENDS = {type(tile).__name__: TritonBackend("sm_90", sms=2, tile=tile) for tile in TILES}
+BACKEND = BACKENDS["OverlappedTile"]
 
 
 @pytest.fixture(scope="module")
@@ -67,32 +70,34 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def run(worker: Worker, case: Case) -> str:
-    types, build = case
-    torch.manual_seed(0)
-    return check(worker, function_of(types, build), inputs_for(types), "matmul", backend=BACKEND)
-
-
+@pytest.mark.parametrize("tile", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-def test_products(worker: Worker, name: str) -> None:
-    assert "warp_specialize" in run(worker, CASES[name])
+def test_products(worker: Worker, name: str, tile: str) -> None:
+    types, build = CASES[name]
+    torch.manual_seed(0)
+    function = function_of(types, build)
+    source = check(worker, function, inputs_for(types), "matmul", backend=BACKENDS[tile])
+    assert "warp_specialize" in source
 
 
+@pytest.mark.parametrize("tile", BACKENDS)
 @pytest.mark.parametrize("rows", [1, 65, 500])
-def test_symbolic_rows(worker: Worker, rows: int) -> None:
+def test_symbolic_rows(worker: Worker, rows: int, tile: str) -> None:
     types = [typed(BF16, sym("s"), 32), typed(BF16, 72, 32)]
     function = function_of(types, lambda b, x, w: b.silu(b.linear(x, w)))
     inputs = [randn(rows, 32).bfloat16(), randn(72, 32).bfloat16()]
-    check(worker, function, inputs, "matmul", backend=BACKEND)
+    check(worker, function, inputs, "matmul", backend=BACKENDS[tile])
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(16))
 def test_no_order_of_barriers_hangs(worker: Worker, seed: int) -> None:
     """Tiles, steps and stages in any proportion; the interpreter's threads meet as they may."""
     chance = random.Random(seed)
     rows, columns = chance.randint(2, 300), 8 * chance.randint(1, 24)
     depth, stages = 8 * chance.randint(1, 20), chance.randint(2, 6)
-    tile = OverlappedTile(64, 64, chance.choice((16, 32)), stages, chance.randint(1, 4))
+    span, group = chance.choice((16, 32)), chance.randint(1, 4)
+    tile = (OverlappedTile(64, 64, span, stages, group) if seed % 2 else
+            CooperativeTile(128, 128, span, stages, group))  # fmt: skip
     backend = TritonBackend("sm_90", sms=chance.randint(1, 3), tile=tile)
     types = [typed(BF16, rows, depth), typed(BF16, columns, depth), typed(BF16, rows, columns)]
     residual = chance.random() < 0.5
@@ -118,10 +123,11 @@ def test_what_is_no_matrix_is_refused() -> None:
         BACKEND.generate([kernel_of(function, "matmul")])
 
 
+@pytest.mark.parametrize("tile", [OverlappedTile(), CooperativeTile()])
 @pytest.mark.parametrize("name", ["bias, gelu", "bias, residual", "gate times up", "odd columns"])
-def test_compiles_for_hopper(name: str) -> None:
+def test_compiles_for_hopper(name: str, tile: OverlappedTile) -> None:
     types, build = CASES[name]
-    backend = TritonBackend("sm_90", tile=OverlappedTile())
+    backend = TritonBackend("sm_90", tile=tile)
     made = backend.compile([kernel_of(function_of(types, build), "matmul")])
     (launch,) = made.launches[made.names[0]]
     assert launch.binary.warps == 12 and len(launch.binary.maps) == len(launch.code.maps)

@@ -182,11 +182,22 @@ class Emitter(Tracer):
         return dtypes.convert(place, have, dtype, self.block)
 
     def condition(self, nonnegative: Sequence[Affine]) -> Expr:
-        parts = [self.addresses.code(c) for c in nonnegative]
-        text = " & ".join(f"({p} >= 0)" for p in parts)
+        parts = [self._nonnegative(c) for c in nonnegative]
+        text = " & ".join(str(p) for p in parts)
         if not dims_of(*parts) and len(parts) == 1 and not nonnegative[0].terms:
             text = f"tl.full([], {text}, tl.int1)"
         return Expr(text, "bool", dims_of(*parts))
+
+    def _nonnegative(self, value: Affine) -> Expr:
+        """`value >= 0`, as a comparison with a number where that can be: `i < 64` tells Triton
+        where the condition changes, `63 - i >= 0` does not."""
+        terms, limit, text = value.terms, value.constant, "{} >= 0"
+        if isinstance(limit, int) and terms and all(c == -1 for _, c in terms):
+            value, text = Affine(0, tuple((a, 1) for a, _ in terms)), f"{{}} < {limit + 1}"
+        elif isinstance(limit, int) and terms and all(c == 1 for _, c in terms):
+            value, text = Affine(0, terms), f"{{}} >= {-limit}"
+        made = self.addresses.code(value)
+        return Expr(f"({text.format(made)})", "bool", made.dims)
 
     def choose(
         self,

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from accel.backends.triton.cooperative import CooperativeTile, CooperativeWriter
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.maps import MULTIPLE
 from accel.backends.triton.operands import StoredOperands
@@ -241,7 +242,9 @@ class MatmulGenerator(Generator):
             tile = tile.overlapped if copied else tile.loop
         if isinstance(tile, OverlappedTile):
             over = TileEmitter(self.planner.indexer, pointers, set(), self.kind)
-            program = OverlappedWriter(made, over, self.region, targets, tile, self.sms).write()
+            together = isinstance(tile, CooperativeTile)
+            writer = CooperativeWriter if together else OverlappedWriter
+            program = writer(made, over, self.region, targets, tile, self.sms).write()
         else:
             emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
             program = MatmulWriter(made, emitter, targets, tile).write()

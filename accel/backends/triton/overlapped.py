@@ -41,7 +41,7 @@ from accel.errors import BackendError
 from accel.ir.module import Region, Value
 from accel.ir.types import Dim, product
 
-_GROUPS = 2  # of warps that multiply
+GROUPS = 2  # of warps that multiply
 _WARPS = 4  # of a group
 _REGISTERS = (232, 40)  # of a thread of the second group, and of the warp that copies
 SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
@@ -97,6 +97,10 @@ class OverlappedWriter(MatmulWriter):
     """Writes the one program of a product in Gluon. Raises BackendError for other operands than
     matrices in 16-bit floats."""
 
+    turns = True  # groups have tiles of their own, one after the other
+    row0, col0 = "row0", "col0"  # of what a group stores at once, and where it lies before
+    place = "out"
+
     def __init__(
         self,
         plan: Plan,
@@ -112,6 +116,7 @@ class OverlappedWriter(MatmulWriter):
         self.region, self.overlapped, self.sms = region, tile, sms
         self.symbols = region_symbols(region)
         self.width = tile.columns // self.count
+        self.height, self.piece = self._stored_at_once()
         made = operands_of(plan, emitter.indexer)
         if made is None:
             raise BackendError("a product whose operands are no matrices that TMA can copy")
@@ -128,13 +133,11 @@ class OverlappedWriter(MatmulWriter):
         with emitter.inside(Scope(body, frozenset())):
             self._start_tile(body)
             self._multiply(body)
-            self._positions(body)
-            self._finish([f"acc_{i}" for i in range(self.count)])
+            self._epilogue(body)
             body.line("number += 1")
-        head = f"for tile in range(tl.program_id(0) + which * PROGRAMS, {self._tiles()}, " \
-               f"{_GROUPS} * PROGRAMS):"  # fmt: skip
+        head = f"for tile in range({self._first()}, {self._tiles()}, {self._stride()}):"
         before = emitter.scopes[0].block
-        before.line(f"step = which * {self._steps()}")
+        before.line(f"step = {self._first_step()}")
         before.line("number = 0")
         before.nest(head, body)
         if self.out is not None:
@@ -152,6 +155,10 @@ class OverlappedWriter(MatmulWriter):
                        list(dict.fromkeys(reads)), emitter.checks, tuple(self.maps),
                        gluon=True)  # fmt: skip
 
+    def _stored_at_once(self) -> tuple[int, int]:
+        """Rows and columns of results that a group of warps stores at once."""
+        return self.overlapped.rows, self.width
+
     # -- matrices --------------------------------------------------------------------------
 
     def _result_map(self) -> tuple[str, Value] | None:
@@ -162,7 +169,7 @@ class OverlappedWriter(MatmulWriter):
         if made is None or value.dtype not in _TMA_NAMES:
             return None
         tile = self.tile
-        out = _GROUPS * tile.rows * self.width * value.dtype.itemsize
+        out = self._buffers() * self.height * self.piece * value.dtype.itemsize
         step = (tile.rows + tile.columns) * tile.depth * self.left.value.dtype.itemsize
         room = (SHARED_BYTES - _BARRIER_BYTES - out) // step
         if room < min(_FEWEST_STAGES, tile.stages):
@@ -196,7 +203,7 @@ class OverlappedWriter(MatmulWriter):
             targets.append((self.emitter.pointers[resident], resident))
         for number, (pointer, value) in enumerate(targets, 2):
             whole = Matrix(value, self.rows, int(self.columns), int(self.columns), 0, 0)
-            self.maps.append(self._map(number, pointer, whole, (tile.rows, self.width)))
+            self.maps.append(self._map(number, pointer, whole, (self.height, self.piece)))
 
     def _map(self, number: int, pointer: str, one: Matrix, box: tuple[int, int]) -> MapCode:
         element = _TMA_NAMES[one.value.dtype]
@@ -204,7 +211,25 @@ class OverlappedWriter(MatmulWriter):
         return MapCode(f"m{number}", pointer, element, rows, one.columns, one.stride, box,
                        shared=True)  # fmt: skip
 
+    def _buffers(self) -> int:
+        """Places in shared memory that hold `height` x `piece` results."""
+        return GROUPS
+
+    def _out(self, group: int) -> str:
+        """The place of a group of warps; something else where nothing is stored by TMA."""
+        return "left" if self.out is None else f"out.index({group})"
+
     # -- a tile ----------------------------------------------------------------------------
+
+    def _first(self) -> str:
+        """A group's first tile, in which step of the program it comes, and how far the next is."""
+        return "tl.program_id(0) + which * PROGRAMS"
+
+    def _first_step(self) -> str:
+        return f"which * {self._steps()}"
+
+    def _stride(self) -> str:
+        return f"{GROUPS} * PROGRAMS"
 
     def _tiles(self) -> str:
         down = size_text(parts_of(self.rows, self.tile.rows))
@@ -221,17 +246,21 @@ class OverlappedWriter(MatmulWriter):
             return
         body.line("tma.store_wait(0)")  # the last tile has left the buffer
         body.line(f"mbarrier.expect(arrived, {self._result_bytes()})")
+        self._bring_resident(body)
+
+    def _bring_resident(self, body: Block) -> None:
         body.line("bring_tile(m3, [row0, col0], arrived, out)")
 
     def _result_bytes(self) -> int:
         assert self.out is not None
-        return self.tile.rows * self.width * self.out[1].dtype.itemsize
+        return self.height * self.width * self.out[1].dtype.itemsize
 
     def _multiply(self, body: Block) -> None:
-        product_ = ("warpgroup_mma(left.index(slot), right.index(slot).permute([1, 0]), total, "
+        product_ = (f"warpgroup_mma({self._left()}, right.index(slot).permute([1, 0]), total, "
                     "is_async=True)")  # fmt: skip
         body.line("total = warpgroup_mma_init(tl.zeros([ROWS, COLS], tl.float32, wide))")
-        body.line("mbarrier.wait(turn.index(which), (number & 1) ^ (1 - which))")
+        if self.turns:
+            body.line("mbarrier.wait(turn.index(which), (number & 1) ^ (1 - which))")
         body.line("slot = step % STAGES")
         body.line("mbarrier.wait(ready.index(slot), (step // STAGES) & 1)")
         body.line(f"total = {product_}")
@@ -247,29 +276,40 @@ class OverlappedWriter(MatmulWriter):
         ):
             loop.line(line)
         body.nest(f"for _ in range(1, {self._steps()}):", loop)
-        body.line("mbarrier.arrive(turn.index(1 - which), count=1)")
+        if self.turns:
+            body.line("mbarrier.arrive(turn.index(1 - which), count=1)")
         body.line("sums = warpgroup_mma_wait(num_outstanding=0, deps=[total])")
         body.line("mbarrier.arrive(free.index(slot), count=1)")
-        body.line(f"step += {1 + (_GROUPS - 1) * self._steps()}")
-        if self.count == 1:
+        others = (GROUPS - 1) * self._steps() if self.turns else 0
+        body.line(f"step += {1 + others}")
+        if self.count == 1 and self.piece == self.width:
             body.line("acc_0 = sums")
             return
         body.line("halves = sums.reshape([ROWS, 2, COLS // 2]).permute([0, 2, 1])")
-        body.line("gate, up = halves.split()")
-        body.line("acc_0 = tl.convert_layout(gate, layout)")
-        body.line("acc_1 = tl.convert_layout(up, layout)")
+        body.line("first, second = halves.split()")
+        if self.count > 1:
+            body.line("acc_0 = tl.convert_layout(first, layout)")
+            body.line("acc_1 = tl.convert_layout(second, layout)")
+
+    def _left(self) -> str:
+        """A group's rows of x."""
+        return "left.index(slot)"
+
+    def _epilogue(self, body: Block) -> None:
+        self._positions(body)
+        self._finish([f"acc_{i}" for i in range(self.count)])
 
     def _positions(self, body: Block) -> None:
         wide = ".to(tl.int64)" if self.emitter.kind == "int64" else ""
         rows, columns = "tl.SliceLayout(1, layout)", "tl.SliceLayout(0, layout)"
-        body.line(f"row = row0{wide} + tl.arange(0, ROWS, {rows})[:, None]")
-        body.line(f"col = col0{wide} + tl.arange(0, {self.width}, {columns})[None, :]")
+        body.line(f"row = {self.row0}{wide} + tl.arange(0, ROWS, {rows})[:, None]")
+        body.line(f"col = {self.col0}{wide} + tl.arange(0, {self.piece}, {columns})[None, :]")
         if self.traced.resident is not None:
             body.line("mbarrier.wait(arrived, number & 1)")
-            body.line("resident = out.load(layout)")
+            body.line(f"resident = {self.place}.load(layout)")
 
     def _bind(self, axes: Sequence[Axis], variable: str, dim: str, size: int) -> None:
-        super()._bind(axes, variable, dim, self.width if variable == "col" else size)
+        super()._bind(axes, variable, dim, self.piece if variable == "col" else size)
 
     def _store(self, target: str, value: Value, index: Index) -> None:
         emitter = self.emitter
@@ -281,9 +321,9 @@ class OverlappedWriter(MatmulWriter):
         made = dtypes.to_storage(made, value.dtype, emitter.block)
         if self.traced.resident is None:
             emitter.block.line("tma.store_wait(0)")  # the last tile has left the buffer
-        emitter.block.line(f"out.store({made})")
+        emitter.block.line(f"{self.place}.store({made})")
         emitter.block.line("fence_async_shared()")
-        emitter.block.line("store_tile(m2, [row0, col0], out)")
+        emitter.block.line(f"store_tile(m2, [{self.row0}, {self.col0}], {self.place})")
 
     # -- the functions ---------------------------------------------------------------------
 
@@ -301,7 +341,7 @@ class OverlappedWriter(MatmulWriter):
 
     def _constants(self, programs: Dim) -> str:
         tile = self.overlapped
-        values = {"ROWS": tile.rows, "COLS": tile.columns, "DEPTH": tile.depth,
+        values = {"ROWS": self.height, "COLS": tile.columns, "DEPTH": tile.depth,
                   "STAGES": self.stages, "GROUP": tile.group, "PROGRAMS": programs}  # fmt: skip
         lines = [f"{name} = tl.constexpr({value})" for name, value in values.items()]
         return "\n".join(lines)
@@ -310,7 +350,7 @@ class OverlappedWriter(MatmulWriter):
         bits = 256 // (8 * self.left.value.dtype.itemsize)
         form = "tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {}, {}])"
         return (f"    wide: tl.constexpr = {form.format('COLS', bits)}\n"
-                f"    layout: tl.constexpr = {form.format(self.width, bits)}")  # fmt: skip
+                f"    layout: tl.constexpr = {form.format(self.piece, bits)}")  # fmt: skip
 
     def _place_source(self) -> str:
         down = size_text(parts_of(self.rows, self.tile.rows))
@@ -321,7 +361,7 @@ class OverlappedWriter(MatmulWriter):
             f"    first = tile // (GROUP * {across}) * GROUP\n"
             f"    height = tl.minimum({down} - first, GROUP)\n"
             f"    inside = tile % (GROUP * {across})\n"
-            f"    row0 = (first + inside % height) * ROWS\n"
+            f"    row0 = (first + inside % height) * {self.tile.rows}\n"
             f"    return row0.to(tl.int32), (inside // height * {self.width}).to(tl.int32)\n"
         )
 
@@ -354,31 +394,30 @@ class OverlappedWriter(MatmulWriter):
     def _main(self, shared: str) -> str:
         sizes = "".join(f", {s}" for s in self._sizes())
         barrier = "tl.allocate_shared_memory(tl.int64, [{}, 1], mbarrier.MBarrierLayout())"
-        out = "left"  # a placeholder where nothing is stored by TMA
+        left = f"[STAGES, {self.tile.rows}, DEPTH]"
         lines = [
-            "left = tl.allocate_shared_memory(m0.dtype, [STAGES, ROWS, DEPTH], m0.layout)",
+            f"left = tl.allocate_shared_memory(m0.dtype, {left}, m0.layout)",
             "right = tl.allocate_shared_memory(m1.dtype, [STAGES, COLS, DEPTH], m1.layout)",
             f"ready = {barrier.format('STAGES')}",
             f"free = {barrier.format('STAGES')}",
-            f"turn = {barrier.format(_GROUPS)}",
-            f"arrived = {barrier.format(_GROUPS)}",
+            f"turn = {barrier.format(GROUPS)}",
+            f"arrived = {barrier.format(GROUPS)}",
         ]
         if self.out is not None:
-            lines.append(f"out = tl.allocate_shared_memory(m2.dtype, [{_GROUPS}, ROWS, "
-                         f"{self.width}], m2.layout)")  # fmt: skip
-            out = "out"
+            lines.append(f"out = tl.allocate_shared_memory(m2.dtype, [{self._buffers()}, ROWS, "
+                         f"{self.piece}], m2.layout)")  # fmt: skip
         lines += [
             "for i in tl.static_range(STAGES):",
             "    mbarrier.init(ready.index(i), count=1)",
-            "    mbarrier.init(free.index(i), count=1)",
-            f"for i in tl.static_range({_GROUPS}):",
+            f"    mbarrier.init(free.index(i), count={1 if self.turns else GROUPS})",
+            f"for i in tl.static_range({GROUPS}):",
             "    mbarrier.init(turn.index(i), count=1)",
             "    mbarrier.init(arrived.index(i), count=1)",
             "fence_async_shared()",
             "gdc_wait()",  # the last kernel has ended; barriers are ready by then
             "tl.warp_specialize([",
-            *(f"    (multiply, ({i}, left, right, {out}.index({i}), ready, free, turn, "
-              f"arrived.index({i}), {shared}))," for i in range(_GROUPS)),
+            *(f"    (multiply, ({i}, left, right, {self._out(i)}, ready, free, turn, "
+              f"arrived.index({i}), {shared}))," for i in range(GROUPS)),
             f"    (bring, (left, right, ready, free, m0, m1{sizes})),",
             f"], [{_WARPS}, 1], [{_REGISTERS[0]}, {_REGISTERS[1]}])",
         ]  # fmt: skip

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.merge import group_extent
 from accel.backends.triton.addresses import Group
-from accel.ir.types import Dim, product
+from accel.ir.types import Dim, product, substitute
 
 _MOST_HELD = 16384  # columns of a row that stay in registers
 _LOOP_COLUMNS = 2048
 _TILE = 2048  # elements of a tile of several rows
 _FLAT = 1024
-_SYMBOLIC_ROWS = 4096  # what an unknown number of rows is taken for
+_SYMBOLIC_SIZE = 4096  # what an unknown size is taken for: a number of rows
 
 
 @dataclass(frozen=True)
@@ -179,4 +179,8 @@ def _runs_across(
 
 
 def _known(extent: Dim) -> int:
-    return extent if isinstance(extent, int) else _SYMBOLIC_ROWS
+    """A size, or what it would be with usual values for its symbols."""
+    if isinstance(extent, int):
+        return extent
+    size = substitute(extent, {str(s): _SYMBOLIC_SIZE for s in extent.free_symbols})
+    return size if isinstance(size, int) else _SYMBOLIC_SIZE

@@ -1,0 +1,96 @@
+"""Writes products for Hopper in Gluon: two groups of warps share a tile of 128 x 256 results.
+
+Tensor cores read both operands from shared memory, and a tile's bytes come from the second-level
+cache: the larger a tile, the fewer of both for a multiplication. Of the sums of 128 x 256 results
+each of two groups holds 64 rows, so that a group's instruction multiplies with all 256 columns.
+Where multiplications take nearly all of the time, this is faster than groups that take turns
+(`overlapped`, whose loop, copies and barriers it has); the epilogue is not hidden, though, except
+as far as one group is ahead of the other.
+
+    ready[slot]   as there        free[slot]   both groups have multiplied it
+
+The results of a group go to memory in two pieces of 128 columns, one after the other through one
+buffer, which leaves more room for operands. A matrix that is added comes in two pieces to two
+buffers, while the group multiplies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accel.backends.triton.emitter import Scope
+from accel.backends.triton.overlapped import GROUPS, OverlappedTile, OverlappedWriter, TileEmitter
+from accel.backends.triton.text import Block
+
+
+@dataclass(frozen=True)
+class CooperativeTile(OverlappedTile):
+    """Results of both groups of warps together; the rest as there."""
+
+    columns: int = 256
+    group: int = 16
+
+
+class CooperativeWriter(OverlappedWriter):
+    """Writes the one program of a product whose groups of warps share tiles."""
+
+    turns = False
+
+    def _stored_at_once(self) -> tuple[int, int]:
+        tile = self.overlapped
+        self.pieces = 2 // self.count
+        height, piece = tile.rows // GROUPS, tile.columns // 2
+        self.row0 = f"(row0 + which * {height})"
+        if self.pieces > 1:
+            self.col0 = f"(col0 + piece * {piece})"
+        self.place = "out.index(which)"
+        return height, piece
+
+    def _find_resident(self, emitter: TileEmitter) -> None:
+        super()._find_resident(emitter)
+        if emitter.resident is None or self.pieces == 1:
+            return
+        self.place = f"out.index(which * {self.pieces} + piece)"
+        self.stages = self.overlapped.stages
+        self.out = self._result_map()
+        if self.out is None:  # no room for both pieces of what is added
+            emitter.resident = None
+            self.place = "out.index(which)"
+            self.out = self._result_map()
+
+    def _buffers(self) -> int:
+        return GROUPS * (self.pieces if self.traced.resident is not None else 1)
+
+    def _out(self, group: int) -> str:
+        return "left" if self.out is None else "out"
+
+    def _first(self) -> str:
+        return "tl.program_id(0)"
+
+    def _first_step(self) -> str:
+        return "0"
+
+    def _stride(self) -> str:
+        return "PROGRAMS"
+
+    def _left(self) -> str:
+        return f"left.index(slot).slice(which * {self.height}, {self.height}, dim=0)"
+
+    def _bring_resident(self, body: Block) -> None:
+        copy = Block(body.names)
+        copy.line(f"bring_tile(m3, [{self.row0}, {self.col0}], arrived, {self.place})")
+        self._each_piece(body, copy)
+
+    def _epilogue(self, body: Block) -> None:
+        if self.pieces == 1:
+            super()._epilogue(body)
+            return
+        part = Block(body.names)
+        with self.emitter.inside(Scope(part, frozenset())):
+            part.line("acc_0 = tl.convert_layout(first if piece == 0 else second, layout)")
+            self._positions(part)
+            self._finish(["acc_0"])
+        self._each_piece(body, part)
+
+    def _each_piece(self, body: Block, part: Block) -> None:
+        body.nest(f"for piece in tl.static_range({self.pieces}):", part)
