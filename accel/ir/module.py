@@ -233,6 +233,14 @@ class Region:
         self.args.append(value)
         return value
 
+    def insert_arg(self, index: int, type: TensorType, name: str = "") -> Value:
+        """A new argument in front of the one at `index`."""
+        made = Value(type, self, index, name)
+        self.args.insert(index, made)
+        for i, value in enumerate(self.args):
+            value.index = i
+        return made
+
     def remove_arg(self, index: int) -> None:
         if self.args[index].uses:
             raise VerifyError(f"cannot remove argument {index}: it has users")

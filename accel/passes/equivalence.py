@@ -2,13 +2,15 @@
 
 Checked with the interpreter, every float in float64, for several numbers of tokens and rows, up to
 the last position of the cache and around the end of every ring: logits, and the state as far as it
-is written; so is @extend, where there is one. Where @main is
-there, the last token's logits are also @main's.
+is written; so is @extend, where there is one. Where @main is there, the last token's logits are also
+@main's. Pages of a paged cache (`accel.passes.page_cache`) lie in another order for every run, with
+pages that belong to nobody among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from accel.ir.types import value_dtype
 from accel.passes.contracts import EXACT_TOLERANCE, exact_tolerance
 
 TOLERANCE = EXACT_TOLERANCE
+_SPARE_PAGES = 2
 
 
 def check_decode(
@@ -46,7 +49,10 @@ def check_decode(
         for first in _prompts(module, prompts, capacity, steps):
             count = min(first + steps, capacity)
             ids = torch.randint(0, vocabulary, (batch, count), generator=generator)
-            for error, where in _compare(module, ids, first, generator):
+            errors = [_compare(module, ids, first, generator)]
+            if batch > 1 and module.metadata["kv_cache"].get("unequal"):
+                errors.append(_compare_unequal(module, ids, first, generator))
+            for error, where in chain(*errors):
                 worst = max(worst, error)
                 if not error <= allowed:
                     raise ContractError(
@@ -87,42 +93,116 @@ def _compare(
     batch, total = ids.shape
     others = _other_inputs(module, batch, generator)
     fixed = _run(module, "encode", others) if "encode" in module.functions else []
-    empty = empty_state(module, batch)
-    _, *state = _run(module, "prefill", [ids[:, :first], *fixed, *empty])
+    text = _Text(module, batch, fixed, generator)
+    state = text.empty
+    _, *state = text.run("prefill", ids[:, :first], [], state)
     told = f"after a prompt of {first}, {batch} rows"
     if "extend" in module.functions:
-        yield from _compare_extend(module, ids, first, fixed, state, told)
+        yield from _compare_extend(text, ids, first, state, generator, told)
     for n in range(first, total):
-        place = torch.tensor(n)
-        logits, *state = _run(module, "decode", [ids[:, n : n + 1], place, *fixed, *state])
-        wanted, *filled = _run(module, "prefill", [ids[:, : n + 1], *fixed, *empty])
+        place = _position(module, [n] * batch)
+        logits, *state = text.run("decode", ids[:, n : n + 1], [place], state)
+        whole = _Text(module, batch, fixed, generator)
+        wanted, *filled = whole.run("prefill", ids[:, : n + 1], [], whole.empty)
         where = f"@decode at position {n} {told}"
         yield _error(wanted, logits), f"the logits of {where}"
-        yield from _compare_state(module, filled, state, n + 1, where)
+        yield from _compare_state(module, whole.tokens(filled), text.tokens(state), n + 1, where)
         if "main" in module.functions and n > 1 and batch > 1:
-            whole = _run(module, "main", [*others, ids[:, : n + 1]])[0]
-            yield _error(whole[:, -1:], logits), f"against @main, the logits of {where}"
+            plain = _run(module, "main", [*others, ids[:, : n + 1]])[0]
+            yield _error(plain[:, -1:], logits), f"against @main, the logits of {where}"
+
+
+def _compare_unequal(
+    module: Module, ids: Tensor, first: int, generator: torch.Generator
+) -> Iterator[tuple[float, str]]:
+    """Rows of unequal length in one batch: each is what @prefill says of its own tokens."""
+    batch, total = ids.shape
+    others = _other_inputs(module, batch, generator)
+    fixed = _run(module, "encode", others) if "encode" in module.functions else []
+    empty = empty_state(module, batch)
+    filled: dict[int, list[Tensor]] = {}
+
+    def after(tokens: int) -> list[Tensor]:
+        """@prefill of so many tokens of every row."""
+        if tokens not in filled:
+            filled[tokens] = _run(module, "prefill", [ids[:, :tokens], *fixed, *empty])
+        return filled[tokens]
+
+    lengths = [max(first - row * max(first // 2, 1), 1) for row in range(batch)]
+    axes = [int(item["rows"]) for item, _ in _state(module)]
+    state = [
+        torch.cat([after(n)[1 + i].narrow(axis, row, 1) for row, n in enumerate(lengths)], axis)
+        for i, axis in enumerate(axes)
+    ]
+    for step in range(total - first):
+        place = [n + step for n in lengths]
+        tokens = torch.stack([ids[row, n : n + 1] for row, n in enumerate(place)])
+        inputs = [tokens, _position(module, place), *fixed, *state]
+        logits, *state = _run(module, "decode", inputs)
+        for row, n in enumerate(place):
+            where = f"@decode of row {row} at position {n} beside rows at {place}"
+            wanted, *right = after(n + 1)
+            yield _error(wanted[row], logits[row]), f"the logits of {where}"
+            kept = [x.narrow(a, row, 1) for x, a in zip(right, axes)]
+            made = [x.narrow(a, row, 1) for x, a in zip(state, axes)]
+            yield from _compare_state(module, kept, made, n + 1, where)
+
+
+def _position(module: Module, places: Sequence[int]) -> Tensor:
+    """The position as @decode takes it: one, or one for each row."""
+    each = module.functions["decode"].args[1].shape
+    return torch.tensor(list(places) if each else places[0])
 
 
 def _compare_extend(
-    module: Module,
+    text: _Text,
     ids: Tensor,
     first: int,
-    fixed: Sequence[Tensor],
     state: Sequence[Tensor],
+    generator: torch.Generator,
     told: str,
 ) -> Iterator[tuple[float, str]]:
     """Several tokens at once, against prefills of every length."""
+    module = text.module
     rest = ids[:, first : first + int(module.metadata["kv_cache"]["extend"])]
-    inputs = [rest, torch.tensor(first), *fixed, *state]
-    logits, *extended = _run(module, "extend", inputs)
-    empty = empty_state(module, ids.shape[0])
+    logits, *extended = text.run("extend", rest, [torch.tensor(first)], state)
     for i in range(rest.shape[1]):
+        whole = _Text(module, ids.shape[0], text.fixed, generator)
         tokens = ids[:, : first + i + 1]
-        wanted, *filled = _run(module, "prefill", [tokens, *fixed, *empty])
+        wanted, *filled = whole.run("prefill", tokens, [], whole.empty)
         where = f"@extend at position {first + i} {told}"
         yield _error(wanted, logits[:, i : i + 1]), f"the logits of {where}"
-    yield from _compare_state(module, filled, extended, first + rest.shape[1], where)
+    end = first + rest.shape[1]
+    yield from _compare_state(module, whole.tokens(filled), text.tokens(extended), end, where)
+
+
+class _Text:
+    """Texts that run together: the arguments of theirs that no token changes, and their pages."""
+
+    def __init__(
+        self, module: Module, batch: int, fixed: Sequence[Tensor], generator: torch.Generator
+    ) -> None:
+        self.module, self.fixed = module, fixed
+        facts = module.metadata["kv_cache"]
+        self.table: list[Tensor] = []
+        pages = 0
+        if "paged" in facts:
+            each = int(facts["capacity"]) // int(facts["paged"]["page"])
+            pages = batch * each + _SPARE_PAGES
+            order = torch.randperm(pages, generator=generator)[: batch * each]
+            self.table = [order.reshape(batch, each).int()]
+        self.empty = empty_state(module, batch, pages)
+
+    def run(
+        self, name: str, ids: Tensor, position: Sequence[Tensor], state: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return _run(self.module, name, [ids, *position, *self.fixed, *self.table, *state])
+
+    def tokens(self, state: Sequence[Tensor]) -> list[Tensor]:
+        """The state with every text's tokens in order."""
+        if not self.table:
+            return list(state)
+        return [x[self.table[0].long()].transpose(1, 2).flatten(2, 3) for x in state]
 
 
 def _compare_state(
@@ -148,11 +228,11 @@ def _other_inputs(module: Module, batch: int, generator: torch.Generator) -> lis
     return made
 
 
-def empty_state(module: Module, batch: int) -> list[Tensor]:
+def empty_state(module: Module, batch: int, pages: int = 0) -> list[Tensor]:
     """A state as @prefill takes it. What is never written must never be read: it is NaN."""
     made = []
     for _, argument in _state(module):
-        shape = [batch if not isinstance(d, int) else d for d in argument.shape]
+        shape = [(pages or batch) if not isinstance(d, int) else d for d in argument.shape]
         value: float = float("nan") if argument.dtype.is_floating_point else 77
         made.append(torch.full(shape, value, dtype=value_dtype(argument.dtype)))
     return made

@@ -92,7 +92,7 @@ class _Lift:
 
     def run(self) -> None:
         old, ops, body = self.position, list(self.function.ops), self.function.body
-        each = body.add_arg(TensorType((self.rows,), old.dtype), old.name)
+        each = body.insert_arg(old.index + 1, TensorType((self.rows,), old.dtype), old.name)
         self.lifted[old] = each
         dead: list[Op] = []
         for op in ops:
@@ -112,11 +112,7 @@ class _Lift:
             dead.append(op)
         for op in reversed(dead):
             op.erase()
-        place = old.index
-        body.remove_arg(place)
-        body.args.insert(place, body.args.pop())
-        for index, argument in enumerate(body.args):
-            argument.index = index
+        body.remove_arg(old.index)
 
     # -- where a value meets rows ----------------------------------------------------------------
 
@@ -164,7 +160,9 @@ class _Lift:
         """The op's result with the rows in front."""
         b.location = op.location
         if op.has(Trait.ELEMENTWISE) or op.name in ("rope", "matmul"):
-            operands = [self._wide(v, max(len(x.shape) for x in op.operands), b) for v in op.operands]
+            operands = [
+                self._wide(v, max(len(x.shape) for x in op.operands), b) for v in op.operands
+            ]
             return b.op(op.name, operands, op.attributes).result
         rule = _RULES.get(op.name)
         made = None if rule is None else rule(self, op, b)
@@ -249,8 +247,7 @@ class _Lift:
     def _refuse(self, op: Op | None) -> CaptureError:
         name = "the position" if op is None else f"accel.{op.name}"
         return CaptureError(
-            f"{name} is used in a way that has no form for texts of "
-            "unequal length",
+            f"{name} is used in a way that has no form for texts of unequal length",
             where=str(op.location) if op is not None and op.location else "",
             advice="texts of one length still run together",
         )

@@ -281,7 +281,8 @@ def _dynamic_update(t: Tracer, op: Op, index: Index) -> Scalar:
     x, source, start = op.operands
     axis = _axis(op, len(index))
     length = source.shape[axis]
-    first = t.lookup(start, (), 0, x.shape[axis] - length, wrap=0, clamp=False)
+    each = index[:1] if start.shape else ()  # a position for each row
+    first = t.lookup(start, each, 0, x.shape[axis] - length, wrap=0, clamp=False)
     place = index[axis].plus(first, -1)
     return t.decide(
         [place, Affine(length).plus(-1).plus(place, -1)],

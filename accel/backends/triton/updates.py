@@ -51,7 +51,8 @@ class _UpdateWriter(ProgramWriter):
         axis = int(op.attribute("axis")) % len(state.shape)
         ring = bool(op.attribute("ring"))
         room = _LARGEST_POSITION if ring else state.shape[axis] - source.shape[axis]
-        first = self.emitter.lookup(start, (), 0, room, wrap=0, clamp=False)
+        each = store.index[:1] if start.shape else ()  # a position for each row
+        first = self.emitter.lookup(start, each, 0, room, wrap=0, clamp=False)
         index = list(store.index)
         index[axis] = index[axis].plus(first)
         if ring:

@@ -78,7 +78,8 @@ class CachedNest(AttentionNest):
 
     def _blocks(self) -> tuple[Expr, Expr]:
         emitter = self.emitter
-        self.at = emitter.block.let(emitter.element(self.position, ()), "at")
+        place = (self.batch,) if self.position.shape else ()  # one for all texts, or one each
+        self.at = emitter.block.let(emitter.element(self.position, place), "at")
         block = emitter.block
         last = block.let(self._place(0) + tir.tirx.Cast("int64", self.at), "last")
         # A position outside of the cache reads nothing outside of it.

@@ -73,7 +73,8 @@ class UpdateNest:
                 emitter.addresses.bind(group, body.let(tir.tirx.truncmod(rest, extent), "outer"))
                 rest = body.let(tir.tirx.truncdiv(rest, extent), "rest")
             room = self.state.shape[self.axis] - self.source.shape[self.axis]
-            first = emitter.lookup(self.start, (), 0, room, wrap=0, clamp=False)
+            each = self.index[:1] if self.start.shape else ()
+            first = emitter.lookup(self.start, each, 0, room, wrap=0, clamp=False)
             place = list(self.index)
             place[self.axis] = place[self.axis].plus(first)
             address = emitter.indexer.flatten(place, self.state.shape)

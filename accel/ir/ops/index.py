@@ -292,6 +292,7 @@ class DynamicSlice:
 class DynamicUpdate:
     """x with `source` written at run-time position `start` (0-d integer) along `axis`.
 
+    With `start` [B], x [B, ...] and an axis after the first, every row has a position of its own.
     The write of a KV cache. Unlike XLA's, the position is not clamped: it must fit. In a `ring`
     positions are taken modulo the size of the axis; `source` may be longer than x, and its last
     elements win.
@@ -303,14 +304,23 @@ class DynamicUpdate:
     ) -> TensorType:
         _check_index("dynamic_update", start)
         _check_update("dynamic_update", x, source, axis)
-        if start.rank != 0:
-            raise TypeInferenceError("accel.dynamic_update: the position must be a 0-d tensor")
+        each = start.rank == 1 and x.rank > 1 and same_dim(start.shape[0], x.shape[0])
+        if start.rank != 0 and not (each and normalize_axis(axis, x.rank) > 0):
+            raise TypeInferenceError(
+                f"accel.dynamic_update: the position is 0-d, or one for each row, not {start}"
+            )
         return x
 
     @staticmethod
     def evaluate(
         x: Tensor, source: Tensor, start: Tensor, *, axis: int, ring: bool = False
     ) -> Tensor:
+        if start.dim():
+            axis = axis % x.dim() - 1
+            rows = [
+                DynamicUpdate.evaluate(*row, axis=axis, ring=ring) for row in zip(x, source, start)
+            ]
+            return torch.stack(rows)
         result = x.clone()
         first, count = int(start), source.shape[axis]
         if not ring:
@@ -334,10 +344,17 @@ class DynamicUpdate:
             source = b.slice(source, axis=axis, start=first, stop=count)
             start = b.add(start, b.size_like(first, start.dtype))
             count = kept
+        each = bool(start.shape)
+        if each:
+            start = b.reshape(start, shape=(x.shape[0], 1))
         line = b.add(b.iota(shape=(count,), axis=0, dtype=start.dtype), start)
         if ring:
             line = b.remainder(line, b.size_like(size, start.dtype))
-        return b.index_put(x, source, line, axes=(axis,))
+        if not each:
+            return b.index_put(x, source, line, axes=(axis,))
+        order = (0, axis, *(a for a in range(1, len(x.shape)) if a != axis))
+        row = b.iota(shape=(x.shape[0], 1), axis=0, dtype=start.dtype)
+        return b.index_put(x, b.permute(source, axes=order), row, line, axes=(0, axis))
 
 
 @define("tri_mask", Trait.PURE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accel.errors import ArtifactError, InputError
 from accel.runtime.interfaces import LibraryCall, Operand
-from accel.runtime.libraries.options import choice
+from accel.runtime.libraries.options import choice, without_sinks
 
 
 class Update:
@@ -42,6 +42,10 @@ class _Update:
         return self.in_place(x.clone(), source, start)
 
     def in_place(self, x: Tensor, source: Tensor, start: Tensor | None = None) -> Tensor:
+        if start is not None and start.dim():  # a position for each row
+            for row in range(start.shape[0]):
+                self.in_place(x[row : row + 1], source[row : row + 1], start[row])
+            return x
         first = int(start) if start is not None else self.start
         assert first is not None
         count = source.shape[self.axis]
@@ -81,6 +85,7 @@ class CachedAttention:
     def prepare(
         self, options: Mapping[str, Any], operands: Sequence[Operand | None]
     ) -> LibraryCall:
+        operands = without_sinks(operands, 5)
         if len(operands) != 5 or any(o is None or o.weight is not None for o in operands[:4]):
             raise ArtifactError("cached_attention takes q, k, v, a position and an optional mask")
         scale, window, cap = (options.get(n) for n in ("scale", "window", "softcap"))
@@ -97,16 +102,34 @@ class CachedAttention:
         def run(
             q: Tensor, k: Tensor, v: Tensor, position: Tensor, mask: Tensor | None = None
         ) -> Tensor:
-            first = int(position)
             mask = mask if stored is None else stored
             attend = _attend_ring if ring else _attend
-            out = attend(q, k, v, first, mask, scale, window, cap)
+            if position.dim():  # a position for each row
+                out = torch.cat(
+                    [
+                        attend(*texts, int(first), own, scale, window, cap)
+                        for first, texts, own in _rows(position, (q, k, v), mask)
+                    ]
+                )
+            else:
+                out = attend(q, k, v, int(position), mask, scale, window, cap)
             if heads == "none":
                 return out
             out = out.transpose(1, 2)
             return out if heads == "permute" else out.flatten(2)
 
         return run
+
+
+def _rows(
+    positions: Tensor, given: Sequence[Tensor], mask: Tensor | None
+) -> Iterator[tuple[Tensor, list[Tensor], Tensor | None]]:
+    """Each row alone: its position, its part of what is given, its mask."""
+    for row, first in enumerate(positions):
+        own = mask
+        if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+            own = mask[row : row + 1]
+        yield first, [x[row : row + 1] for x in given], own
 
 
 def _attend(
