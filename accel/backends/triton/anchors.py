@@ -70,6 +70,7 @@ ANCHORS: dict[str, Anchor] = {
         ("conv",),
         depthwise.reason,
         depthwise.generate,
+        depthwise.candidates,
         library_reason=depthwise.library_reason,
     ),
 }

@@ -1,29 +1,50 @@
 """Kernels of kind "depthwise": channels-last depthwise convolutions with what follows.
 
 The convolution becomes its taps: for every place of the window a strided slice of the padded image
-times a row of the weight, added up in float32. A thread computes a vector of channels of a few
-neighbours in a row of pixels, which share what they read of the image and of the weight: it is
-loaded and widened once. Padding is a mask, never written.
+times a row of the weight, added up in float32. A thread computes a vector of channels (16 bytes) of
+some neighbouring pixels, which share what they read: each place of the image, and of the weight, is
+loaded and widened once. What is read beyond the border is zero, and costs no memory.
+
+A program's threads lie side by side in the channels first, then along rows of pixels, then down the
+image: neighbours in the window are then mostly read from the first-level cache.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.phases import Phase, Place, Store
 from accel.backends.loops.survey import Survey
+from accel.backends.loops.trace import Index
+from accel.backends.triton.addresses import decompose
+from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.program import ProgramWriter
+from accel.backends.triton.text import COL, ROW, Expr
+from accel.backends.triton.tiles import parts_of
 from accel.errors import BackendError
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Region, Value
-from accel.ir.types import Dim
+from accel.ir.types import Dim, product
 
 _LARGEST_WINDOW = 49
 _MAX_ROUNDS = 8
-_MOST_TERMS = 64  # products for each channel of a thread: more do not fit its registers
+_FEW_ROWS = 3  # of a window: the weights of more take too many registers to be read ahead
+_VECTOR = 16  # bytes that a thread moves at once
+
+
+@dataclass(frozen=True)
+class DepthwiseTile:
+    """What a thread computes, `rows` x `columns` pixels of one vector of channels, and how many
+    threads a program has."""
+
+    rows: int
+    columns: int
+    threads: int
 
 
 def reason(op: Op) -> str | None:
@@ -49,62 +70,207 @@ def library_reason(op: Op, capability: int) -> str | None:
     return "cuDNN's depthwise convolutions are faster"
 
 
-def generate(name: str, region: Region, comment: str, sms: int, tile: Any = None) -> KernelCode:
+def candidates(kernel: Op, sms: int) -> list[DepthwiseTile]:
+    """Tiles worth timing: they divide the image."""
+    op = next(op for op in kernel.regions[0].ops if op.name == "conv")
+    _, height, width, _ = op.result.shape
+    if not isinstance(height, int) or not isinstance(width, int):
+        return []
+    return [
+        DepthwiseTile(rows, columns, threads)
+        for threads in (128, 256)
+        for rows in (1, 2, 7)
+        for columns in (1, 2, 4, 7, 8)
+        if height % rows == 0 and width % columns == 0 and 2 <= rows * columns <= 8
+    ]
+
+
+def choose(op: Op) -> DepthwiseTile:
+    """The tile that nobody has measured: as many neighbours of a row as divide it, up to 7."""
+    width = op.result.shape[2]
+    divisors = (n for n in (4, 7, 5, 3, 2) if isinstance(width, int) and width % n == 0)
+    return DepthwiseTile(1, next(divisors, 1), 128)
+
+
+def generate(
+    name: str, region: Region, comment: str, sms: int, tile: DepthwiseTile | None = None
+) -> KernelCode:
     """The source of a region with one depthwise convolution."""
     op = next(op for op in region.ops if op.name == "conv")
     generator = _Generator(name, region, comment, sms)
-    generator.taps = int(op.operands[1].shape[2]) * int(op.operands[1].shape[3])
-    op.replace_with([_taps(Builder(before=op), op)])
+    generator.tile = tile or choose(op)
+    strides, dilations = op.attribute("stride"), op.attribute("dilation")
+    generator.step, generator.dilation = int(strides[0]), int(dilations[0])
+    generator.shape, vector = op.result.shape, _vector(op.result)
+    total, generator.sums = _taps(Builder(before=op), op)
+    op.replace_with([total])
+    generator.vector = vector
     return generator.run()
 
 
-class _Generator(Generator):
-    """One launch that stores some neighbours of each result. `taps`: places of the window."""
+def _vector(result: Value) -> int:
+    """How many channels a thread computes at a time: a power of two that divides them."""
+    channels, width = int(result.shape[3]), result.dtype.itemsize
+    return min(channels & -channels, _VECTOR // width)
 
-    taps = 1
+
+def _side_by_side(vectors: int) -> int:
+    """How many vectors of a pixel lie side by side in a program: whole sectors of 32 bytes, and
+    few enough that a program covers an area of the image."""
+    if vectors <= 16:
+        return vectors
+    found = (n for n in (8, 4, 6, 10, 12, 5, 7, 3) if vectors % n == 0)
+    return next(found, vectors)
+
+
+class _Generator(Generator):
+    """One launch. `sums`: for each row of the window the sum up to its end; `shape`: the
+    convolution's own."""
+
+    tile = DepthwiseTile(1, 1, 128)
+    step = dilation = vector = 1
+    sums: Sequence[Value] = ()
+    shape: tuple[Dim, ...] = ()
 
     def run(self) -> KernelCode:
         results = self.region.results
-        shape = results[0].shape
-        pixels = _neighbours(shape[2], self.taps)
-        if pixels == 1 or any(r.shape != shape for r in results):
+        if self.vector == 1 or any(r.shape != self.shape for r in results):
             return super().run()
         self.kind = index_kind(self.region, [])
-        phase = self._plan(pixels)
+        phase, pixels = self._plan()
+        pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
+        emitter = _Emitter(self.planner.indexer, pointers, set(), self.kind)
         targets = [f"y{store.place.number}" for store in phase.stores]
-        writer = ProgramWriter(phase, self._emitter(phase), targets, self.sms)
+        writer = _Writer(phase, emitter, targets, self.sms)
+        writer.threads = self.tile.threads
+        writer.before = self._in_order(pixels)
+        writer.hoists = len(self.sums) <= _FEW_ROWS
         reads, program = self._finish(phase, writer.write())
         self._launch(program, reads, [Slot("result", n) for n in range(len(results))], [])
         return KernelCode(self.name, self.launches, [])
 
-    def _plan(self, pixels: int) -> Phase:
-        results, planner = self.region.results, self.planner
-        batch, height, width, channels = results[0].shape
+    def _plan(self) -> tuple[Phase, list[list[Index]]]:
+        """The phase, and the index of each pixel of a thread, by rows."""
+        batch, height, width, channels = self.shape
+        tile, planner = self.tile, self.planner
+        vectors = int(channels) // self.vector
+        near = _side_by_side(vectors)
+        extents = (
+            batch, vectors // near, _parts(height, tile.rows), _parts(width, tile.columns), near, self.vector,
+        )  # fmt: skip
         for _ in range(_MAX_ROUNDS):
-            index, axes = planner.index_of((batch, height, width // pixels, channels))
-            places = [index[2].times(pixels).plus(p) for p in range(pixels)]
+            index, axes = planner.index_of(extents)
+            channel = index[1].times(near).plus(index[4]).times(self.vector).plus(index[5])
+            pixels: list[list[Index]] = [
+                [
+                    (index[0], _part(index[2], tile.rows, r), _part(index[3], tile.columns, c),
+                     channel)
+                    for c in range(tile.columns)
+                ]
+                for r in range(tile.rows)
+            ]  # fmt: skip
             stores = [
-                Store(value, Place("result", n), (*index[:2], place, index[3]), ())
-                for place in places
-                for n, value in enumerate(results)
+                Store(value, Place("result", n), one, ())
+                for row in pixels
+                for one in row
+                for n, value in enumerate(self.region.results)
             ]
             survey = Survey(planner.indexer, {})
             for store in stores:
                 survey.element(store.value, store.index)
             if not planner.apply_splits():
-                return Phase(axes, stores, [])
+                return Phase(axes, stores, []), pixels
         raise BackendError("no loop nest found for a convolution", where=self.name)
 
+    def _in_order(self, pixels: list[list[Index]]) -> list[tuple[Value, Index]]:
+        """Sums in the order of the image's rows that they read, so that few rows are needed at a
+        time."""
+        made = [
+            (r * self.step + i * self.dilation, value, index)
+            for r, row in enumerate(pixels)
+            for i, value in enumerate(self.sums)
+            for index in row
+        ]
+        made.sort(key=lambda m: m[0])
+        return [(value, index) for _, value, index in made]
 
-def _neighbours(width: Dim, taps: int) -> int:
-    """How many pixels of a row one thread computes: a divisor of the row."""
-    if not isinstance(width, int):
-        return 1
-    return next((n for n in (4, 7, 5, 3, 2) if width % n == 0 and n * taps <= _MOST_TERMS), 1)
+
+def _parts(extent: Dim, size: int) -> Dim:
+    return extent if size == 1 else extent // size
 
 
-def _taps(b: Builder, op: Op) -> Value:
-    """The convolution as a sum over its window, in float32."""
+def _part(index: Affine, size: int, number: int) -> Affine:
+    return index.times(size).plus(number)
+
+
+class _Writer(ProgramWriter):
+    """A thread a row of the tile, a vector of channels its columns.
+
+    `before`: elements to compute before the stores; `hoists`: weights may be read ahead of time.
+    """
+
+    threads = 128
+    before: Sequence[tuple[Value, Index]] = ()
+    hoists = True
+
+    def _flat(self) -> tuple[Dim, int]:
+        *outer, lane = self.phase.outer
+        emitter, kind = self.emitter, self.emitter.kind
+        self.constants |= {"ROWS": self.threads, "VECTOR": int(lane.extent)}
+        total = product(a.extent for a in outer)
+        self._let("row", f"{self._wide('tl.program_id(0)')} * ROWS + tl.arange(0, ROWS)[:, None]")
+        self._limit(outer, "row", total, self.threads)
+        self._let("lane", "tl.arange(0, VECTOR)[None, :]")
+        row, column = Expr("row", kind, frozenset((ROW,))), Expr("lane", kind, frozenset((COL,)))
+        decompose(row, self._merged(outer), emitter.block, emitter.addresses)
+        emitter.addresses.bind((lane,), column)
+        if not self.hoists:  # nothing after a statement that is no assignment is moved
+            emitter.block.line("tl.static_assert(VECTOR > 1)")
+        with emitter.inside(emitter.column_scope(self.phase.outer)):
+            for value, index in self.before:
+                emitter.element(value, index)
+            self._store_all()
+        return parts_of(total, self.threads), self.threads // 32
+
+
+class _Emitter(Emitter):
+    """Reads zeros beyond the border in the load itself."""
+
+    _border = False  # the next choice is that between a stored image and zeros around it
+
+    def compute(self, value: Value, index: Index) -> Expr:
+        op = value.op
+        self._border = (
+            op is not None
+            and op.name == "pad"
+            and op.attribute("value") == 0
+            and op.operands[0] in self.pointers
+        )
+        return super().compute(value, index)
+
+    def choose(
+        self,
+        nonnegative: Sequence[Affine],
+        yes: Callable[[], Expr],
+        no: Callable[[], Expr],
+        dtype: torch.dtype,
+    ) -> Expr:
+        if not self._border:
+            return super().choose(nonnegative, yes, no, dtype)
+        made = self.condition(nonnegative)
+        test = self.block.let(made.text, "bool", made.dims, "inside")
+        with self._guarded(test):
+            return yes()
+
+    def load_text(self, pointer: str, address: Expr, axes: frozenset[Axis]) -> Expr:
+        made = super().load_text(pointer, address, axes)
+        if not made.text.endswith(")") or ", mask=" not in made.text:
+            return made
+        return Expr(f"{made.text[:-1]}, other=0)", made.kind, made.dims)
+
+
+def _taps(b: Builder, op: Op) -> tuple[Value, list[Value]]:
+    """The convolution as a sum over its window, in float32, and the sum after each of its rows."""
     x, weight, bias = op.arguments()
     height, width = (int(k) for k in weight.shape[2:])
     strides, dilations = op.attribute("stride"), op.attribute("dilation")
@@ -112,6 +278,7 @@ def _taps(b: Builder, op: Op) -> Value:
     padded = b.pad(x, low=low, high=low, value=0.0) if any(low) else x
     rows = b.permute(b.reshape(weight, shape=(weight.shape[0], height, width)), axes=(1, 2, 0))
     total: Value | None = None
+    sums: list[Value] = []
     for i in range(height):
         for j in range(width):
             part = padded
@@ -125,8 +292,10 @@ def _taps(b: Builder, op: Op) -> Value:
             row = b.reshape(row, shape=(x.shape[3],))
             made = b.mul(b.widen(part), b.widen(row))
             total = made if total is None else b.add(total, made)
+        assert total is not None
+        sums.append(total)
     assert total is not None
     if bias is not None:
         total = b.add(total, b.widen(bias))
     result: Value = b.cast_to(total, op.result.dtype)
-    return result
+    return result, sums
