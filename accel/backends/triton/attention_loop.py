@@ -98,11 +98,16 @@ def _along(planner: Planner, name: str, extent: Dim) -> Affine:
 
 @dataclass(frozen=True)
 class Span:
-    """One loop over blocks of keys: its bounds as source, and what it compares."""
+    """One loop over blocks of keys: its bounds as source, and what it compares.
+
+    `tail` is the size of the only block, where keys are left that fill no whole one: 197 keys are
+    3 blocks of 64 and one of 16.
+    """
 
     first: str
     last: str
     cut: bool  # the diagonal, the window or the end of the keys may cut its blocks
+    tail: int = 0
 
 
 class AttentionWriter:
@@ -126,9 +131,13 @@ class AttentionWriter:
         assert isinstance(tile, AttentionTile)
         self._place()
         self._start()
-        for span in self._spans():
+        spans = self._spans()
+        for span in spans:
             body = Block(top.block.names)
             self._step(body, span)
+            if span.tail:
+                top.block.lines += [f"start = {span.first}", *body.lines]
+                continue
             steps = f"tl.range({span.first}, {span.last}, COLS, num_stages={tile.stages})"
             top.block.nest(f"for start in {steps}:", body)
         self._finish()
@@ -136,6 +145,8 @@ class AttentionWriter:
         programs = product((blocks, *(a.extent for a in self.plan.outer)))
         constants = {"ROWS": tile.rows, "COLS": tile.columns, "DEPTH": padded(self.depth),
                      "WIDTH": padded(self.width)}  # fmt: skip
+        if spans[-1].tail:
+            constants["TAIL"] = spans[-1].tail
         return Program(top.block.source(), [], constants, programs, tile.warps,
                        list(self.emitter.used), self.emitter.checks)  # fmt: skip
 
@@ -232,8 +243,15 @@ class AttentionWriter:
             block.line("full_low = tl.minimum(full_low, full_stop)")
             spans = [Span("low", "full_low", True), Span("full_low", "full_stop", False)]
         if self.causal or not whole:
-            spans.append(Span("full_stop", stop, True))
+            spans.append(Span("full_stop", stop, True, self._tail()))
         return spans
+
+    def _tail(self) -> int:
+        """The size of a last block for the keys that fill no whole one; 0 where that is no gain."""
+        if self.causal or self.window is not None or not isinstance(self.keys, int):
+            return 0
+        size = padded(self.keys % self.tile.columns)
+        return size if size < self.tile.columns else 0
 
     # -- one block of keys -----------------------------------------------------------------
 
@@ -241,21 +259,22 @@ class AttentionWriter:
         emitter, plan = self.emitter, self.plan
         bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
         known = frozenset((*self.top.axes, *plan.key[2].axes))
-        past = span.cut and over(self.keys, self.tile.columns)
+        size, columns = ("TAIL", span.tail) if span.tail else ("COLS", self.tile.columns)
+        past = span.cut and over(self.keys, columns)
         extent = self.keys if past else 0
         with emitter.inside(Scope(body, known | plan.key[3].axes)):
-            body.line("key = start + tl.arange(0, COLS)[None, :]")
-            self._bind(plan.key[2], "key", COL, extent, self.tile.columns)
-            keys = self._operand(self.k, plan.key, "[DEPTH, COLS]")
+            body.line(f"key = start + tl.arange(0, {size})[None, :]")
+            self._bind(plan.key[2], "key", COL, extent, columns)
+            keys = self._operand(self.k, plan.key, f"[DEPTH, {size}]")
             body.line(f"score = tl.dot(query, {keys}{self.precise})")
         with emitter.inside(Scope(body, known)):
             self._scores(body, span, past)
         self._softmax(body, span)
         inner = plan.value[2].axes | plan.column.axes
         with emitter.inside(Scope(body, frozenset((*plan.outer, *inner)))):
-            body.line("place = start + tl.arange(0, COLS)[:, None]")
-            self._bind(plan.value[2], "place", ROW, extent, self.tile.columns)
-            values = self._operand(self.v, plan.value, "[COLS, WIDTH]")
+            body.line(f"place = start + tl.arange(0, {size})[:, None]")
+            self._bind(plan.value[2], "place", ROW, extent, columns)
+            values = self._operand(self.v, plan.value, f"[{size}, WIDTH]")
             kind = dtypes.storage(self.v.dtype)
             body.line(f"acc = tl.dot(weight.to(tl.{kind}), {values}, acc{self.precise})")
         emitter.addresses.groups, emitter.masks = bound, masks
