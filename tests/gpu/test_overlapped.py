@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from accel.backends.triton.cooperative import CooperativeTile
 from accel.backends.triton.overlapped import OverlappedTile
 from accel.ir import WeightStore, interpret
 from tests.backends import test_triton_matmul, test_triton_overlapped
@@ -38,8 +39,9 @@ SYMBOLIC: Case = (
     lambda b, x, w: b.silu(b.linear(x, w)),
 )
 # The usual tile, a wide one, and what the cost model chooses.
-TILES = {"overlapped": OverlappedTile(), "wide": OverlappedTile(64, 256, 64, 3), "chosen": None}
-SMS = {"overlapped": 3, "wide": 1, "chosen": 132}  # few, so that each program has many tiles
+TILES = {"overlapped": OverlappedTile(), "wide": OverlappedTile(64, 256, 64, 3),
+         "cooperative": CooperativeTile(), "chosen": None}  # fmt: skip
+SMS = {"overlapped": 3, "wide": 1, "cooperative": 2, "chosen": 132}  # few, so that each program has many tiles
 CASES = {**test_triton_overlapped.CASES, **LARGE, "symbolic": SYMBOLIC}
 DECODED = {n: test_triton_matmul.CASES[n] for n in ("int8 a channel", "activation before")}
 
