@@ -149,3 +149,10 @@ class OutOfMemoryError(ExecutionError):
 
     id = "ACCEL054"
     exit_code = 11
+
+
+class PagesError(ExecutionError):
+    """A pool of cache pages has none left, or none of what a text needs."""
+
+    id = "ACCEL055"
+    exit_code = 10

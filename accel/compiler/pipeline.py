@@ -23,9 +23,11 @@ from accel.backends.vendor import (
     ExpertLinear,
     OneDnnConv,
     OneDnnLinear,
+    PagedAttention,
     ScaledDotProduct,
     TorchLinear,
     Update,
+    UpdatePages,
 )
 from accel.compiler import fallback, gpu
 from accel.compiler.cache import CompileCache, cache_key
@@ -66,6 +68,8 @@ CPU_LIBRARIES: tuple[Library, ...] = (
     ScaledDotProduct(),
     CachedAttention(),
     Update(),
+    PagedAttention(),
+    UpdatePages(),
     TorchLinear(),
     ExpertLinear(),
 )

@@ -39,12 +39,15 @@ class Contract:
     `exact`: the same function over the reals. `stores_constants` says that the pass computes new
     constants in float64 and rounds them once, so results may differ by that rounding.
     `approximate`: lossy; `metric` on calibration inputs stays within `bound`.
+    `replaces` are functions that get other arguments, so that no run of theirs can be compared:
+    the pass says what of them holds in `Pass.check`.
     """
 
     kind: Literal["exact", "approximate"]
     stores_constants: bool = False
     metric: str = ""
     bound: float = 0.0
+    replaces: tuple[str, ...] = ()
 
 
 EXACT = Contract("exact")

@@ -2,9 +2,9 @@
 
 Checked with the interpreter, every float in float64, for several numbers of tokens and rows, up to
 the last position of the cache and around the end of every ring: logits, and the state as far as it
-is written; so is @extend, where there is one. Where @main is there, the last token's logits are also
-@main's. Pages of a paged cache (`accel.passes.page_cache`) lie in another order for every run, with
-pages that belong to nobody among them.
+is written; so is @extend, where there is one. Where @main is there, the last token's logits are
+also @main's. Pages of a paged cache (`accel.passes.page_cache`) lie in another order for every run,
+with pages that belong to nobody among them.
 """
 
 from __future__ import annotations

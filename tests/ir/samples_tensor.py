@@ -263,6 +263,20 @@ def _(d: Sizes, dtype: torch.dtype) -> Cases:
     yield sample([t(dtype, d.b, 3), t(dtype, d.b, 8), late], axis=1, ring=True)
 
 
+@samples("gather_pages", dtypes=MOVABLE)
+def _(d: Sizes, dtype: torch.dtype) -> Cases:
+    yield sample([t(dtype, 7, d.n, 4, 3), t(I32, d.b, 3, kind="index:7")])
+    yield sample([t(dtype, 7, 2, 4), t(I64, d.b, d.m, kind="index:7")])
+
+
+@samples("update_pages", dtypes=MOVABLE)
+def _(d: Sizes, dtype: torch.dtype) -> Cases:
+    pool, table = t(dtype, 7, 2, 4, 3), t(I32, 1, 4, kind="distinct:7")
+    yield sample([pool, t(dtype, 1, 2, 1, 3), table, t(I64, kind="index:16")])
+    yield sample([pool, t(dtype, 1, 2, d.n, 3), table, t(I32, kind="index:8")])
+    yield sample([t(dtype, 7, 2, 4), t(dtype, 1, 2, 6), table, t(I64, 1, kind="index:10")])
+
+
 @samples("tri_mask", dtypes=frozenset({torch.float32}))
 def _(d: Sizes, dtype: torch.dtype) -> Cases:
     yield sample(rows=d.n, columns=d.k)

@@ -9,6 +9,7 @@ from accel.backends.vendor.attention import CachedAttention, CudaAttention, Scal
 from accel.backends.vendor.cudnn import CudnnConv
 from accel.backends.vendor.flash import FlashAttention
 from accel.backends.vendor.onednn import ExpertLinear, OneDnnConv, OneDnnLinear, TorchLinear
+from accel.backends.vendor.pages import PagedAttention, UpdatePages
 
 __all__ = [
     "CachedAttention",
@@ -18,7 +19,9 @@ __all__ = [
     "FlashAttention",
     "OneDnnConv",
     "OneDnnLinear",
+    "PagedAttention",
     "ScaledDotProduct",
     "TorchLinear",
     "Update",
+    "UpdatePages",
 ]

@@ -11,6 +11,7 @@ contract     matmul, linear, convolutions
 experts      products with a weight chosen for each row: mixtures of experts
 norm         softmax, layer_norm, rms_norm, group_norm, batch_norm
 attention    attention, rope
+pages        paged caches: tokens found through a table
 pool         pooling, upsampling, grid sampling
 training     forward ops that also return what their backward needs, and losses
 activation_backward, norm_backward, backward   the backward ops of training graphs
@@ -30,6 +31,7 @@ from accel.ir.ops import (
     index,
     norm,
     norm_backward,
+    pages,
     pool,
     random,
     reduce,
@@ -51,6 +53,7 @@ __all__ = [
     "index",
     "norm",
     "norm_backward",
+    "pages",
     "pool",
     "random",
     "reduce",

@@ -14,6 +14,7 @@ from accel.runtime.libraries.experts import ExpertLinear
 from accel.runtime.libraries.flash import FlashAttention
 from accel.runtime.libraries.loop import Scan
 from accel.runtime.libraries.onednn import OneDnnConv, OneDnnLinear
+from accel.runtime.libraries.pages import PagedAttention, UpdatePages
 from accel.runtime.libraries.torch_native import ScaledDotProduct, TorchLinear
 
 _ENTRIES: dict[str, Library] = {
@@ -27,6 +28,8 @@ _ENTRIES: dict[str, Library] = {
         CudnnConv(),
         CachedAttention(),
         Update(),
+        PagedAttention(),
+        UpdatePages(),
         Scan(),
         FlashAttention(),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accel.errors import ArtifactError
@@ -38,3 +38,8 @@ def integer(options: Mapping[str, Any], name: str) -> int:
     if type(value) is not int:
         raise ArtifactError(f"option '{name}' must be an integer, got {value!r}")
     return value
+
+
+def without_sinks(operands: Sequence[Any], count: int) -> list[Any]:
+    """An attention's `count` operands, without the absent sinks that may come after them."""
+    return list(operands[:-1] if len(operands) == count + 1 and operands[-1] is None else operands)

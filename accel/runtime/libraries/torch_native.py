@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accel.errors import ArtifactError
 from accel.runtime.interfaces import LibraryCall, Operand
-from accel.runtime.libraries.options import choice
+from accel.runtime.libraries.options import choice, without_sinks
 
 _LARGEST_CUDNN_HEAD = 128
 _CUDNN_MAJORS = (9, 10)  # Hopper, Blackwell
@@ -52,6 +52,7 @@ class ScaledDotProduct:
     def prepare(
         self, options: Mapping[str, Any], operands: Sequence[Operand | None]
     ) -> LibraryCall:
+        operands = without_sinks(operands, 4)
         if len(operands) != 4 or any(o is None for o in operands[:3]):
             raise ArtifactError("sdpa takes q, k, v and an optional mask")
         scale = options.get("scale")
