@@ -41,7 +41,8 @@ SYMBOLIC: Case = (
 # The usual tile, a wide one, and what the cost model chooses.
 TILES = {"overlapped": OverlappedTile(), "wide": OverlappedTile(64, 256, 64, 3),
          "cooperative": CooperativeTile(), "chosen": None}  # fmt: skip
-SMS = {"overlapped": 3, "wide": 1, "cooperative": 2, "chosen": 132}  # few, so that each program has many tiles
+# Few multiprocessors, so that each program has many tiles.
+SMS = {"overlapped": 3, "wide": 1, "cooperative": 2, "chosen": 132}
 CASES = {**test_triton_overlapped.CASES, **LARGE, "symbolic": SYMBOLIC}
 DECODED = {n: test_triton_matmul.CASES[n] for n in ("int8 a channel", "activation before")}
 
