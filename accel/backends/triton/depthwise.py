@@ -155,9 +155,8 @@ class _Generator(Generator):
         tile, planner = self.tile, self.planner
         vectors = int(channels) // self.vector
         near = _side_by_side(vectors)
-        extents = (
-            batch, vectors // near, _parts(height, tile.rows), _parts(width, tile.columns), near, self.vector,
-        )  # fmt: skip
+        down, along = _parts(height, tile.rows), _parts(width, tile.columns)
+        extents = (batch, vectors // near, down, along, near, self.vector)
         for _ in range(_MAX_ROUNDS):
             index, axes = planner.index_of(extents)
             channel = index[1].times(near).plus(index[4]).times(self.vector).plus(index[5])
