@@ -27,6 +27,7 @@ _TARGET = re.compile(r"(\.target sm_\d+)[af]\b")
 KERNEL_PIPELINE = (
     "select_depthwise",
     "select_products",
+    "select_experts",
     "select_cached",
     "select_attention{masks=true}",
     "select_scans",

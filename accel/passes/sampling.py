@@ -137,6 +137,8 @@ def _limit(op: Op, operand: int, sizes: Mapping[str, int]) -> int | None:
     table = op.operands[0].shape if op.operands else ()
     if op.name == "embedding" and operand == 1:
         return _size(table[0], sizes)
+    if op.name == "expert_linear" and operand == 2:
+        return _size(op.operands[1].shape[0], sizes)
     if op.name in ("gather", "take_along", "scatter") and operand == 1:
         return _size(table[op.attribute("axis")], sizes)
     if op.name in ("index", "index_put"):

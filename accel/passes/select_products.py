@@ -57,7 +57,7 @@ class SelectProducts(Pass):
             context.miss(self.name, op, reason)
             return
         weight = op.operands[1]
-        decoding = _decoding(weight)
+        decoding = decoding_of(weight)
         if decoding is None:
             context.miss(self.name, op, "the weight is not a constant, or decoded from constants")
             return
@@ -66,7 +66,7 @@ class SelectProducts(Pass):
             if reason is not None:
                 context.miss(self.name, op, f"accel.{step.name}: {reason}")
                 return
-        halves = _halves(op, generator)
+        halves = halves_of(op, generator)
         last = halves[-1] if halves else op
         ops = [op, *halves, *elementwise_epilogue(last, generator, self.max_epilogue)]
         ops.sort(key=order.__getitem__)
@@ -98,7 +98,7 @@ def _norm(op: Op, generator: KernelGenerator) -> list[Op]:
     return [norm] if all(generator.supports_product(u) is None for u in norm.result.users) else []
 
 
-def _halves(op: Op, generator: KernelGenerator) -> list[Op]:
+def halves_of(op: Op, generator: KernelGenerator) -> list[Op]:
     """The two halves of a merged linear's result, an activation on either, and what joins them."""
     slices = list(op.result.users)
     if len(slices) != 2 or any(generator.supports_neighbour(op, s) is not None for s in slices):
@@ -121,7 +121,7 @@ def _halves(op: Op, generator: KernelGenerator) -> list[Op]:
     return found if all(generator.supports(o) is None for o in elementwise) else []
 
 
-def _decoding(weight: Value) -> list[Op] | None:
+def decoding_of(weight: Value) -> list[Op] | None:
     """The ops that decode a weight from constants, in order; none for a constant itself."""
     found: dict[Op, None] = {}
 

@@ -10,7 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accel.backends.triton import attention, cached, depthwise, gemv, matmul, scan, skinny, updates
+from accel.backends.triton import (
+    attention,
+    cached,
+    depthwise,
+    experts,
+    gemv,
+    matmul,
+    scan,
+    skinny,
+    updates,
+)
 from accel.backends.triton.kernel import KernelCode, generate
 from accel.backends.triton.tiles import KERNEL_TILES
 from accel.ir.module import Op, Region
@@ -53,6 +63,7 @@ ANCHORS: dict[str, Anchor] = {
     "skinny": Anchor(
         ("linear",), skinny.reason, skinny.generate, skinny.candidates, skinny.choose_for
     ),
+    "experts": Anchor(("expert_linear",), experts.reason, experts.generate, experts.candidates),
     "cached_attention": Anchor(
         ("cached_attention",), cached.reason, cached.generate, cached.candidates
     ),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from accel.backends.loops.index import Axis
 from accel.backends.loops.merge import merged
 from accel.backends.loops.trace import Index
@@ -84,7 +86,7 @@ class MatmulWriter:
     def _step(self, body: Block, sums: Sequence[str]) -> None:
         """One block of K: x's tile, and one of the weight for each accumulator."""
         plan, tile, emitter = self.plan, self.tile, self.emitter
-        x, weight, _ = plan.op.arguments()
+        x, weight = plan.op.operands[:2]
         bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
         known = frozenset((*plan.rows, *plan.left))
         with emitter.inside(Scope(body, known)):
@@ -99,8 +101,14 @@ class MatmulWriter:
             self._bind(plan.right, "depth", ROW, tile.depth)
             for name, index in zip(sums, plan.weight_indices, strict=True):
                 right = self._operand(weight, index, "[DEPTH, COLS]", plan.right)
-                body.line(f"{name} = tl.dot({left}, {right}, {name})")
+                body.line(self._dot(name, left, right))
         emitter.addresses.groups, emitter.masks = bound, masks
+
+    def _dot(self, sum: str, left: Expr, right: Expr) -> str:
+        """One product of tiles, added to a sum; float32 in full precision."""
+        wide = self.plan.op.operands[0].dtype == torch.float32
+        precision = ', input_precision="ieee"' if wide else ""
+        return f"{sum} = tl.dot({left}, {right}, {sum}{precision})"
 
     def _operand(self, value: Value, index: Index, shape: str, summed: Sequence[Axis]) -> Expr:
         emitter = self.emitter
@@ -121,21 +129,25 @@ class MatmulWriter:
         """The epilogue on the tile."""
         plan, tile, emitter = self.plan, self.tile, self.emitter
         block, both = emitter.block, frozenset((ROW, COL))
-        bias = plan.op.arguments()[2]
         with emitter.inside(Scope(block, frozenset((*plan.rows, *plan.columns)))) as _:
             scope = emitter.scopes[-1]
             self._bind(plan.rows, "row", ROW, tile.rows)
             self._bind(plan.columns, "col", COL, tile.columns)
             for name, place in zip(sums, plan.places, strict=True):
                 value = Expr(name, "float32", both)
-                if bias is not None:
-                    added = emitter.element(bias, place[-1:])
+                added = self._bias(place)
+                if added is not None:
                     value = block.let(f"{value} + {added}", "float32", both, "add")
                 value = dtypes.rounded(value, plan.op.result.dtype, block)
                 made = block.let(str(value), "float32", both, "linear")
                 scope.known[(plan.op.result, place)] = made
             for target, (value_, index) in zip(self.targets, plan.stores, strict=True):
                 self._store(target, value_, index)
+
+    def _bias(self, place: Index) -> Expr | None:
+        """What is added to the product before it is rounded."""
+        bias = self.plan.op.arguments()[2]
+        return None if bias is None else self.emitter.element(bias, place[-1:])
 
     def _store(self, target: str, value: Value, index: Index) -> None:
         emitter = self.emitter

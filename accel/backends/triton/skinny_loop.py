@@ -93,7 +93,7 @@ class SkinnyWriter(MatmulWriter):
     def _step(self, body: Block, sums: Sequence[str]) -> None:
         """One block of K: a tile of the weight for each sum, and x's."""
         plan, tile, emitter = self.plan, self.tile, self.emitter
-        x, weight, _ = plan.op.arguments()
+        x, weight = plan.op.operands[:2]
         bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
         with emitter.inside(Scope(body, frozenset((*plan.rows, *plan.left)))):
             body.line("depth = start + tl.arange(0, DEPTH)[:, None]")
@@ -107,7 +107,7 @@ class SkinnyWriter(MatmulWriter):
             self._bind(plan.right, "k", COL, tile.depth)
             for name, index in zip(sums, plan.weight_indices, strict=True):
                 left = self._operand(weight, index, "[COLS, DEPTH]", plan.right)
-                body.line(f"{name} = tl.dot({left}, {right}, {name})")
+                body.line(self._dot(name, left, right))
         emitter.addresses.groups, emitter.masks = bound, masks
 
     def _share(self, sums: Sequence[str]) -> None:
@@ -135,15 +135,14 @@ class SkinnyWriter(MatmulWriter):
     def _finish(self, sums: Sequence[str]) -> None:
         plan, emitter = self.plan, self.emitter
         block = emitter.block
-        bias = plan.op.arguments()[2]
         with emitter.inside(Scope(block, frozenset((*plan.rows, *plan.columns)))):
             scope = emitter.scopes[-1]
             self._bind(plan.rows, "row", COL, self.width)
             self._bind(plan.columns, "col", ROW, self.tile.columns)
             for name, place in zip(sums, plan.places, strict=True):
                 value = Expr(name, "float32", _BOTH)
-                if bias is not None:
-                    added = emitter.element(bias, place[-1:])
+                added = self._bias(place)
+                if added is not None:
                     value = block.let(f"{value} + {added}", "float32", _BOTH, "add")
                 value = dtypes.rounded(value, plan.op.result.dtype, block)
                 made = block.let(str(value), "float32", _BOTH, "linear")

@@ -1,0 +1,87 @@
+"""Gives the products of a mixture's experts to the kernel generator, with what is around them.
+
+What rides along is what does with a linear: the decoding of weights, elementwise ops after the
+product (the row's routing weight), the join of gate and up. Views in front of x ride along too:
+tokens that are repeated for each of their experts are read, not copied. Contract: exact (the
+kernel's region is the ops it replaces).
+
+    %1 = "accel.expert_linear"(%x, %w, %e)       %2 = "accel.kernel"(%x, %w, %e, %s) ({
+    %2 = "accel.mul"(%1, %s)                ->      expert_linear, mul
+                                                  }) {kind = "experts", ...}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from accel.ir.capability import KernelGenerator
+from accel.ir.module import Function, Module, Op, Value
+from accel.ir.op import Trait
+from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
+from accel.passes.outline import elementwise_epilogue, finish_outline, is_full, outline
+from accel.passes.select_products import decoding_of, halves_of
+
+KIND = "experts"
+
+
+@register_pass
+@dataclass
+class SelectExperts(Pass):
+    """Outlines expert_linear. `max_epilogue` bounds the ops taken along after one."""
+
+    name: ClassVar[str] = "select_experts"
+    contract: ClassVar[Contract] = EXACT
+
+    max_epilogue: int = 6
+
+    def run(self, module: Module, context: Context) -> None:
+        if context.generator is None:
+            return
+        for function in module.functions.values():
+            order = {op: i for i, op in enumerate(function.ops)}
+            for op in function.ops:
+                if op.name == "expert_linear":
+                    self._select(op, function, context, context.generator, order)
+
+    def _select(
+        self,
+        op: Op,
+        function: Function,
+        context: Context,
+        generator: KernelGenerator,
+        order: dict[Op, int],
+    ) -> None:
+        reason = generator.supports_anchor(op, KIND)
+        if reason is not None:
+            context.miss(self.name, op, reason)
+            return
+        x, weight, experts, _ = op.arguments()
+        decoding = decoding_of(weight) or []
+        for step in decoding:
+            reason = generator.supports_decoding(step)
+            if reason is not None:
+                context.miss(self.name, op, f"accel.{step.name}: {reason}")
+                return
+        halves = halves_of(op, generator)
+        last = halves[-1] if halves else op
+        ops = [op, *halves, *elementwise_epilogue(last, generator, self.max_epilogue)]
+        ops.sort(key=order.__getitem__)
+        if not context.rewrite(self.name, op):
+            return
+        attributes = {"backend": generator.name, "kind": KIND}
+        around = [*_views(x), *_views(weight), *_views(experts), *decoding]
+        kernel = outline(ops, "kernel", attributes, self.name, duplicate=around, inline=is_full)
+        last = ops[-1]
+        function.body.insert_before(kernel, last)
+        order[kernel] = order[last]
+        finish_outline(kernel, ops)
+
+
+def _views(value: Value) -> list[Op]:
+    """The index maps that a value is read through."""
+    found: list[Op] = []
+    while (op := value.op) is not None and op.has(Trait.VIEW) and len(op.operands) == 1:
+        found.append(op)
+        value = op.operands[0]
+    return found
