@@ -186,6 +186,8 @@ def _(d: Sizes, dtype: torch.dtype) -> Cases:
     yield sample([q, kv, kv, t(dtype, d.n, d.k)], **rest)
     yield sample([q, kv, kv, t(torch.float32, d.b, 1, d.n, d.k)], **rest)
     yield sample([q, q, q, None], **rest, causal=True)
+    grouped = t(dtype, d.b, 1, d.n, 8)
+    yield sample([q, grouped, grouped, None], **rest, causal=True, window=2, softcap=1.5)
 
 
 @samples("rope")

@@ -149,3 +149,5 @@ def _(d: Sizes, dtype: torch.dtype) -> Cases:
     yield sample([q, q, kv, kv, q, total, None], **rest)
     yield sample([q, q, kv, kv, q, total, t(dtype, d.n, d.k)], **rest)
     yield sample([q, q, q, q, q, total, None], **rest, causal=True)
+    one = t(dtype, d.b, 1, d.n, 8)
+    yield sample([q, q, one, one, q, total, None], **rest, causal=True, window=2, softcap=1.5)

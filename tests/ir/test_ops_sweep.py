@@ -52,6 +52,8 @@ PYTHON_ONLY = {
 # Operand and attribute cases of an op that no single ATen overload computes, and why.
 NOT_ONE_CALL = {
     "conv": "channels-last programs exist only inside vendor calls",
+    "flash_attention": "torch has no window and no cap",
+    "flash_attention_backward": "torch has no window and no cap",
     "matmul": "int8 accumulates in int32, which a vendor call does",
 }
 

@@ -11,6 +11,7 @@ contract     matmul, linear, convolutions
 experts      products with a weight chosen for each row: mixtures of experts
 norm         softmax, layer_norm, rms_norm, group_norm, batch_norm
 attention    attention, rope
+flash        attention for training, and its gradients
 pages        paged caches: tokens found through a table
 pool         pooling, upsampling, grid sampling
 training     forward ops that also return what their backward needs, and losses
@@ -28,6 +29,7 @@ from accel.ir.ops import (
     contract,
     elementwise,
     experts,
+    flash,
     index,
     norm,
     norm_backward,
@@ -50,6 +52,7 @@ __all__ = [
     "contract",
     "elementwise",
     "experts",
+    "flash",
     "index",
     "norm",
     "norm_backward",

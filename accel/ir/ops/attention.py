@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -224,13 +225,14 @@ class CachedAttention:
     ) -> Tensor:
         if position.dim():
             attributes = {"scale": scale, "window": window, "softcap": softcap, "ring": ring}
+            evaluate: Callable[..., Tensor] = CachedAttention.evaluate
             made = []
             for row, place in enumerate(position):
                 one = [x[row : row + 1] for x in (q, k, v)]
                 own = mask
                 if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
                     own = mask[row : row + 1]
-                made.append(CachedAttention.evaluate(*one, place, own, sinks, **attributes))
+                made.append(evaluate(*one, place, own, sinks, **attributes))
             return torch.cat(made)
         first, rows = int(position), q.shape[2]
         seen = min(max(first + rows, 0), k.shape[2])

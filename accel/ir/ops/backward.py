@@ -15,7 +15,7 @@ from accel.ir.ops.contract import CONTRACTION
 from accel.ir.ops.elementwise import check_dtype
 from accel.ir.ops.norm_backward import check_grad, wanted
 from accel.ir.ops.pool import POOL, check_upsample, pooled, spatial_forms, upsample_forms
-from accel.ir.ops.training import REDUCTIONS, check_flash, class_axis, flash_scores, nll_weights
+from accel.ir.ops.training import REDUCTIONS, class_axis, nll_weights
 from accel.ir.types import Shape, TensorType, same_dim, same_shape, simplify_dim
 
 if TYPE_CHECKING:
@@ -195,64 +195,6 @@ class EmbeddingBackward:
         empty = b.full_of((rows, grad.shape[-1]), 0.0, wide.dtype)
         total = b.index_put(empty, wide, indices, axes=(0,), accumulate=True)
         return b.cast_to(total, grad.dtype)
-
-
-@define("flash_attention_backward", CONTRACTION)
-class FlashAttentionBackward:
-    """Gradients of `flash_attention` for q, k and v, from its output and logsumexp."""
-
-    @staticmethod
-    def infer(
-        grad: TensorType,
-        q: TensorType,
-        k: TensorType,
-        v: TensorType,
-        output: TensorType,
-        logsumexp: TensorType,
-        mask: TensorType | None = None,
-        *,
-        scale: float,
-        causal: bool = False,
-    ) -> tuple[TensorType, TensorType, TensorType]:
-        name = "flash_attention_backward"
-        check_flash(name, q, k, v, mask)
-        check_grad(name, grad, q)
-        check_grad(name, output, q)
-        if not same_shape(logsumexp.shape, q.shape[:3]):
-            raise TypeInferenceError(f"accel.{name}: logsumexp {logsumexp} for {q}")
-        return q, k, v
-
-    evaluate = aten(
-        "_scaled_dot_product_flash_attention_for_cpu_backward", "grad", "q", "k", "v", "output",
-        "logsumexp", Lit(0.0), "causal", attn_mask="mask", scale="scale",
-    )  # fmt: skip
-
-    @staticmethod
-    def decompose(
-        b: Builder,
-        grad: Value,
-        q: Value,
-        k: Value,
-        v: Value,
-        output: Value,
-        logsumexp: Value,
-        mask: Value | None = None,
-        *,
-        scale: float,
-        causal: bool = False,
-    ) -> list[Value]:
-        g, wide_q, wide_k, wide_v = b.widen(grad), b.widen(q), b.widen(k), b.widen(v)
-        swap = (0, 1, 3, 2)
-        scores = flash_scores(b, q, k, mask, scale, causal)
-        total = b.reshape(b.cast_to(logsumexp, wide_q.dtype), shape=(*q.shape[:3], 1))
-        p = b.exp(b.sub(scores, total))
-        v_grad = b.matmul(b.permute(p, axes=swap), g)
-        delta = b.sum(b.mul(g, b.widen(output)), axes=(3,), keepdim=True)
-        inner = b.sub(b.matmul(g, b.permute(wide_v, axes=swap)), delta)
-        s_grad = b.mul(b.mul(p, inner), b.scalar(scale, wide_q.dtype))
-        q_grad = b.matmul(s_grad, wide_k)
-        k_grad = b.matmul(b.permute(s_grad, axes=swap), wide_q)
-        return [b.cast_to(m, q.dtype) for m in (q_grad, k_grad, v_grad)]
 
 
 @define("nll_loss_backward", Trait.PURE)

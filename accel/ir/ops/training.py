@@ -13,13 +13,10 @@ import torch
 
 from accel.errors import TypeInferenceError
 from accel.ir.op import Arg, Lit, aten, define
-from accel.ir.ops.contract import CONTRACTION
 from accel.ir.ops.elementwise import check_dtype
 from accel.ir.ops.norm import NORM, check_groups, check_parameters, trailing_shape
 from accel.ir.types import (
     TensorType,
-    broadcast_shapes,
-    format_shape,
     product,
     same_shape,
 )
@@ -219,83 +216,6 @@ class NativeBatchNorm:
             moved(mean, flat(new_mean)),
             moved(variance, b.mul(flat(new_variance), unbiased)),
         ]
-
-
-def check_flash(
-    name: str, q: TensorType, k: TensorType, v: TensorType, mask: TensorType | None
-) -> None:
-    """TypeInferenceError unless q [B, H, S, D], k [B, H, T, D], v [B, H, T, D] and the mask fit."""
-    check_dtype(name, "f", q, k, v)
-    if q.rank != 4 or not same_shape(k.shape, v.shape) or k.rank != 4:
-        raise TypeInferenceError(f"accel.{name}: {q}, {k}, {v}")
-    if 0 in (*q.shape, *k.shape):  # torch's kernel divides by these
-        raise TypeInferenceError(f"accel.{name}: {q} and {k} are empty")
-    if not same_shape((*q.shape[:2], q.shape[3]), (*k.shape[:2], k.shape[3])):
-        raise TypeInferenceError(f"accel.{name}: {q}, {k}, {v}")
-    if mask is not None:
-        full = (*q.shape[:3], k.shape[2])
-        dtype_fits = mask.dtype == q.dtype or mask.dtype == torch.float32
-        if not dtype_fits or not same_shape(broadcast_shapes(mask.shape, full), full):
-            raise TypeInferenceError(f"accel.{name}: mask {mask} for {format_shape(full)}")
-
-
-def flash_scores(
-    b: Builder, q: Value, k: Value, mask: Value | None, scale: float, causal: bool
-) -> Value:
-    """scale * q k^T with the mask added and keys after the query at -inf, in the wide dtype."""
-    wide_q, wide_k = b.widen(q), b.widen(k)
-    scores = b.matmul(wide_q, b.permute(wide_k, axes=(0, 1, 3, 2)))
-    scores = b.mul(scores, b.scalar(scale, wide_q.dtype))
-    if mask is not None:
-        scores = b.add(scores, b.cast_to(mask, wide_q.dtype))
-    if causal:
-        keep = b.tri_mask(rows=q.shape[2], columns=k.shape[2])
-        scores = b.where(keep, scores, b.scalar(float("-inf"), wide_q.dtype))
-    return scores
-
-
-@define("flash_attention", CONTRACTION)
-class FlashAttention:
-    """Attention for training (Dao et al., 2022): the output, and log(sum(exp(scores))) [B, H, S].
-
-    q [B, H, S, D], k and v [B, H, T, D]; `mask` is added to the scores; with `causal`, query i sees
-    keys j <= i. The logsumexp of 16-bit floats is float32.
-    """
-
-    @staticmethod
-    def infer(
-        q: TensorType,
-        k: TensorType,
-        v: TensorType,
-        mask: TensorType | None = None,
-        *,
-        scale: float,
-        causal: bool = False,
-    ) -> tuple[TensorType, TensorType]:
-        check_flash("flash_attention", q, k, v, mask)
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return q, TensorType(q.shape[:3], wide)
-
-    evaluate = aten(
-        "_scaled_dot_product_flash_attention_for_cpu", "q", "k", "v", Lit(0.0), "causal",
-        attn_mask="mask", scale="scale",
-    )  # fmt: skip
-
-    @staticmethod
-    def decompose(
-        b: Builder,
-        q: Value,
-        k: Value,
-        v: Value,
-        mask: Value | None = None,
-        *,
-        scale: float,
-        causal: bool = False,
-    ) -> list[Value]:
-        scores = flash_scores(b, q, k, mask, scale, causal)
-        total = b.logsumexp(scores, axes=(3,), keepdim=True)
-        y = b.matmul(b.exp(b.sub(scores, total)), b.widen(v))
-        return [b.cast_to(y, q.dtype), b.reshape(total, shape=q.shape[:3])]
 
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
