@@ -19,9 +19,21 @@ from torch import Tensor, nn
 
 import accel
 from accel import tree
-from accel.cli.calls import Call, Entry, InputFile, Inputs, Seed, Sizes, Trust, Tune, prepare_call
+from accel.cli.calls import (
+    Call,
+    Dtype,
+    Entry,
+    InputFile,
+    Inputs,
+    Seed,
+    Sizes,
+    Trust,
+    Tune,
+    prepare_call,
+)
 from accel.cli.capture import Example, load_example
 from accel.cli.figures import heaviest, measured, rows_table, total
+from accel.cli.inputs import parse_dtype
 from accel.cli.output import Json, emit, facts, format_seconds, progress, table
 from accel.cli.timing import device_medians, interleaved_medians, relative_error
 from accel.compiler.targets import get_target
@@ -60,6 +72,7 @@ def bench(
         ),
     ] = "eager",
     target: Annotated[str, typer.Option("--target", help="Of a model; see accel targets.")] = "cpu",
+    dtype: Dtype = "",
     tune: Tune = "off",
     kernels: Annotated[
         bool | None,
@@ -82,7 +95,7 @@ def bench(
         systems: dict[str, dict[str, Any]] = {"accel": {}}
         calls: dict[str, Callable[[], Any]] = {"accel": call.run}
     else:
-        example = load_example(what, inputs or [], seed)
+        example = load_example(what, inputs or [], seed, parse_dtype(dtype))
         on_gpu = get_target(target).kind == "cuda"
         if on_gpu:
             require_device(device_of("cuda"))

@@ -34,6 +34,10 @@ Sizes: TypeAlias = Annotated[
 ]
 Entry: TypeAlias = Annotated[str, typer.Option("--entry", help="Entry point; default: the first.")]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", help="Of random inputs.")]
+Dtype: TypeAlias = Annotated[
+    str,
+    typer.Option("--dtype", help="Cast the model and its floating inputs, for example bfloat16."),
+]
 Tune: TypeAlias = Annotated[
     str, typer.Option("--tune", help="Time kernels on the GPU here: off, quick or full.")
 ]

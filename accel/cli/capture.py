@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from accel.cli.inputs import dynamic_shapes, example_inputs, parse_input
@@ -26,13 +27,15 @@ class Example:
     dynamic: dict[str, Any] | None
 
 
-def load_example(spec: str, inputs: Sequence[str], seed: int) -> Example:
+def load_example(
+    spec: str, inputs: Sequence[str], seed: int, dtype: torch.dtype | None = None
+) -> Example:
     """The model of a spec with inputs from `--input`, or those that its builder gave.
 
     Raises OptionError if there are none.
     """
     specs = [parse_input(text) for text in inputs]
-    found = load_model(spec)
+    found = load_model(spec, dtype)
     if specs:
         args, kwargs = example_inputs(specs, seed)
         shapes = dynamic_shapes(found.model, specs)

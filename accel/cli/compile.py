@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
+import torch
 import typer
 
 import accel
-from accel.cli.calls import Tune
+from accel.cli.calls import Dtype, Tune
 from accel.cli.capture import load_example
 from accel.cli.explain import tuning_parts
+from accel.cli.inputs import parse_dtype
 from accel.cli.inspect import counts, describe
 from accel.cli.models import load_model
 from accel.cli.output import Json, emit, facts, format_bytes, format_seconds, progress
@@ -27,7 +29,8 @@ Extend: TypeAlias = Annotated[
     int, typer.Option("--extend", help="With --generate: tokens at once, to speculate (N + 1).")
 ]
 KvCache: TypeAlias = Annotated[
-    str, typer.Option("--kv-cache", help="With --generate: int8, fp8, int4, or passes before it.")
+    str,
+    typer.Option("--kv-cache", help="With --generate: int8, fp8, int4, paged, or their passes."),
 ]
 Undo: TypeAlias = Annotated[
     bool, typer.Option("--undo", help="Take back a lossy pass that is past its bound.")
@@ -53,6 +56,7 @@ def compile(
     extend: Extend = 0,
     kv_cache: KvCache = "",
     target: Annotated[str, typer.Option("--target", help="See accel targets.")] = "cpu",
+    dtype: Dtype = "",
     passes: Annotated[
         list[str] | None,
         typer.Option("--pass", "--passes", "-p", help='"quantize{bits=8}". Repeatable.'),
@@ -82,6 +86,7 @@ def compile(
         raise OptionError(f"there is no folder '{path.parent}'")
     if generate and inputs:
         raise OptionError("--generate takes no --input: a language model's inputs are token ids")
+    cast = parse_dtype(dtype)
     options: dict[str, Any] = {
         "passes": ",".join(passes or []),
         "pipeline": pipeline,
@@ -97,12 +102,12 @@ def compile(
     }
     if generate:
         sizes = {"capacity": generate, "extend": extend, "cache": kv_cache}
-        return _generator(model, path, sizes, target, options, as_json)
+        return _generator(model, path, sizes, target, options, as_json, cast)
     if extend or kv_cache:
         name = "--extend" if extend else "--kv-cache"
         raise OptionError(f"{name} has no effect without --generate")
     with progress(f"loading {model}", as_json):
-        example = load_example(model, inputs or [], seed)
+        example = load_example(model, inputs or [], seed, cast)
     start = time.perf_counter()
     with progress(f"compiling {example.name}", as_json):
         accel.package(
@@ -124,9 +129,10 @@ def _generator(
     target: str,
     options: dict[str, Any],
     as_json: bool,
+    dtype: torch.dtype | None,
 ) -> None:
     with progress(f"loading {model}", as_json):
-        named = load_model(model)
+        named = load_model(model, dtype)
         tokenizer = None
         if named.checkpoint is not None and has_tokenizer(named.checkpoint):
             tokenizer = load_tokenizer(named.checkpoint)

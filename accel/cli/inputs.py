@@ -59,6 +59,18 @@ class InputSpec:
         return tuple(s.example for s in self.sizes)
 
 
+def parse_dtype(text: str) -> torch.dtype | None:
+    """A floating dtype by torch's name or the short one; None for "". Raises OptionError."""
+    if not text:
+        return None
+    found = _DTYPES.get(text) or getattr(torch, text, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise OptionError(
+            f"'{text}' is no floating dtype", advice="float32, float16 or bfloat16; f16 and so on"
+        )
+    return found
+
+
 def parse_input(text: str) -> InputSpec:
     """The spec of a text (see the module's docstring). Raises OptionError with what is wrong."""
     found = _SPEC.fullmatch(text.strip())

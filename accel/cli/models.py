@@ -16,8 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
+from accel import tree
 from accel.errors import OptionError
 from accel.frontends.checkpoints import PACKAGED, find_checkpoint, load_checkpoint
 
@@ -34,16 +36,15 @@ class NamedModel:
     checkpoint: Path | None = None
 
 
-def load_model(spec: str) -> NamedModel:
-    """The model of a spec, in evaluation mode.
+def load_model(spec: str, dtype: torch.dtype | None = None) -> NamedModel:
+    """The model of a spec, in evaluation mode; with a dtype, cast to it along with the inputs.
 
     Raises OptionError for a spec that names nothing; whatever the user's own code raises passes on.
     """
-    if spec in PACKAGED:
-        found = find_checkpoint(spec)
-        return NamedModel(spec, load_checkpoint(found), checkpoint=found)
-    if Path(spec).exists():
-        return NamedModel(Path(spec).stem, load_checkpoint(spec), checkpoint=Path(spec))
+    if spec in PACKAGED or Path(spec).exists():
+        found = find_checkpoint(spec) if spec in PACKAGED else Path(spec)
+        name = spec if spec in PACKAGED else found.stem
+        return NamedModel(name, load_checkpoint(found, dtype or torch.float32), checkpoint=found)
     place, colon, attribute = spec.rpartition(":")
     if not colon or not place or not attribute:
         raise OptionError(
@@ -61,7 +62,16 @@ def load_model(spec: str) -> NamedModel:
         )
     if inputs is not None and not isinstance(inputs, (tuple, list)):
         inputs = (inputs,)
+    if dtype is not None:
+        model = model.to(dtype)
+        leaves, description = tree.flatten(inputs)
+        inputs = tree.unflatten(description, [_cast(x, dtype) for x in leaves])
     return NamedModel(attribute, model.eval(), None if inputs is None else tuple(inputs))
+
+
+def _cast(leaf: Any, dtype: torch.dtype) -> Any:
+    floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    return leaf.to(dtype) if floating else leaf
 
 
 def import_module_or_file(place: str) -> ModuleType:

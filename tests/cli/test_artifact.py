@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from accel.cli import main
 from accel.cli.inspect import signature
 from accel.cli.models import load_model
+from accel.runtime.artifact import Artifact
 from tests.cli.support import Run, run_process
 
 MODEL = """
@@ -61,6 +62,20 @@ def at_home(home: Path, accel: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`accel` with the cache of `home`."""
     monkeypatch.setenv("ACCEL_CACHE_DIR", str(home / "cache"))
     return accel
+
+
+def test_a_model_and_its_inputs_are_cast(at_home: Run, home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.accel"
+    made = at_home(
+        "compile", f"{home}/model.py:with_inputs", "--dtype", "bfloat16", "-o", path, "--json"
+    )
+    assert made.code == 0, made.err
+    with Artifact(path) as artifact:
+        (plan,) = artifact.manifest.functions.values()
+        assert {plan.values[v].dtype for v in (*plan.inputs, *plan.outputs)} == {"bfloat16"}
+        assert {w.dtype for w in artifact.manifest.weights.values()} == {"bfloat16"}
+    wrong = at_home("compile", f"{home}/model.py:with_inputs", "--dtype", "int8", "-o", path)
+    assert wrong.code == 2 and "no floating dtype" in wrong.err
 
 
 def eager(home: Path, x: torch.Tensor) -> torch.Tensor:
