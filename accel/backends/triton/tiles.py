@@ -17,6 +17,8 @@ from accel.ir.types import Dim, product, substitute
 _MOST_HELD = 16384  # columns of a row that stay in registers
 _LOOP_COLUMNS = 2048
 _TILE = 2048  # elements of a tile of several rows
+_ACROSS = 8192  # where memory runs along the rows: several loads of a thread on their way at once
+_ACROSS_ROWS = 32
 _FLAT = 1024
 _SYMBOLIC_SIZE = 4096  # what an unknown size is taken for: a number of rows
 
@@ -141,14 +143,14 @@ def choose_rows(
     """The tile of a phase with reductions; sets the columns' sizes."""
     count = _known(product(group_extent(g) for g in groups))
     across = _runs_across(groups, columns, reads)
-    rows = 1
+    rows, most, looped = 1, _MOST_HELD, _LOOP_COLUMNS
     if across is not None:
-        rows = min(64, next_power(_known(group_extent(across))))
+        rows = min(_ACROSS_ROWS, next_power(_known(group_extent(across))))
+        most = looped = _ACROSS // rows
     for one in columns.values():
         extent = one.extent
-        most = _MOST_HELD if rows == 1 else _TILE // rows
         one.held = isinstance(extent, int) and extent <= most
-        size = tile.scaled(_LOOP_COLUMNS if rows == 1 else max(_TILE // rows, 16), 16)
+        size = tile.scaled(looped, 16)
         one.size = next_power(extent) if one.held and isinstance(extent, int) else size
     widest = max(one.size for one in columns.values())
     if across is None and widest < _TILE and all(one.held for one in columns.values()):
