@@ -1,17 +1,21 @@
-"""GELU and its slope, in both forms (Hendrycks and Gimpel, 2016).
+"""GELU and its slope, in both forms (Hendrycks and Gimpel, 2016), and the logistic function.
 
 The tanh form is computed by the identity (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), which costs one
 exponential and loses no digits where tanh(u) is close to -1. Where the result has 16 bits, so does
-the other form: the logarithm of the normal distribution's lower tail is close to a polynomial.
+the other form: the logarithm of the normal distribution's lower tail is close to a polynomial. Of
+numbers that had 16 bits the logistic function is computed to 20 bits, in half the instructions and
+without a branch: products have it in their epilogues.
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
+
 from accel.backends.triton import dtypes
 from accel.backends.triton.text import Block, Expr, dims_of, number, solid
-from accel.ir.module import Op
+from accel.ir.module import Op, Value
 
 _SLOPE = math.sqrt(2 / math.pi)
 _CUBE = 0.044715 * _SLOPE
@@ -42,6 +46,21 @@ def gelu_backward(op: Op, args: list[Expr], block: Block) -> Expr:
         rise = f"{power} * {number(1 / math.sqrt(2 * math.pi), kind)}"
     slope = block.let(f"{share} + {x} * ({rise})", kind, x.dims, "slope")
     return Expr(f"{grad} * {slope}", kind, dims_of(grad, x))
+
+
+def short_sigmoid(x: Expr, kind: str, block: Block) -> Expr:
+    """1 / (1 + exp(-x)) of a number that had 16 bits."""
+    scaled = f"{x} * {number(-math.log2(math.e), kind)}"
+    power = block.let(f"tl.exp2({scaled})", kind, x.dims, "power")
+    return Expr(f"1.0 / (1.0 + {power})", kind, x.dims)
+
+
+def had_16_bits(value: Value) -> bool:
+    """Whether a value is a 16-bit float, or was one before casts."""
+    while value.op is not None and value.op.name == "cast":
+        value = value.op.operands[0]
+    dtype: torch.dtype = value.dtype
+    return dtype.is_floating_point and dtype.itemsize <= 2
 
 
 def _share(op: Op, x: Expr, kind: str, block: Block) -> Expr:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from accel.backends.triton import dtypes
-from accel.backends.triton.gelu import gelu, gelu_backward
+from accel.backends.triton.gelu import gelu, gelu_backward, had_16_bits, short_sigmoid
 from accel.backends.triton.text import Block, Expr, dims_of, number, solid
 from accel.ir.module import Op, Value
 from accel.ir.types import SUB_BYTE_BITS, is_float, is_integer
@@ -34,7 +34,7 @@ def supports(op: Op) -> str | None:
     if any(is_storage_only(v.dtype) for v in (*op.operands, *op.results)):
         return f"arithmetic on {op.operands[0].dtype}"
     dtype = op.operands[0].dtype if op.name != "where" else op.operands[1].dtype
-    if op.name in ("gelu", "gelu_backward"):
+    if op.name in ("gelu", "gelu_backward") or (op.name == "sigmoid" and is_float(dtype)):
         return None
     if op.name in _ANY or op.name in ("where", "bitcast", "clamp", "relu"):
         return None
@@ -145,10 +145,12 @@ def _rsqrt(block: Block, kind: str, args: list[Expr]) -> Expr:
     return Expr(f"tl.rsqrt({solid(args[0])})", kind, args[0].dims)
 
 
-def _sigmoid(block: Block, kind: str, args: list[Expr]) -> Expr:
-    dims = args[0].dims
-    power = block.let(f"libdevice.exp(-{solid(args[0])})", kind, dims, "power")
-    below = block.let(f"1.0 + {power}", kind, dims, "below")
+def _sigmoid(op: Op, args: list[Expr], block: Block) -> Expr:
+    kind, x = dtypes.compute(op.result.dtype), solid(args[0])
+    if kind == "float32" and had_16_bits(op.operands[0]):
+        return short_sigmoid(x, kind, block)
+    power = block.let(f"libdevice.exp(-{x})", kind, x.dims, "power")
+    below = block.let(f"1.0 + {power}", kind, x.dims, "below")
     return divide(number(1.0, kind), below)
 
 
@@ -345,7 +347,7 @@ _NO_BLOCK: Any = None
 _SPECIAL: dict[str, Callable[[Op, list[Expr], Block], Expr]] = {
     "where": _where, "cast": _cast, "bitcast": _bitcast, "clamp": _clamp, "relu": _relu,
     "remainder": _remainder, "fmod": _fmod, "floor_div": _floor_div, "trunc_div": _trunc_div,
-    "pow": _power, "gelu": gelu, "gelu_backward": gelu_backward,
+    "pow": _power, "gelu": gelu, "gelu_backward": gelu_backward, "sigmoid": _sigmoid,
 }  # fmt: skip
 _DIVISIONS = {"remainder", "fmod", "floor_div", "trunc_div"}
 
@@ -381,7 +383,6 @@ _FLOAT: dict[str, Emitter] = {
     "minimum": _same("tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
     "isnan": _test("({0} != {0})"),
     "isinf": _is_infinite,
-    "sigmoid": _sigmoid,
     "ceil": _solid("tl.ceil({0})"),
     "floor": _solid("tl.floor({0})"),
     **{
