@@ -143,6 +143,8 @@ class _Planner:
         if not op.has(Trait.ELEMENTWISE):
             return False
         source = op.operands[0].op
+        while source is not None and source.has(Trait.VIEW):
+            source = source.operands[0].op
         small = len(op.operands) == 1 and (source is None or source.has(Trait.CONSTANT))
         counted = all(_is_counted(value) for value in op.operands)
         return (small or counted) and all(

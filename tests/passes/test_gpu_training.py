@@ -153,6 +153,18 @@ def test_widened_parameters_and_ranges_have_no_kernel() -> None:
     assert len(kernels(module)) == 1
 
 
+def test_a_widened_position_behind_a_view_has_no_kernel() -> None:
+    """The angles of rotary embeddings of one token."""
+
+    def build(b: Any, position: Any, rates: Any) -> list[Any]:
+        place = b.cast(b.reshape(position, shape=(1, 1)), dtype=F32)
+        angles = b.mul(place, rates)
+        return [b.cos(angles), b.sin(angles)]
+
+    module = run(program(build, t(dtype=torch.int64), t(64)), "fuse")
+    assert len(kernels(module)) == 1
+
+
 def test_a_small_widened_value_that_is_a_result_is_computed() -> None:
     def build(b: Any, x: Any, gain: Any) -> list[Any]:
         wide = b.cast(gain, dtype=F32)
