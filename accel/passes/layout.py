@@ -83,15 +83,25 @@ def _is_pointwise(op: Op) -> bool:
 def _fits_one_call(op: Op) -> bool:
     """Whether cuDNN's call takes all that follows: nothing, or [a residual and] ReLU.
 
-    Anything else is better off in the kernel of a product. So is a convolution of single pixels.
+    Anything else is better off in the kernel of a product. So is a convolution of single pixels,
+    and one of what squeeze-excite has scaled, which such a kernel does as it reads.
     """
-    if set(op.operands[0].shape[2:]) == {1}:
+    x = op.operands[0]
+    if set(x.shape[2:]) == {1} or _is_scaled(x):
         return False
     user = op.result.single_user
     if user is not None and user.name == "add":
         user = user.result.single_user
         return user is not None and user.name == "relu"
     return user is None or user.name == "relu" or not user.has(Trait.ELEMENTWISE)
+
+
+def _is_scaled(x: Value) -> bool:
+    """Whether an image is the product of another with one number for each channel, and is read
+    once."""
+    if x.op is None or x.op.name != "mul" or len(x.uses) != 1:
+        return False
+    return any(v.type.rank == 4 and set(v.shape[2:]) == {1} for v in x.op.operands)
 
 
 class _Mover:

@@ -24,6 +24,8 @@ from accel.ir.types import same_shape
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.outline import elementwise_epilogue, finish_outline, is_full, outline
 
+_FEW = 16  # a factor that scales fewer elements is no small thing to read
+
 
 @register_pass
 @dataclass
@@ -72,6 +74,9 @@ class SelectProducts(Pass):
         ops.sort(key=order.__getitem__)
         norm = _norm(op, generator)
         kind, reason = generator.product_kind(op, [*norm, *ops])
+        scale = _scale(op, generator)
+        if scale and generator.product_kind(op, [*scale, *ops]) == ("matmul", None):
+            norm, kind, reason = scale, "matmul", None
         if reason is not None:
             context.miss(self.name, op, reason)
             return
@@ -96,6 +101,21 @@ def _norm(op: Op, generator: KernelGenerator) -> list[Op]:
     ):
         return []
     return [norm] if all(generator.supports_product(u) is None for u in norm.result.users) else []
+
+
+def _scale(op: Op, generator: KernelGenerator) -> list[Op]:
+    """The multiplication before a product that scales its columns by a few numbers (those of
+    squeeze-excite, one for each image and channel), if nothing else reads what it makes."""
+    scale = op.operands[0].op
+    if scale is None or scale.name != "mul" or len(scale.result.uses) != 1:
+        return []
+    x, factors = scale.operands
+    if not same_shape(x.shape, scale.result.shape):
+        x, factors = factors, x
+    whole, few = x.type.numel(), factors.type.numel()
+    small = isinstance(whole, int) and isinstance(few, int) and few * _FEW <= whole
+    fits = small and same_shape(x.shape, scale.result.shape) and generator.supports(scale) is None
+    return [scale] if fits else []
 
 
 def halves_of(op: Op, generator: KernelGenerator) -> list[Op]:

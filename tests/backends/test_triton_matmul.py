@@ -54,6 +54,11 @@ CASES: dict[str, Case] = {
         [typed(BF16, 20, 40), typed(BF16, 24, 40)],
         lambda b, x, w: b.relu(b.linear(b.silu(x), w)),
     ),
+    "channels of images scaled before": (
+        [typed(FP16, 3, 5, 5, 72), typed(FP16, 3, 1, 1, 72), typed(FP16, 24, 72),
+         typed(FP16, 3, 5, 5, 24)],
+        lambda b, x, s, w, r: b.add(r, b.linear(b.mul(x, s), w)),
+    ),
     "int8 a channel": (
         [typed(BF16, 20, 64), typed(torch.int8, 24, 64), typed(BF16, 24, 1)],
         lambda b, x, q, s: b.linear(x, b.dequantize(q, s, axis=1, group=64)),

@@ -148,3 +148,19 @@ def apart(b: Any, x: Any) -> Any:
 @pytest.mark.parametrize("build", [thirds, normed_for_others, apart])
 def test_near_misses_of_neighbours(build: Callable[..., Any]) -> None:
     assert selected(program(build, t(1, 8)), TritonBackend()) == [["linear"]]
+
+
+def scaled(b: Any, x: Any, s: Any, *, others: bool = False) -> Any:
+    y = b.mul(s, x)
+    made = b.linear(y, b.weight(torch.randn(40, 120).half()))
+    return (made, b.relu(y)) if others else made
+
+
+def test_what_scales_channels_rides_along_with_a_product_of_many_rows() -> None:
+    """Squeeze-excite: one factor for each image and channel, before a product of its pixels."""
+    image, factors = t(64, 28, 28, 120, dtype=torch.float16), t(64, 1, 1, 120, dtype=torch.float16)
+    assert selected(program(scaled, image, factors), TritonBackend()) == [["mul", "linear"]]
+    many = t(64, 28, 28, 120, dtype=torch.float16)  # a factor for each element
+    assert selected(program(scaled, image, many), TritonBackend()) == []
+    twice = program(lambda b, x, s: scaled(b, x, s, others=True), image, factors)
+    assert selected(twice, TritonBackend()) == []

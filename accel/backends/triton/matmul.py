@@ -110,11 +110,14 @@ def candidates(kernel: Op, sms: int) -> list[Tile]:
         for height, width, stages, group in _OVERLAPPED
         if height <= tallest and width <= next_power(columns) and _may_overlap(x, weight)
     ]
+    if tallest >= 128 and next_power(columns) >= 256 and _may_overlap(x, weight):
+        overlapped = [*_COOPERATIVE, *overlapped]
     return [*overlapped, *loops]
 
 
 # rows, columns, stages, group
 _OVERLAPPED = ((128, 128, 5, 8), (128, 128, 5, 16), (64, 128, 6, 8), (64, 256, 3, 8))
+_COOPERATIVE = [CooperativeTile(group=16), CooperativeTile(group=8)]
 # rows, columns, depth, warps, stages
 _WORTH_TIMING = (
     (128, 256, 64, 8, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4),
@@ -149,12 +152,13 @@ def saves(op: Op, members: Sequence[Op], sms: int, capability: int) -> str | Non
     """Why cuBLAS and kernels for the rest are faster than one kernel; None if they are not.
 
     The library computes `op` alone. An epilogue in `members` then needs a launch, a read of the
-    result and a write; so does the decoding of a compressed weight.
+    result and a write; so does the decoding of a compressed weight, and what scales x before.
     """
     x, weight, _ = op.arguments()
     rows, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
     rest = [m for m in members if m is not op and m.name != "slice"]
-    if rest and capability == OverlappedTile.capability and _may_overlap(x, weight):
+    scaled = any(m.result is x for m in members)  # which TMA cannot bring
+    if rest and not scaled and capability == OverlappedTile.capability and _may_overlap(x, weight):
         many = (rows,) if isinstance(rows, int) else (_FEW_TOKENS, _MANY_TOKENS)
         if all(_overlapped_pays(n, columns, depth, x, members, sms) for n in many):
             return None
@@ -188,9 +192,10 @@ def _loop_saves(
     x, weight, _ = op.arguments()
     streams = isinstance(rows, int) and _streams(rows, columns, depth, x.dtype.itemsize)
     free = ("slice",) if streams else ("slice", "add")
-    rest = [m for m in members if m is not op and m.name not in free]
+    rest = [m for m in members if m is not op and m.result is not x and m.name not in free]
+    scaled = any(m.result is x for m in members)
     decoded = weight.op is not None and weight.op.name != "constant"
-    if not rest and not decoded:
+    if not rest and not decoded and not scaled:
         return "an epilogue that saves no launch"
     if not isinstance(rows, int):
         return "an unknown number of rows"
@@ -203,13 +208,15 @@ def _loop_saves(
         saved += LAUNCH + 2 * rows * columns * width / BANDWIDTH
     if decoded:
         saved += LAUNCH + 2 * columns * depth * width / BANDWIDTH
+    if scaled:
+        saved += LAUNCH + 2 * rows * depth * width / BANDWIDTH
     if lost >= saved:
         return f"cuBLAS saves {1e6 * lost:.1f} us, one kernel {1e6 * saved:.1f} us"
     halves = 1 + any(m.name == "slice" for m in members)
     results = columns // halves
     tile = choose(rows, results, depth, halves, sms)
     count = -(-rows // tile.rows) * -(-results // tile.columns)
-    if count > sms and not decoded:
+    if count > sms and not decoded and not scaled:
         return f"{count} tiles on {sms} multiprocessors"
     return None
 
