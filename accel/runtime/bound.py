@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from operator import length_hint
 from typing import Any
 
@@ -19,7 +20,8 @@ from accel.runtime.binding import Binding
 from accel.runtime.cuda_graph import GraphRunner
 from accel.runtime.plan import Step
 from accel.runtime.runs import Run
-from accel.runtime.sequence import merge
+from accel.runtime.seen import Seen
+from accel.runtime.sequence import Unchanged, merge
 from accel.runtime.steps import Parts, StepBuilder, describe
 
 # Called with each step's number; the step runs inside of what it returns.
@@ -39,7 +41,8 @@ class Bound:
         built = builder.build()
         self._runs: list[Run] = [run for run, _ in built]
         self._steps: list[Step | None] = [step for _, step in built]
-        merged = merge(built, builder.parts_of)
+        self._unchanged = Unchanged()
+        merged = merge(built, builder.parts_of, self._unchanged)
         self._merged: list[Run] = [run for run, _ in merged]
         self._merged_steps: list[Step | None] = [step for _, step in merged]
         self._keep = (builder.keep, builder.static)
@@ -55,13 +58,25 @@ class Bound:
         self._results = [slots[v] for v in plan.outputs]
         self._copies = _results_to_copy(parts)
         self._checked = False
+        self._seen = Seen(len(plan.inputs))
+        self._changed: list[int] = []
+        self._starts = [0] * len(plan.inputs)  # of the storages of these arguments
 
-    def accepts(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether a call has exactly these dtypes and sizes. False sends it to the slow path."""
+    def others(self, inputs: Sequence[Tensor]) -> list[int]:
+        """Places of arguments that are other objects than in the last call."""
+        return self._seen.others(inputs)
+
+    def accepts(self, inputs: Sequence[Tensor], changed: Sequence[int] | None = None) -> bool:
+        """Whether a call has exactly these dtypes and sizes. False sends it to the slow path.
+
+        Args:
+            changed: places to look at; None: all.
+        """
         if len(inputs) != len(self._expected):
             return False
         grad = torch.is_grad_enabled()
-        for tensor, (dtype, shape) in zip(inputs, self._expected):
+        for i in range(len(inputs)) if changed is None else changed:
+            tensor, (dtype, shape) = inputs[i], self._expected[i]
             try:
                 if (
                     tensor.dtype is not dtype
@@ -82,66 +97,106 @@ class Bound:
             self.graph.drop()
             self.graph = None
 
-    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        run = self.graph or self.run_steps
+    def run(self, inputs: Sequence[Tensor], changed: Sequence[int] | None = None) -> list[Tensor]:
+        """One call. `changed`: places of arguments to look at; None: all."""
+        if self.graph is not None:
+            run: Callable[[Sequence[Tensor]], list[Tensor]] = self.graph
+        else:
+            run = partial(self.run_steps, changed=changed)
         if torch.is_autocast_enabled(self._device.type):  # the plan says every dtype
             with torch.autocast(self._device.type, enabled=False):
                 return run(inputs)
         return run(inputs)
 
-    def run_steps(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def run_steps(
+        self, inputs: Sequence[Tensor], changed: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        seen = self._seen
         values: list[Any] = [*inputs, *self._template]
-        if self._raw or self._donated:
-            self._make_plain(values)
-        steps = self._merged_steps if self._checked else self._steps
-        runs = iter(self._merged if self._checked else self._runs)
         try:
+            places = self._make_plain(values, seen.moved(inputs) if changed is None else changed)
+            if places != self._changed:
+                self._changed = places
+                self._unchanged.slots = frozenset(range(len(inputs))).difference(places)
+            for i in places:
+                seen.note(i, inputs[i] if values[i] is inputs[i] else None)
             if self._checked:
-                for run in runs:
-                    run(values)
+                self._execute(self._merged, self._merged_steps, values)
             else:
-                for run, step in zip(runs, self._steps):
-                    run(values)
-                    self._check(step, values)
+                seen.forget()
+                self._execute(self._runs, self._steps, values, check=True)
                 self._checked = True
-        except (AccelError, *NO_MEMORY):
+        except BaseException:
+            seen.forget()  # a sequence may not have taken note
             raise
-        except Exception as error:
-            step = steps[len(steps) - length_hint(runs) - 1]
-            kind = OutOfMemoryError if _CPU_IS_FULL in str(error) else ExecutionError
-            raise kind(
-                f"{type(error).__name__}: {error}", where=describe(step) if step else ""
-            ) from error
         results = [values[slot] for slot in self._results]
         for i in self._copies:
             results[i] = results[i].clone()
         return results
 
+    def _execute(
+        self,
+        runs: Sequence[Run],
+        steps: Sequence[Step | None],
+        values: list[Any],
+        *,
+        check: bool = False,
+    ) -> None:
+        remaining = iter(runs)
+        try:
+            if check:
+                for run, step in zip(remaining, steps):
+                    run(values)
+                    self._check(step, values)
+            else:
+                for run in remaining:
+                    run(values)
+        except (AccelError, *NO_MEMORY):
+            raise
+        except Exception as error:
+            step = steps[len(steps) - length_hint(remaining) - 1]
+            kind = OutOfMemoryError if _CPU_IS_FULL in str(error) else ExecutionError
+            raise kind(
+                f"{type(error).__name__}: {error}", where=describe(step) if step else ""
+            ) from error
+
     def run_within(self, inputs: Sequence[Tensor], around: Around) -> list[Tensor]:
         """`run_steps` with something around each step."""
+        self._seen.forget()
         values: list[Any] = [*inputs, *self._template]
-        self._make_plain(values)
+        self._make_plain(values, range(len(inputs)))
         numbers = {id(step): number for number, step in enumerate(self._parts.plan.steps)}
         for run, step in zip(self._runs, self._steps):
             with around(numbers[id(step)]) if step is not None else nullcontext():
                 run(values)
         return [values[slot] for slot in self._results]
 
-    def _make_plain(self, values: list[Any]) -> None:
-        """Kernels read memory: lazily negated, conjugated and strided tensors are written out."""
-        for i in self._raw:
+    def _make_plain(self, values: list[Any], places: Sequence[int]) -> list[int]:
+        """Kernels read memory: lazily negated, conjugated and strided tensors are written out.
+
+        Args:
+            places: of arguments that may need it; the others were plain in the last call.
+
+        Returns all places of `values` that are not what they were in the last call.
+        """
+        changed = list(places)
+        for i in changed:
             tensor = values[i]
-            if tensor.is_neg() or tensor.is_conj():
-                values[i] = tensor.resolve_neg().resolve_conj()
-        for i in self._dense:
-            if not values[i].is_contiguous():
-                values[i] = values[i].contiguous()
-        if self._donated:
-            count = len(self._expected)
-            starts = [values[i].untyped_storage().data_ptr() for i in range(count)]
-            for i in self._donated:
-                if starts.count(starts[i]) > 1:  # another argument shares this memory
-                    values[i] = values[i].clone(memory_format=torch.contiguous_format)
+            if i in self._raw and (tensor.is_neg() or tensor.is_conj()):
+                tensor = tensor.resolve_neg().resolve_conj()
+            values[i] = tensor.contiguous() if i in self._dense else tensor
+        if not self._donated:
+            return changed
+        starts = self._starts
+        for i in changed:
+            starts[i] = values[i].untyped_storage().data_ptr()
+        if len(set(starts)) == len(starts):
+            return changed
+        for i in self._donated:
+            if starts.count(starts[i]) > 1:  # another argument shares this memory
+                values[i] = values[i].clone(memory_format=torch.contiguous_format)
+                changed.append(i)
+        return sorted(set(changed))
 
     def _check(self, step: Step | None, values: list[Any]) -> None:
         """In the first call: libraries and operators return what the plan declares."""
@@ -160,7 +215,7 @@ class Bound:
                 )
 
 
-def _inputs_of_kernels(parts: Parts) -> tuple[list[int], list[int]]:
+def _inputs_of_kernels(parts: Parts) -> tuple[set[int], set[int]]:
     """Arguments whose memory kernels read, and those that they read directly (or take over)."""
     position = {v: i for i, v in enumerate(parts.plan.inputs)}
     raw: set[int] = set()
@@ -170,7 +225,7 @@ def _inputs_of_kernels(parts: Parts) -> tuple[list[int], list[int]]:
             dense |= {position[v] for v in step.inputs if v in position}
             roots = {r for v in step.inputs for r in parts.analysis.roots[v]}
             raw |= {position[r] for r in roots if r in position}
-    return sorted(raw | dense), sorted(dense)
+    return raw | dense, dense
 
 
 def _results_to_copy(parts: Parts) -> list[int]:

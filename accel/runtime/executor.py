@@ -97,17 +97,30 @@ class CompiledFunction:
         except NO_MEMORY as error:
             return self._call_with_less(inputs, error)
 
-    def _call(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """As a call, and tensors that are the objects of the last call are not looked at again.
+
+        For a caller that never changes the size or the memory of a tensor that it passes, as a loop
+        over tokens, which hands on what it got.
+        """
+        try:
+            return self._call(inputs, trusting=True)
+        except NO_MEMORY as error:
+            return self._call_with_less(inputs, error)
+
+    def _call(self, inputs: Sequence[Tensor], *, trusting: bool = False) -> list[Tensor]:
         lanes = self._lanes
         try:
             lane = lanes.pop()
         except IndexError:
             lane = _Lane(self)
         try:
-            bound = lane.current
-            if bound is None or not bound.accepts(inputs):
-                bound = self._bind(lane, inputs)
-            return bound.run(inputs)
+            bound, changed = lane.current, None
+            if bound is not None and trusting:
+                changed = bound.others(inputs)
+            if bound is None or not bound.accepts(inputs, changed):
+                bound, changed = self._bind(lane, inputs), None
+            return bound.run(inputs, changed)
         except NO_MEMORY:
             lane.clear()
             raise

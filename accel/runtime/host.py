@@ -48,7 +48,7 @@ class HostLibrary:
 
         self.run_sequence: Callable[[int, int, int], int] | None = None
         with contextlib.suppress(ArtifactError):  # libraries made before there were sequences
-            run = self._symbol("accel_run_sequence")
+            run = self._symbol("accel_run_kernels")
             run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
             run.restype = ctypes.c_int64
             self.run_sequence = run
@@ -63,7 +63,10 @@ class HostLibrary:
         run = self._symbol(symbol)
         run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         run.restype = ctypes.c_int32
-        return HostKernel(self, run, symbol)
+        entry = 0
+        if self.run_sequence is not None:
+            entry = ctypes.addressof(ctypes.c_char.in_dll(self._library, f"{symbol}_kernel"))
+        return HostKernel(self, run, symbol, entry)
 
     def _symbol(self, name: str) -> ctypes._NamedFuncPointer:
         try:
@@ -73,13 +76,14 @@ class HostLibrary:
 
 
 class HostKernel:
-    """One kernel of a library, which it keeps loaded. `entry` is the address of its code."""
+    """One kernel of a library, which it keeps loaded. `entry` is what a sequence knows it by."""
 
     __slots__ = ("_run", "entry", "library", "symbol")
 
-    def __init__(self, library: HostLibrary, run: ctypes._NamedFuncPointer, symbol: str) -> None:
-        self.library, self._run, self.symbol = library, run, symbol
-        self.entry = ctypes.cast(run, ctypes.c_void_p).value or 0
+    def __init__(
+        self, library: HostLibrary, run: ctypes._NamedFuncPointer, symbol: str, entry: int
+    ) -> None:
+        self.library, self._run, self.symbol, self.entry = library, run, symbol, entry
 
     def __call__(self, address: int) -> None:
         code = self._run(address, _threads())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,35 @@ Run = Callable[[list[Any]], None]
 
 # Outputs of a kernel that are not in the arena: place among the words, slot, allocation.
 Made = list[tuple[int, int, Callable[[list[Any]], Tensor]]]
+Words = ctypes.Array[ctypes.c_int64]
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver:
+    """An output in the memory of an operand of the same dtype."""
+
+    slot: int
+
+    def __call__(self, values: list[Any]) -> Tensor:
+        tensor: Tensor = values[self.slot].contiguous()
+        return tensor
+
+
+def fill(
+    words: Words, dynamic: Sequence[tuple[int, int]], made: Made, values: list[Any]
+) -> list[Tensor]:
+    """Sets the addresses among a kernel's words. Returns the copies, which the kernel reads."""
+    copies = []
+    for place, slot in dynamic:
+        tensor = values[slot]
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            copies.append(tensor)
+        words[place] = tensor.data_ptr()
+    for place, slot, make in made:
+        values[slot] = tensor = make(values)
+        words[place] = tensor.data_ptr()
+    return copies
 
 
 def free(slots: list[int]) -> Run:
@@ -46,7 +76,7 @@ def kernel_without_work(made: Made) -> Run:
 
 def kernel_run(
     function: KernelFunction,
-    words: ctypes.Array[ctypes.c_int64],
+    words: Words,
     dynamic: list[tuple[int, int]],
     made: Made,
 ) -> Run:
@@ -63,17 +93,9 @@ def kernel_run(
         function(address)
 
     def run(values: list[Any]) -> None:
-        keep = []
-        for i, source in dynamic:
-            tensor = values[source]
-            if not tensor.is_contiguous():
-                tensor = tensor.contiguous()
-                keep.append(tensor)
-            words[i] = tensor.data_ptr()
-        for i, target, make in made:
-            values[target] = tensor = make(values)
-            words[i] = tensor.data_ptr()
+        copies = fill(words, dynamic, made, values)
         function(address)
+        del copies
 
     if made or len(dynamic) > 1:
         return run

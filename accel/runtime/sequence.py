@@ -2,22 +2,24 @@
 
 A step of a language model is some three hundred kernels of a few microseconds each, and a call from
 Python costs one. Where a kernel's words (addresses and sizes) do not depend on what earlier kernels
-of the sequence leave behind, they are all set first, and then a loop in C runs the kernels.
+of the sequence leave behind, they are all set first, and then a loop in C runs the kernels. Words
+that hold the addresses of arguments stay as they are where a call brings the arguments of the call
+before: what a language model keeps between tokens does not move.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from accel.runtime.host import HostKernel
 from accel.runtime.interfaces import KernelFunction
 from accel.runtime.plan import Step
-from accel.runtime.runs import Made, Run
+from accel.runtime.runs import Made, Run, TakeOver, Words, fill
 
 _FEWEST = 2
 
@@ -32,20 +34,35 @@ class Part:
         made: outputs that each call allocates.
         copies: an output starts as a copy of memory that an earlier kernel may write.
         frees: slots that hold nothing from here on.
+        weights: address and bytes of the largest weight that the kernel reads.
     """
 
     function: KernelFunction | None = None
-    words: ctypes.Array[ctypes.c_int64] | None = None
+    words: Words | None = None
     dynamic: Sequence[tuple[int, int]] = ()
     made: Made = field(default_factory=list)
     copies: bool = False
     frees: Sequence[int] = ()
+    weights: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Unchanged:
+    """Slots of arguments that are the tensors, in the same memory, of the call before this one.
+
+    Equal sets are one object from call to call.
+    """
+
+    slots: frozenset[int] = frozenset()
 
 
 def merge(
-    runs: Sequence[tuple[Run, Step | None]], parts: Mapping[int, Part]
+    runs: Sequence[tuple[Run, Step | None]], parts: Mapping[int, Part], unchanged: Unchanged
 ) -> list[tuple[Run, Step | None]]:
-    """The closures, with one for each sequence of kernels. `parts` are by place in `runs`."""
+    """The closures, with one for each sequence of kernels. `parts` are by place in `runs`.
+
+    `unchanged` is filled in before each call.
+    """
     merged: list[tuple[Run, Step | None]] = []
     group: list[int] = []
     written: set[int] = set()
@@ -55,7 +72,7 @@ def merge(
         if len(kernels) < _FEWEST:
             merged.extend(runs[i] for i in group)
         else:
-            merged.append((_sequence([parts[i] for i in group]), runs[group[0]][1]))
+            merged.append((_sequence([parts[i] for i in group], unchanged), runs[group[0]][1]))
         group.clear()
         written.clear()
 
@@ -91,40 +108,65 @@ def _fits(part: Part, group: Sequence[int], written: set[int], parts: Mapping[in
     return same and written.isdisjoint(slot for _, slot in part.dynamic)
 
 
-def _sequence(parts: Sequence[Part]) -> Run:
-    kernels: list[HostKernel] = []
-    pairs: list[int] = []
-    for part in parts:
-        if isinstance(part.function, HostKernel) and part.words is not None:
-            kernels.append(part.function)
-            pairs += [part.function.entry, ctypes.addressof(part.words)]
-    table = (ctypes.c_int64 * len(pairs))(*pairs)
+def _sequence(parts: Sequence[Part], unchanged: Unchanged) -> Run:
+    kernels = [p.function for p in parts if isinstance(p.function, HostKernel)]
+    table = _table(parts)
     address, count = ctypes.addressof(table), len(kernels)
     run_sequence = kernels[0].library.run_sequence
     assert run_sequence is not None
-    changing = [
-        (p.words, p.dynamic, p.made) for p in parts if p.words is not None and (p.dynamic or p.made)
-    ]
     frees = [slot for part in parts for slot in part.frees]
     threads: Callable[[], int] = torch.get_num_threads
     hold = (table, parts)  # the memory behind the addresses
+    slots: frozenset[int] | None = None
+    settings: list[_Setting] = []
+    kept: list[tuple[int, int]] = []
 
     def run(values: list[Any], hold: Any = hold) -> None:
-        keep = []
-        for words, dynamic, made in changing:
-            for i, source in dynamic:
-                tensor = values[source]
-                if not tensor.is_contiguous():
-                    tensor = tensor.contiguous()
-                    keep.append(tensor)
-                words[i] = tensor.data_ptr()
-            for i, target, make in made:
-                values[target] = tensor = make(values)
-                words[i] = tensor.data_ptr()
+        nonlocal slots, settings, kept
+        if slots is not unchanged.slots:
+            slots = unchanged.slots
+            settings, kept = _settings(parts, slots)
+        for target, source in kept:
+            values[target] = values[source]
+        copies = [fill(*setting, values) for setting in settings]
         code = run_sequence(address, count, threads())
+        del copies
         if code >= 0:
             raise kernels[code // 4].failure(code % 4)
         for slot in frees:
             values[slot] = None
 
     return run
+
+
+def _table(parts: Sequence[Part]) -> Words:
+    """Of each kernel: its entry, its words, and the weights that the next one with any reads."""
+    rows: list[list[int]] = []
+    following = (0, 0)
+    for part in reversed(parts):
+        if isinstance(part.function, HostKernel) and part.words is not None:
+            rows.append([part.function.entry, ctypes.addressof(part.words), *following])
+            following = part.weights if part.weights[1] else following
+    return (ctypes.c_int64 * (4 * len(rows)))(*(word for row in reversed(rows) for word in row))
+
+
+_Setting: TypeAlias = tuple[Words, Sequence[tuple[int, int]], Made]
+
+
+def _settings(
+    parts: Sequence[Part], unchanged: Collection[int]
+) -> tuple[list[_Setting], list[tuple[int, int]]]:
+    """What is to be filled in, and outputs that are unchanged arguments (slot, argument's slot)."""
+    settings: list[_Setting] = []
+    kept: list[tuple[int, int]] = []
+    for part in parts:
+        made: Made = []
+        for place, slot, make in part.made:
+            if isinstance(make, TakeOver) and make.slot in unchanged:
+                kept.append((slot, make.slot))
+            else:
+                made.append((place, slot, make))
+        dynamic = [(place, slot) for place, slot in part.dynamic if slot not in unchanged]
+        if part.words is not None and (dynamic or made):
+            settings.append((part.words, dynamic, made))
+    return settings, kept

@@ -22,7 +22,16 @@ from accel.runtime.aten import ArgumentReader, resolve
 from accel.runtime.binding import Binding
 from accel.runtime.interfaces import KernelFunction, LibraryCall, in_place
 from accel.runtime.plan import FunctionPlan, Step, evaluate_size
-from accel.runtime.runs import Run, aten_run, free, kernel_run, kernel_without_work, library_run
+from accel.runtime.runs import (
+    Made,
+    Run,
+    TakeOver,
+    aten_run,
+    free,
+    kernel_run,
+    kernel_without_work,
+    library_run,
+)
 from accel.runtime.sequence import Part
 from accel.runtime.subbyte import is_sub_byte, unpack
 
@@ -122,7 +131,7 @@ class StepBuilder:
                 dynamic.append((i, self.parts.slots[value]))
             else:
                 words[i] = tensor.data_ptr()
-        made: list[tuple[int, int, Callable[[list[Any]], Tensor]]] = []
+        made: Made = []
         updates = {step.outputs[o]: step.inputs[i] for o, i in step.options.get("updates", [])}
         for i, value in enumerate(step.outputs, len(step.inputs)):
             static = self.static[value]
@@ -135,8 +144,14 @@ class StepBuilder:
         if not any(_numel(self.binding.shapes[v]) for v in step.outputs):
             return kernel_without_work(made)
         copies = any(not self._is_same(o, i) for o, i in updates.items())
-        self._part = Part(function, words, dynamic, made, copies)
+        self._part = Part(function, words, dynamic, made, copies, weights=self._weights_of(step))
         return kernel_run(function, words, dynamic, made)
+
+    def _weights_of(self, step: Step) -> tuple[int, int]:
+        """Address and bytes of the largest weight that a kernel reads; (0, 0) if it reads none."""
+        found = [self._dense_static(v) for v in step.inputs if v in self.parts.constants]
+        largest = max((t for t in found if t is not None), key=lambda t: t.nbytes, default=None)
+        return (0, 0) if largest is None else (largest.data_ptr(), largest.nbytes)
 
     def _dense_static(self, value: int) -> Tensor | None:
         """The tensor whose address a kernel can be given once and for all."""
@@ -164,7 +179,7 @@ class StepBuilder:
             return lambda values: torch.empty(shape, dtype=dtype, device=device)
         slot = self.parts.slots[source]
         if self.parts.dtypes[source] == dtype:
-            return lambda values: values[slot].contiguous()
+            return TakeOver(slot)
         return lambda values: values[slot].contiguous().view(dtype)
 
     def _is_same(self, value: int, source: int) -> bool:

@@ -36,6 +36,7 @@ from accel.runtime.manifest import cpu_features
 _BLOCK_BYTES = 640 << 10  # of the weight, to stay in the second-level cache
 _INNER_BLOCKS_BYTES = 1 << 18  # a weight that stays in cache while rows of x go by
 _LINE = 16  # float32 elements of a cache line
+_AHEAD = 2048  # float32 elements: how far prefetches go where a weight is read once
 _UNROLLED = 4  # steps of a loop that LLVM may unroll
 _MAX_ROUNDS = 8
 
@@ -330,7 +331,8 @@ class BlockedNest:
     def _prefetch(self) -> None:
         """While a block's tiles go by, the next block comes into the second-level cache.
 
-        A step of the sum fetches `lines` lines, so that the first tiles fetch all of them.
+        A step of the sum fetches `lines` lines, so that the first tiles fetch all of them. A weight
+        that is read once is a stream: a step fetches as much as it reads, a little further on.
         """
         if self.block is None or self._blocks_inside():
             return
@@ -343,11 +345,12 @@ class BlockedNest:
         done = indexer.flatten([_place(a, indexer) for a in summed], [a.extent for a in summed])
         depth = self.sizes.code(self.factors.depth)
         step = tile * depth + emitter.addresses.code(done)
-        following = emitter.addresses.code(indexer.of(self.block)) + tir.i64(1)
-        start = following * tir.i64(self.lanes) * depth
+        size = tir.i64(self.lanes) * depth
+        ahead, stride = (tir.i64(_AHEAD), self.lanes) if tiles == 1 else (size, lines * _LINE)
+        start = emitter.addresses.code(indexer.of(self.block)) * size + ahead
         (argument,) = (a for a in self.emitter.buffers if a is _stored(self.weight))
         for line in range(lines):
-            place = start + (step * tir.i64(lines) + tir.i64(line)) * tir.i64(_LINE)
+            place = start + step * tir.i64(stride) + tir.i64(line * _LINE)
             tir.prefetch(emitter.block, emitter.buffers[argument], place)
 
     def _find_rows(self) -> list[list[tuple[tuple[Axis, ...], Expr]]]:

@@ -31,12 +31,16 @@ from accel.ir.types import SUB_BYTE_BITS, Dim, product
 
 @dataclass
 class PhaseCode:
-    """One TIR function, the number of its rows, and the work in one row."""
+    """One TIR function, the number of its rows, and the work in one row.
+
+    `can_fail`: an index is checked at run time.
+    """
 
     name: str
     function: object
     rows: Dim
     cost: Dim
+    can_fail: bool = False
 
 
 @dataclass
@@ -45,7 +49,6 @@ class KernelCode:
 
     Attributes:
         scratch: bytes of each scratch buffer.
-        pure: no run-time index is checked, so the kernel cannot fail.
         inplace: pairs (result, input) where the result may overwrite the input.
         updates: those of them where the result starts as a copy of the input, or is its memory.
     """
@@ -58,6 +61,11 @@ class KernelCode:
     scratch: list[Dim]
     inplace: list[tuple[int, int]]
     updates: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def can_fail(self) -> bool:
+        """Whether an index is checked at run time."""
+        return any(p.can_fail for p in self.phases)
 
     @property
     def source(self) -> str:
@@ -179,7 +187,7 @@ def _phase(
     variables = [*parameters.variables, *sizes.symbols.values(), sizes.zero, begin, end]
     function = tir.tirx.PrimFunc(variables, block.statement())
     function = function.with_attr({"global_symbol": name, "tirx.noalias": True})
-    return PhaseCode(name, function, nest.rows, nest.cost)
+    return PhaseCode(name, function, nest.rows, nest.cost, emitter.failed is not None)
 
 
 def _inplace(planner: Planner, region: Region) -> list[tuple[int, int]]:
