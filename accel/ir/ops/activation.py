@@ -158,7 +158,7 @@ class HardSigmoid:
     def decompose(b: Builder, x: Value) -> Value:
         wide = b.widen(x)
         shifted = b.add(wide, b.scalar(3.0, wide.dtype))
-        y = b.div(b.clamp(shifted, min=0.0, max=6.0), b.scalar(6.0, wide.dtype))
+        y = b.mul(b.clamp(shifted, min=0.0, max=6.0), b.scalar(1 / 6, wide.dtype))
         return b.cast_to(y, x.dtype)
 
 
@@ -178,7 +178,7 @@ class HardSwish:
         wide = b.widen(x)
         shifted = b.add(wide, b.scalar(3.0, wide.dtype))
         gate = b.clamp(shifted, min=0.0, max=6.0)
-        y = b.div(b.mul(wide, gate), b.scalar(6.0, wide.dtype))
+        y = b.mul(b.mul(wide, gate), b.scalar(1 / 6, wide.dtype))  # as PyTorch: no division
         return b.cast_to(y, x.dtype)
 
 
