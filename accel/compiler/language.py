@@ -28,8 +28,10 @@ from accel.compiler.text import text_files
 from accel.errors import OptionError
 from accel.ir.module import Module
 from accel.passes.base import Context, Pass
+from accel.passes.cache_kinds import cache_passes
 from accel.passes.insert_kv_cache import InsertKvCache
 from accel.passes.manager import PassManager
+from accel.passes.page_cache import PageCache
 from accel.passes.pipelines import CLEAN_PIPELINE
 from accel.passes.registry import load_passes
 from accel.runtime.artifact import GENERATE, GoldenCase, write_artifact
@@ -39,7 +41,6 @@ from accel.runtime.memory import collection_paused
 from accel.runtime.model import CompiledModel
 
 _LARGEST_DEFAULT = 2048
-_FORMATS = ("int8", "fp8", "int4")
 _GOLDEN_TOKENS = 12
 _GOLDEN_LOGITS = 4
 
@@ -83,8 +84,9 @@ def compile_generator(
         batch: texts that one call generates at a time; 0 for any number.
         extend: also compile @extend, which runs up to so many tokens at once: speculation with n
             tokens needs n + 1, and prompts may then run in pieces.
-        cache: what keys and values are kept as: "int8", "fp8", "int4", or any passes that rewrite
-            the forward before the state is inserted ("quantize_cache{format=int4,group=16}").
+        cache: what keys and values are kept as: a list of "int8", "fp8", "int4" and "paged"
+            ("int8,paged"), or of passes with their options ("quantize_cache{format=int4,group=16}",
+            "page_cache{page=32,pages=100}"): see `accel.passes.cache_kinds`.
         target, options: as for `accel.compile`; techniques in `options.passes` apply to both
             functions.
         tokenizer: of `transformers`; carried along, so that the model takes and gives text.
@@ -176,8 +178,9 @@ def derive_generator(
     load_passes()
     module = capture_text(model, capacity, batch)
     insert = InsertKvCache(capacity=capacity, batch=batch, extend=min(extend, capacity))
-    kinds = [f"quantize_cache{{format={cache}}}" if cache in _FORMATS else cache] if cache else []
-    passes: list[str | Pass] = [*CLEAN_PIPELINE, *kinds, insert]
+    before, after = cache_passes(cache)
+    insert.rings = not any(isinstance(p, PageCache) for p in after)
+    passes: list[str | Pass] = [*CLEAN_PIPELINE, *before, insert, *after]
     PassManager(passes, Context(), validate=validate).run(module)
     del module.functions["main"]
     first = getattr(getattr(model, "config", None), "decoder_start_token_id", None)

@@ -110,13 +110,18 @@ class TokenLoop:
 
     def extend(self, ids: Tensor, position: Tensor, state: State) -> tuple[Tensor, State]:
         """Runs tokens [B, k] from `position` on: the logits [B, k, V] of each, the state."""
+        extend = self.extension(ids)
+        logits, *state = extend([ids.to(self._dtype), position, *self.fixed, *state])
+        return logits, state
+
+    def extension(self, ids: Tensor) -> Run:
+        """@extend. Raises OptionError if it does not take so many tokens."""
         if self._extend is None or ids.shape[1] > self.most:
             raise OptionError(
                 f"{ids.shape[1]} tokens at once, and the model was compiled for {self.most}",
                 advice=f"compile with extend={ids.shape[1]} (--extend {ids.shape[1]})",
             )
-        logits, *state = self._extend([ids.to(self._dtype), position, *self.fixed, *state])
-        return logits, state
+        return self._extend
 
     def decode(self, tokens: Tensor, position: Tensor, state: State) -> tuple[Tensor, State]:
         """Runs one token a row, [B], at `position` (int64 []): its logits [B, V], the state."""

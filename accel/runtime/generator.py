@@ -23,6 +23,7 @@ from accel.runtime.decoding import Limits, Run, TokenLoop
 from accel.runtime.device_loop import DeviceLoop
 from accel.runtime.executor import CompiledFunction
 from accel.runtime.generation_options import GenerationOptions
+from accel.runtime.pages import PagedLoop
 from accel.runtime.plan import FunctionPlan
 from accel.runtime.prompts import Prompts
 from accel.runtime.sampling import Choice, Processor, Recording, Sampling
@@ -98,8 +99,10 @@ class Generator:
         self.start_token: int | None = facts.get("decoder_start_token_id")
         self.capacity, self.vocabulary = int(facts["capacity"]), int(facts["vocabulary"])
         self.device = device or torch.device("cpu")
-        if self.device.type == "cuda" and encode is None and isinstance(decode, CompiledFunction):
-            self.loop: TokenLoop = DeviceLoop(plan, prefill, decode, self.device, extend, advances)
+        if "paged" in facts:
+            self.loop: TokenLoop = PagedLoop(plan, prefill, decode, self.device, extend)
+        elif self.device.type == "cuda" and encode is None and isinstance(decode, CompiledFunction):
+            self.loop = DeviceLoop(plan, prefill, decode, self.device, extend, advances)
         else:
             self.loop = TokenLoop(plan, prefill, decode, self.device, extend)
         rows = plan.values[plan.inputs[0]].shape[0]
