@@ -148,6 +148,8 @@ class KeptGraphRunner(GraphRunner):
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
+        # Results outlive a call: in a shared pool they might lie where another recording writes.
+        pool = torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.stream(side):
                 # Libraries set themselves up on this stream; state must not change by that.
@@ -155,12 +157,12 @@ class KeptGraphRunner(GraphRunner):
             side.synchronize()
             with (
                 RECORDING,
-                torch.cuda.graph(graph, self._pool, side, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"),
             ):
                 results = self._steps(read)
         except (RuntimeError, ExecutionError) as error:
             self._record = False
-            leave_recording(self._device, self._pool)
+            leave_recording(self._device, pool)
             if isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError)):
                 _log.warning("'%s': no memory for another recording", self._name)
                 self.reason = "no memory for a recording"
