@@ -255,6 +255,7 @@ class _Language:
     """`gluon.language`: Triton's, with layouts, shared memory and partitions."""
 
     NVMMADistributedLayout = staticmethod(lambda *args: None)
+    NVMMASharedLayout = SimpleNamespace(get_default_for=lambda *args: None)
     SliceLayout = staticmethod(lambda *args: None)
     DotOperandLayout = staticmethod(lambda *args: None)
     BlockedLayout = staticmethod(lambda *args: None)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from accel.backends.triton import TritonBackend, cached
-from accel.backends.triton.cached import CachedTile
+from accel.backends.triton.cached import CachedTile, StreamedCachedTile, Tile
 from accel.ir import Builder, Function, SymbolInfo, TensorType, Value, interpret
 from accel.ir.types import Dim, symbol
 from tests.backends.kernels import function_of, kernel_of
@@ -19,6 +20,7 @@ from tests.backends.triton_kernels import BACKEND, IndexFailure, InterpretedKern
 from tests.backends.triton_worker import Worker
 
 _SMALL = CachedTile(16, 4)
+_STREAMED: dict[str, Any] = {"size": 64, "width": 64, "dtype": torch.bfloat16, "capacity": 200}
 BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -39,7 +41,7 @@ class Case:
     mask: str = ""
     update: bool = True
     ring: bool = False
-    tile: CachedTile = _SMALL
+    tile: Tile = _SMALL
     each: bool = False  # a position for each text
     sinks: bool = False
 
@@ -145,6 +147,12 @@ CASES = [
     Case(sinks=True, heads=8, groups=2, batch=2),
     Case(sinks=True, mask="bool", tokens=3, tile=CachedTile(32, 1), window=30),
     Case(sinks=True, ring=True, capacity=50, dtype=torch.bfloat16),
+    Case(tile=StreamedCachedTile(64, 1), **_STREAMED),
+    Case(tile=StreamedCachedTile(64, 4, 2), batch=2, heads=6, **_STREAMED | {"capacity": 300}),
+    Case(tile=StreamedCachedTile(64, 2), heads=2, update=False, window=70, **_STREAMED),
+    Case(tile=StreamedCachedTile(64, 2), heads=9, groups=1, sinks=True, softcap=4.0, **_STREAMED),
+    Case(tile=StreamedCachedTile(64, 1, 2), batch=3, each=True, window=100, **_STREAMED),
+    Case(tile=StreamedCachedTile(64, 2), sinks=True, heads=2, **_STREAMED | {"width": 128}),
     Case(ring=True, capacity=64, tokens=3, window=20, update=False),
     Case(ring=True, capacity=37, tokens=2, window=36, update=False, dtype=torch.bfloat16),
 ]

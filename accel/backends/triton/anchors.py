@@ -65,7 +65,7 @@ ANCHORS: dict[str, Anchor] = {
     ),
     "experts": Anchor(("expert_linear",), experts.reason, experts.generate, experts.candidates),
     "cached_attention": Anchor(
-        ("cached_attention",), cached.reason, cached.generate, cached.candidates
+        ("cached_attention",), cached.reason, cached.generate, cached.candidates, cached.choose_for
     ),
     "update": Anchor(("dynamic_update",), updates.reason, updates.generate),
     "attention": Anchor(

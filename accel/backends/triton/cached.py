@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import torch
 
+from accel.backends.triton import cached_streamed
 from accel.backends.triton.cached_code import CachedWriter
 from accel.backends.triton.cached_plan import CachedTile, Plan, make_plan
+from accel.backends.triton.cached_streamed import StreamedCachedTile, StreamedCachedWriter
 from accel.backends.triton.cached_tiles import Tiles
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
+from accel.backends.triton.overlapped import SHARED_BYTES
 from accel.backends.triton.tiles import next_power
 from accel.ir.module import Op, Region, Value
 from accel.ir.types import Dim, product
@@ -28,6 +31,10 @@ from accel.ir.types import Dim, product
 _MOST_ROWS = 64  # queries of one key/value head
 _LEAST_TILE = 16  # of a matrix product
 _LARGEST_HEAD = 256
+_STREAMED_KEYS, _FEWEST_BLOCKS = 64, 4  # keys of a block; blocks of a program
+_OTHER_BYTES = 8 << 10  # of shared memory: queries, weights, barriers
+
+Tile = CachedTile | StreamedCachedTile
 
 
 def reason(op: Op) -> str | None:
@@ -79,19 +86,47 @@ def choose(pairs: Dim, capacity: int, size: int, itemsize: int, sms: int) -> Cac
     keys = max(16, min(128, 32768 // (size * itemsize)))
     known = pairs if isinstance(pairs, int) else 16
     if known >= sms:
-        return CachedTile(keys, 1, 8, 2)
+        return CachedTile(max(16, keys // 2), 1, 4, 4)
     wanted = max(1, sms // max(known, 1))
     split = min(1 << (wanted.bit_length() - 1), next_power(max(1, capacity // keys)), 64)
     return CachedTile(keys, split)
 
 
-def candidates(kernel: Op, sms: int) -> list[CachedTile]:
+def choose_streamed(pairs: Dim, capacity: int, width: int, sms: int) -> StreamedCachedTile | None:
+    """The tile where TMA copies blocks of keys and values, of `width` bytes a key; None where
+    there is too little to stream: few pairs are better off with programs of one block each.
+
+    Two programs a multiprocessor: one has blocks on their way while the other begins or ends.
+    """
+    known = pairs if isinstance(pairs, int) else 1
+    split = 1
+    while known * split < sms and capacity >= 2 * split * _STREAMED_KEYS * _FEWEST_BLOCKS:
+        split *= 2
+    stages = (SHARED_BYTES // 2 - _OTHER_BYTES) // (_STREAMED_KEYS * width)
+    if 2 * known < sms or stages < cached_streamed.FEWEST_STAGES:
+        return None
+    return StreamedCachedTile(_STREAMED_KEYS, split, stages)
+
+
+def choose_for(kernel: Op, sms: int, capability: int) -> StreamedCachedTile | None:
+    """The tile of an `accel.kernel` op where the architecture has TMA; else `choose` does."""
+    op = next(op for op in kernel.regions[0].ops if op.name == "cached_attention")
+    if capability != StreamedCachedTile.capability or cached_streamed.reason(op) is not None:
+        return None
+    _, k, v, *_ = op.arguments()
+    width = (int(k.shape[3]) + int(v.shape[3])) * int(k.dtype.itemsize)
+    return choose_streamed(product(k.shape[:2]), int(k.shape[2]), width, sms)
+
+
+def candidates(kernel: Op, sms: int) -> list[Tile]:
     """Tiles worth timing for a kernel."""
     op = next(op for op in kernel.regions[0].ops if op.name == "cached_attention")
     _, k, v, *_ = op.arguments()
     size, capacity = max(int(k.shape[3]), int(v.shape[3])), int(k.shape[2])
     best = choose(product(k.shape[:2]), capacity, size, k.dtype.itemsize, sms)
-    found = [best]
+    found: list[Tile] = [best]
+    if cached_streamed.reason(op) is None:
+        found += [StreamedCachedTile(64, split, n) for split in (1, 2, 4, 8) for n in (3, 6)]
     for split in (best.split // 2, best.split * 2):
         for keys in (best.keys // 2, best.keys, best.keys * 2):
             if keys >= _LEAST_TILE and 0 < split <= next_power(-(-capacity // keys)):
@@ -122,7 +157,7 @@ def early(plan: Plan) -> list[Value]:
 class CachedGenerator(Generator):
     """A cached attention kernel: one launch."""
 
-    tile: CachedTile | None = None
+    tile: Tile | None = None
 
     def run(self) -> KernelCode:
         plan = make_plan(self.planner)
@@ -134,7 +169,12 @@ class CachedGenerator(Generator):
         pairs = product((q.shape[0], k.shape[1]))
         size = max(int(q.shape[3]), int(v.shape[3]))
         tile = self.tile or choose(pairs, int(k.shape[2]), size, k.dtype.itemsize, self.sms)
-        program = CachedWriter(self.planner, plan, emitter, tile, 0).write()
+        writer = (
+            StreamedCachedWriter(self.planner, plan, emitter, tile, 0)
+            if isinstance(tile, StreamedCachedTile)
+            else CachedWriter(self.planner, plan, emitter, tile, 0)
+        )
+        program = writer.write()
         writes = [Slot("result", i) for i in range(len(self.region.results))]
         if tile.split > 1:
             rows = int(product(a.extent for a in plan.rows))
@@ -157,7 +197,7 @@ class CachedGenerator(Generator):
 
 
 def generate(
-    name: str, region: Region, comment: str, sms: int, tile: CachedTile | None = None
+    name: str, region: Region, comment: str, sms: int, tile: Tile | None = None
 ) -> KernelCode:
     """The source of a region with one cached attention. Raises BackendError for what has none."""
     generator = CachedGenerator(name, region, comment, sms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from accel.backends.loops.phases import Planner
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import decompose, size_text
-from accel.backends.triton.cached_plan import CachedTile, Plan, through_views
+from accel.backends.triton.cached_plan import Plan, through_views
 from accel.backends.triton.cached_tiles import Span, Tiles, is_stored
 from accel.backends.triton.dependent import WAIT
 from accel.backends.triton.emitter import Scope
@@ -26,7 +27,7 @@ from accel.ir.types import product
 _LEAST_TILE = 16  # of a matrix product
 _COMBINED = 4096  # elements a warp of a tile that adds up parts
 _BOTH = frozenset((ROW, COL))
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 _LARGEST_POSITION = (1 << 31) - (1 << 16)
 
 
@@ -34,7 +35,7 @@ class CachedWriter:
     """Writes the one program of a cached attention kernel."""
 
     def __init__(
-        self, planner: Planner, plan: Plan, emitter: Tiles, tile: CachedTile, scratch: int
+        self, planner: Planner, plan: Plan, emitter: Tiles, tile: Any, scratch: int
     ) -> None:
         self.planner, self.plan, self.emitter, self.tile = planner, plan, emitter, tile
         self.op, self.top = plan.op, emitter.scopes[0]
@@ -91,7 +92,7 @@ class CachedWriter:
         if self.sinks is not None:
             with self._bound(self.rows):
                 sink = self.emitter.element(self.sinks, (self.plan.query[0],))
-                self.emitter.block.line(f"top = tl.where(part == 0, {sink} * {_LOG2_E!r}, top)")
+                self.emitter.block.line(f"top = tl.where(part == 0, {sink} * {LOG2_E!r}, top)")
             line("total = tl.where(part == 0, 1.0, total)")
 
     def _place(self) -> None:
@@ -133,6 +134,11 @@ class CachedWriter:
             line("first = 0")
         else:
             line(f"first = tl.maximum(at - {int(window) - 1}, 0)")
+        self._shares()
+
+    def _shares(self) -> None:
+        """The units from `low` to `high` of this program."""
+        line = self.top.block.line
         # Unit u is key first + u; of a single new token, unit 0 is its own and the others follow.
         count = "(end - first + 1)" if self.single else "(end - first)"
         line(f"share = (({count} + KEYS - 1) // KEYS + SPLIT - 1) // SPLIT * KEYS")
@@ -310,7 +316,7 @@ class CachedWriter:
             else:
                 line(f"{score} = {score} + {mask}")
         hidden = 'float("-inf")'
-        line(f"{score} = tl.where({' & '.join(keep)}, {score} * {_LOG2_E!r}, {hidden})")
+        line(f"{score} = tl.where({' & '.join(keep)}, {score} * {LOG2_E!r}, {hidden})")
         higher = fresh("higher")
         line(f"{higher} = tl.maximum(top, tl.max({score}, 1, keep_dims=True))")
         line(f"{base} = tl.where({higher} == {hidden}, 0.0, {higher})")

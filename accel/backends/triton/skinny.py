@@ -19,7 +19,6 @@ from accel.backends.triton.overlapped import SHARED_BYTES
 from accel.backends.triton.product_plan import Plan, plan, tensor_core_reason
 from accel.backends.triton.skinny_loop import SkinnyTile, SkinnyWriter
 from accel.backends.triton.streamed import (
-    FIRST_CAPABILITY,
     StreamedTile,
     StreamedWriter,
     operands_of,
@@ -32,9 +31,11 @@ from accel.ir.types import product
 Tile = SkinnyTile | StreamedTile
 MOST_ROWS = 64
 _DEPTH = 128  # of a step: 256 bytes of each row
-_MOST_RESIDENT = 3  # programs of a multiprocessor, in its shared memory
-_ENOUGH = 0.9  # programs a multiprocessor
-_MOST_SHARING, _MOST_STAGES = 8, 9
+_MOST_RESIDENT = 2  # programs of a multiprocessor, in its shared memory
+_FEWEST_STAGES, _MOST_STAGES = 2, 9
+_BARRIERS = 2 << 10
+_MEMORY_RATE, _PROGRAM_RATE = 4.2e6, 48e3  # bytes a microsecond: of the device, of a program
+_SHARING_COST = 3.0  # microseconds
 
 
 def reason(op: Op) -> str | None:
@@ -61,29 +62,37 @@ def choose_streamed(
 ) -> StreamedTile | None:
     """The tile where TMA copies; None where a step is too long for K.
 
-    Each multiprocessor gets a program, by shared sums if need be: their parts cost traffic, so as
-    few as do. What shared memory is left is steps in flight. Measured on an H200.
+    Memory is the limit, or what a multiprocessor can take in, if few have a program. Sharing sums
+    helps there, but leaving parts and waiting for the last one costs a few microseconds. What
+    shared memory is left is steps in flight; two programs a multiprocessor where there are more
+    than that. Measured on an H200.
     """
     if depth < _DEPTH:
         return None
     height = max(16, next_power(rows))
     tiles, steps = -(-columns // 64), -(-depth // _DEPTH)
-    split = 1
-    while tiles * split < _ENOUGH * sms and split < _MOST_SHARING and steps >= 8 * split:
-        split *= 2
-    resident = -(-tiles * split // sms)
-    resident = 2 if resident > _MOST_RESIDENT else resident  # they come and go
-    room, span = SHARED_BYTES // resident - (2 << 10), _DEPTH
-    if 3 * (64 * sums + height) * span * 2 > room:
+
+    def microseconds(split: int) -> float:
+        busy = min(tiles * split, sms)
+        rate = min(_MEMORY_RATE, busy * _PROGRAM_RATE)
+        return 2 * columns * sums * depth / rate + (_SHARING_COST if split > 1 else 0.0)
+
+    shares = [2**i for i in range(4) if i == 0 or steps >= 8 << i]
+    split = min(shares, key=microseconds)
+    resident = min(_MOST_RESIDENT, -(-tiles * split // sms))
+    step = (64 * sums + height) * _DEPTH * 2
+    room, span = SHARED_BYTES // resident - _BARRIERS, _DEPTH
+    if _FEWEST_STAGES * step > room:
         span //= 2
+        step //= 2
     share = -(-depth // (span * split))
-    stages = min(_MOST_STAGES, share, room // ((64 * sums + height) * span * 2))
+    stages = min(_MOST_STAGES, share, room // step)
     return StreamedTile(64, span, stages, split)
 
 
 def choose_for(kernel: Op, sms: int, capability: int) -> StreamedTile | None:
     """The tile of an `accel.kernel` op where the architecture has TMA; else `choose` does."""
-    if capability < FIRST_CAPABILITY:
+    if capability != StreamedTile.capability:
         return None
     ops = list(kernel.regions[0].ops)
     op = next(o for o in ops if o.name == "linear")

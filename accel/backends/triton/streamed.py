@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from accel.backends.triton.dependent import WAIT, WAIT_AFTER
 from accel.backends.triton.emitter import Scope
-from accel.backends.triton.maps import FIRST_CAPABILITY, MapCode, Matrix
+from accel.backends.triton.maps import MapCode, Matrix
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.overlapped import _TMA_NAMES, SHARED_BYTES, _plus, operands_of
 from accel.backends.triton.product_plan import Plan
@@ -24,7 +25,7 @@ from accel.backends.triton.skinny_loop import SkinnyWriter
 from accel.backends.triton.text import Block
 from accel.errors import BackendError
 
-__all__ = ["FIRST_CAPABILITY", "StreamedTile", "StreamedWriter", "operands_of"]
+__all__ = ["StreamedTile", "StreamedWriter", "operands_of"]
 _WARPS = 4
 _BARRIER_BYTES = 2 << 10
 
@@ -33,6 +34,8 @@ _BARRIER_BYTES = 2 << 10
 class StreamedTile:
     """Rows of the weight of one program and sum (64 or 128), the part of K of one step, steps in
     flight, and programs that share a sum."""
+
+    capability: ClassVar[int] = 90
 
     columns: int = 64
     depth: int = 128
