@@ -30,19 +30,19 @@ _LENGTHS = (11, 13, 17)
 
 
 def capture_text(model: Any, capacity: int, batch: int = 1) -> Module:
-    """@main: ids -> logits [B, S, V], with symbols for S, the source's length, and B if batch = 0.
+    """@main: ids -> logits [B, S, V], with symbols for S, the source's length, and B unless it is 1.
 
     Args:
         model: a module or callable as `compile_generator` takes it.
         capacity: the longest text.
-        batch: rows; 0 for any number.
+        batch: rows; 0 for any number. `insert_kv_cache` makes a number of the symbol.
 
     Raises CaptureError for what cannot be captured, naming the place.
     """
     plain = plain_forward(model)
     names = ["input_ids", "decoder_input_ids"] if isinstance(plain, EncoderDecoder) else ["ids"]
-    rows = batch or _EXAMPLE_ROWS
-    first: dict[int, Any] = {} if batch else {0: Dim("batch")}
+    rows = 1 if batch == 1 else _EXAMPLE_ROWS
+    first: dict[int, Any] = {} if batch == 1 else {0: Dim("batch")}
     source = {**first, 1: Dim("source", min=2, max=_longest_source(model, capacity))}
     text = {**first, 1: Dim("length", min=2, max=capacity)}
     examples = [torch.zeros(rows, min(_EXAMPLE_TOKENS, capacity), dtype=torch.int64)]

@@ -1,9 +1,10 @@
 """Functions that choose the next token on the device: what a recorded step does after @decode.
 
-    advance(logits [B, 1, V], token [B, 1], position [], history [B, N]) -> token, position, history
+    advance(logits [B, 1, V], token [B, 1], position, history [B, N]) -> token, position, history
     advance_until(..., running [B, 1], pad [], stops [1, K])             -> ..., running
 
-The most probable token becomes `token`, `position` moves on by one, and the history holds the token
+`position` is @decode's: [], or [B] where texts may be of unequal length. The most probable token
+becomes `token`, `position` moves on by one, and the history holds the token
 at its position. @advance_until also ends rows: one that has met a token of `stops` gets `pad` from
 then on. All of it is state, donated, so that a step changes memory in place and nothing leaves the
 device. Compiled with the model these are a few fused kernels; other choices are torch's.
@@ -32,7 +33,7 @@ def _advance(name: str, decode: Function, columns: int, stops: int) -> Function:
     given = {
         "logits": logits,
         "token": ids,
-        "position": TensorType((), long),
+        "position": decode.args[1].type,
         "history": TensorType((rows, columns), long),
     }
     if stops:

@@ -81,7 +81,7 @@ def compile_generator(
         model: a causal model of `transformers`, or any module or callable from ids [B, S] int64 to
             logits [B, S, V].
         capacity: tokens that a text may have, prompt included.
-        batch: texts that one call generates at a time; 0 for any number.
+        batch: texts that run together, of equal or unequal length; 0 for any number.
         extend: also compile @extend, which runs up to so many tokens at once: speculation with n
             tokens needs n + 1, and prompts may then run in pieces.
         cache: what keys and values are kept as: a list of "int8", "fp8", "int4" and "paged"
@@ -179,7 +179,8 @@ def derive_generator(
     module = capture_text(model, capacity, batch)
     insert = InsertKvCache(capacity=capacity, batch=batch, extend=min(extend, capacity))
     before, after = cache_passes(cache)
-    insert.rings = not any(isinstance(p, PageCache) for p in after)
+    paged = any(isinstance(p, PageCache) for p in after)
+    insert.rings, insert.unequal = not paged, batch != 1 and not paged
     passes: list[str | Pass] = [*CLEAN_PIPELINE, *before, insert, *after]
     PassManager(passes, Context(), validate=validate).run(module)
     del module.functions["main"]

@@ -6,9 +6,9 @@ row, such as rotary angles or a learned position's row of a table, is computed f
 value gets the rows as a new first axis (as `vmap` would do it), and loses it where it meets a value
 that has rows already. Caches are written, and attention reads them, at each row's own position.
 
-    %cos = "accel.cos"(%angle)           // [1, 1, D]       %cos = "accel.cos"(%angle) // [B, 1, 1, D]
-    %q1 = "accel.rope"(%q, %cos, %sin)   // [B, H, 1, D]    %q1 = "accel.rope"(%q, %cos.rows, ...)
-    %k1 = "accel.dynamic_update"(%keys, %k, %position) ...  // position []  ->  position [B]
+    %cos = "accel.cos"(%angle)                   // [1, 1, D]; every row's own: [B, 1, 1, D]
+    %q1 = "accel.rope"(%q, %cos, %sin)           // %q [B, H, 1, D]; then %cos is [B, 1, 1, D]
+    %k1 = "accel.dynamic_update"(%keys, %k, %position) {axis = 2}    // []; every row's own: [B]
 
 An op for which no rule is known is a CaptureError with its name and line: the function is no longer
 usable then.
@@ -17,6 +17,7 @@ usable then.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import sympy
@@ -226,7 +227,7 @@ class _Lift:
     def _index(self, op: Op, b: Builder) -> Value | None:
         x, *indices = op.operands
         axes = op.attribute("axes")
-        if x in self.lifted or any(after - a != 1 for a, after in zip(axes, axes[1:])):
+        if x in self.lifted or any(after - a != 1 for a, after in pairwise(axes)):
             return None
         rank = max(len(i.shape) for i in indices)
         given = [self._wide(i, rank, b) for i in indices]

@@ -1,8 +1,11 @@
 """The token loop: a prompt through @prefill, then one @decode a token.
 
     loop = TokenLoop(plan, prefill, decode, device)
-    for tokens in loop.tokens(ids, limits, sampling, generator):  # a column [B] at a time
+    for tokens in loop.tokens(ids, limits, sampling, chance):  # a column [B] at a time
         ...
+
+Texts of unequal length run together where @decode takes a position for each row: each length's
+prompts run through @prefill by themselves, and their state is put beside the others'.
 
 What the functions keep between tokens is a list of tensors, the *state*, made from the plan's
 description of the arguments and handed from call to call. The loop does not look into it, so that
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from accel.errors import OptionError
 from accel.runtime.plan import FunctionPlan, SizeExpr, dtype_of
-from accel.runtime.sampling import Sampling
+from accel.runtime.sampling import Chance, Sampling
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 State = list[Tensor]
@@ -58,10 +61,13 @@ class TokenLoop:
     Args:
         plan: of @prefill (ids, state... -> logits, state...): it says how large the state is.
         prefill: ids [B, n], state -> logits [B, 1, V], state.
-        decode: ids [B, 1], position [], state -> logits [B, 1, V], state. Both may write over the
-            state that they are given.
+        decode: ids [B, 1], position [] or [B], state -> logits [B, 1, V], state. Both may write
+            over the state that they are given.
         device: where the functions run.
         extend: ids [B, k], position [], state -> logits [B, k, V], state: up to `most` tokens.
+
+    Attributes:
+        each: whether @decode takes a position for each row, so that texts may be of any lengths.
     """
 
     def __init__(
@@ -73,10 +79,15 @@ class TokenLoop:
         extend: Run | None = None,
     ) -> None:
         specs = [plan.values[v] for v in plan.inputs]
-        self._prefill, self._decode, self.device = prefill, decode, device
+        # What a token leaves is handed on as it is: a CompiledFunction need not look at it again.
+        self._prefill, self._decode, self.device = prefill, getattr(decode, "again", decode), device
         self._extend = extend
         facts = plan.metadata["kv_cache"]
         self.most = int(facts.get("extend", 0)) if extend is not None else 0
+        self.each = bool(facts.get("unequal", False))
+        self._axes = [int(item.get("rows", 0)) for item in facts.get("state", [])]
+        rows = specs[0].shape[0]
+        self.rows = rows if isinstance(rows, int) else None  # of every call, if that is fixed
         # A token that attention reads is written over; what a recurrence has summed up is not.
         self.can_go_back = all(item["kind"] == "tokens" for item in facts.get("state", []))
         self._dtype = dtype_of(specs[0].dtype)
@@ -123,9 +134,36 @@ class TokenLoop:
             )
         return self._extend
 
+    def begin(self, ids: Tensor, lengths: Sequence[int], chunk: int = 0) -> tuple[Tensor, State]:
+        """Runs prompts of unequal length, the last `lengths` columns of ids [B, n]: as `prefill`.
+
+        Those of one length run together, so no token is computed that is not there.
+        """
+        if len(set(lengths)) == 1:
+            return self.prefill(ids[:, -lengths[0] :], self.empty(len(lengths)), chunk)
+        state, made = self.empty(len(lengths)), []
+        for count in sorted(set(lengths)):
+            rows = [row for row, n in enumerate(lengths) if n == count]
+            # Where the number of rows is fixed, the last one fills up the rest.
+            given = rows + rows[-1:] * ((self.rows or len(rows)) - len(rows))
+            logits, part = self.prefill(ids[given, -count:], self.empty(len(given)), chunk)
+            place = torch.tensor(rows, device=self.device)
+            for whole, new, axis in zip(state, part, self._axes):
+                whole.index_copy_(axis, place, new.narrow(axis, 0, len(rows)))
+            made.append((place, logits[: len(rows)]))
+        together = made[0][1].new_empty(len(lengths), made[0][1].shape[1])
+        for place, logits in made:
+            together[place] = logits
+        return together, state
+
     def decode(self, tokens: Tensor, position: Tensor, state: State) -> tuple[Tensor, State]:
-        """Runs one token a row, [B], at `position` (int64 []): its logits [B, V], the state."""
+        """Runs one token a row, [B]: its logits [B, V], the state.
+
+        `position` is int64 [], or [B] where the loop has one for `each` row.
+        """
         ids = tokens[:, None].to(self._dtype)
+        if self.each and not position.dim():
+            position = position.expand(len(tokens)).contiguous()
         logits, *state = self._decode([ids, position, *self.fixed, *state])
         return logits[:, -1], state
 
@@ -134,16 +172,17 @@ class TokenLoop:
         ids: Tensor,
         limits: Limits,
         sampling: Sampling,
-        generator: torch.Generator | None,
+        chance: Chance,
         put: Callable[[Tensor], bool | None] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """What follows prompts [B, n] of equal length: [B, count].
+        """What follows prompts [B, n]: [B, count]. Of unequal `lengths`, each has the last columns.
 
         `put` gets each column [B] of new tokens, on the CPU, as soon as it is known, and returns
         True where no more is wanted (stop strings).
         """
         columns = []
-        for tokens in self.tokens(ids, limits, sampling, generator):
+        for tokens in self.tokens(ids, limits, sampling, chance, lengths):
             columns.append(tokens)
             if put is not None and put(tokens.cpu()):
                 break
@@ -152,18 +191,27 @@ class TokenLoop:
         return torch.stack(columns, 1)
 
     def tokens(
-        self, ids: Tensor, limits: Limits, sampling: Sampling, generator: torch.Generator | None
+        self,
+        ids: Tensor,
+        limits: Limits,
+        sampling: Sampling,
+        chance: Chance,
+        lengths: Sequence[int] | None = None,
     ) -> Iterator[Tensor]:
-        """The new tokens of prompts [B, n] of equal length, a column [B] at a time."""
+        """The new tokens of prompts [B, n], a column [B] at a time. Arguments as for `text`."""
         if not limits.new:
             return
+        counts = list(lengths or [ids.shape[1]] * ids.shape[0])
+        equal = len(set(counts)) == 1
+        ids = ids[:, -max(counts) :]
         running = torch.ones(ids.shape[0], dtype=torch.bool, device=self.device)
         stops = torch.tensor(sorted(limits.stops), device=self.device)
-        position = torch.tensor(ids.shape[1], device=self.device)
+        position = torch.tensor(counts if self.each else counts[0], device=self.device)
         with torch.no_grad():
-            logits, state = self.prefill(ids, self.empty(ids.shape[0]), limits.chunk)
+            logits, state = self.begin(ids, counts, limits.chunk)
             for step in range(limits.new):
-                tokens = sampling.choose(logits, ids, generator)
+                texts = None if equal else [n + step for n in counts]
+                tokens = sampling.choose(logits, ids, chance, texts)
                 if limits.stops:
                     tokens = torch.where(running, tokens, limits.pad)
                 yield tokens

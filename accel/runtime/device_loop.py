@@ -27,7 +27,7 @@ from accel.runtime.cuda_graph import RECORDING, leave_recording
 from accel.runtime.decoding import Limits, State, TokenLoop
 from accel.runtime.executor import CompiledFunction
 from accel.runtime.plan import FunctionPlan, dtype_of
-from accel.runtime.sampling import Sampling
+from accel.runtime.sampling import Chance, Sampling
 
 _log = logger("runtime")
 _IDLE = 2  # desks kept without a text
@@ -66,15 +66,17 @@ class DeviceLoop(TokenLoop):
         ids: Tensor,
         limits: Limits,
         sampling: Sampling,
-        generator: torch.Generator | None,
+        chance: Chance,
         put: Put | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         if sampling.reads_text or not sampling.recordable or limits.new < 2:
-            return super().text(ids, limits, sampling, generator, put)
+            return super().text(ids, limits, sampling, chance, put, lengths)
         desk = self._take(ids.shape[0])
+        counts = list(lengths or [ids.shape[1]] * ids.shape[0])
         try:
             with torch.cuda.device(self.device), torch.no_grad():
-                return desk.text(ids, limits, sampling, generator, put)
+                return desk.text(ids, counts, limits, sampling, chance, put)
         finally:
             with self._lock:
                 self._idle = [*self._idle, desk][-_IDLE:]
@@ -92,12 +94,17 @@ class DeviceLoop(TokenLoop):
         with torch.cuda.device(self.device), torch.no_grad():
             desk = _Desk(self, rows)
             desk.position.fill_(position)
-            return desk.step(Limits(2, frozenset(), 0), Sampling(), False)
+            return desk.step(Limits(2, frozenset(), 0), Sampling(), 0)
 
     # What desks use.
 
-    def first(self, ids: Tensor, state: State, chunk: int) -> Tensor:
+    def first(self, ids: Tensor, lengths: Sequence[int], state: State, chunk: int) -> Tensor:
         """Logits [B, V] of the last tokens of prompts; the state is written where it is."""
+        if len(set(lengths)) > 1:
+            logits, made = self.begin(ids, lengths, chunk)
+            _keep(state, made)
+            return logits
+        ids = ids[:, -lengths[0] :]
         if not self.can_go_back:
             for part in state:
                 part.zero_()
@@ -134,11 +141,13 @@ class _Desk:
         self.loop, self.rows, device = loop, rows, loop.device
         self.state = loop.empty(rows)
         self.token = torch.zeros(rows, 1, dtype=loop.id_type, device=device)
-        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        each = (rows,) if loop.each else ()
+        self.position = torch.zeros(each, dtype=torch.int64, device=device)
+        self.ends = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # of the prompts
         self.history = torch.zeros(rows, loop.capacity + 2, dtype=torch.int64, device=device)
         self.running = torch.ones(rows, 1, dtype=torch.bool, device=device)
         self.pad = torch.zeros((), dtype=torch.int64, device=device)
-        self.random = torch.Generator(device)
+        self.random: list[torch.Generator] = []  # of recorded draws: one, or one for each row
         self._run: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
         self._recorded: OrderedDict[Any, _Step] = OrderedDict()
         self._pool: Any = None
@@ -146,29 +155,36 @@ class _Desk:
     def text(
         self,
         ids: Tensor,
+        lengths: Sequence[int],
         limits: Limits,
         sampling: Sampling,
-        generator: torch.Generator | None,
+        chance: Chance,
         put: Put | None,
     ) -> Tensor:
-        step = self.step(limits, sampling, generator is not None)
-        if generator is not None:
-            self.random.set_state(generator.get_state())
-        first = ids.shape[1]
-        self.position.fill_(first - 1)
+        given = [chance] if isinstance(chance, torch.Generator) else list(chance or ())
+        step = self.step(limits, sampling, len(given))
+        for own, other in zip(self.random, given):
+            own.set_state(other.get_state())
+        self.ends.copy_(torch.tensor(lengths)[:, None])
+        self.position.copy_(self.ends[:, 0] - 1 if self.position.dim() else self.ends[0, 0] - 1)
         self.running.fill_(True)
         self.pad.fill_(limits.pad)
-        step.advance(self.loop.first(ids, self.state, limits.chunk))
-        watch = _Watch(self, first, limits, put)
+        step.advance(self.loop.first(ids, lengths, self.state, limits.chunk))
+        watch = _Watch(self, limits, put)
         for number in range(1, limits.new):
             if watch.is_over(number):
                 break
             step()
         made = watch.finish(limits.new)
-        if generator is not None:
-            generator.set_state(self.random.get_state())
+        for own, other in zip(self.random, given):
+            other.set_state(own.get_state())
         self.loop.check()
-        return self.history[:, first : first + made].clone()
+        return self.columns(0, made)
+
+    def columns(self, first: int, count: int) -> Tensor:
+        """So many new tokens of each row from number `first` on: [B, count]."""
+        places = torch.arange(first, first + count, device=self.ends.device) + self.ends
+        return self.history.gather(1, places)
 
     def decode(self) -> Tensor:
         """@decode over this memory: logits [B, V]."""
@@ -180,14 +196,19 @@ class _Desk:
         _keep(self.state, made)
         return logits[:, -1]
 
-    def step(self, limits: Limits, sampling: Sampling, seeded: bool) -> _Step:
+    def step(self, limits: Limits, sampling: Sampling, sources: int) -> _Step:
+        """The step with these options; draws come from so many generators, or torch's own."""
         room = 0
         while room < len(limits.stops):
             room = max(_STOPS, 2 * room)
-        key = (dataclasses.replace(sampling, seed=None), seeded, room)
+        key = (dataclasses.replace(sampling, seed=None), sources, room)
         step = self._recorded.pop(key, None)
+        while len(self.random) < sources:
+            self.random.append(torch.Generator(self.loop.device))
         if step is None:
-            step = _Step(self, sampling, self.random if seeded else None, room)
+            each = isinstance(sampling.seed, tuple)
+            chance = self.random[:sources] if each else self.random[0] if sources else None
+            step = _Step(self, sampling, chance, room)
         self._recorded[key] = step
         if len(self._recorded) > _GRAPHS:
             self._recorded.popitem(last=False)
@@ -200,10 +221,8 @@ class _Desk:
 class _Step:
     """One step of a desk: run the first time, recorded the second, replayed then."""
 
-    def __init__(
-        self, desk: _Desk, sampling: Sampling, generator: torch.Generator | None, room: int
-    ) -> None:
-        self.desk, self.sampling, self.generator = desk, sampling, generator
+    def __init__(self, desk: _Desk, sampling: Sampling, chance: Chance, room: int) -> None:
+        self.desk, self.sampling, self.chance = desk, sampling, chance
         self.stops = torch.zeros(1, room, dtype=torch.int64, device=desk.loop.device)
         self._advance: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
         advance = desk.loop.advances.get(room)
@@ -235,13 +254,14 @@ class _Step:
             made = self._advance(memory)
             _keep(memory[1:], made)
             return
-        tokens = self.sampling.choose(logits, desk.token, self.generator)[:, None]
+        tokens = self.sampling.choose(logits, desk.token, self.chance)[:, None]
         if self.stops.numel():
             tokens = torch.where(desk.running, tokens, desk.pad)
             ended = (tokens == self.stops).any(1, keepdim=True)
             desk.running.logical_and_(ended.logical_not_())
         desk.position.add_(1)
-        desk.history.scatter_(1, desk.position.expand(desk.rows, 1), tokens)
+        place = desk.position.reshape(-1, 1).expand(desk.rows, 1)
+        desk.history.scatter_(1, place, tokens)
         desk.token.copy_(tokens)
 
     def _memory(self, logits: Tensor) -> list[Tensor]:
@@ -255,8 +275,9 @@ class _Step:
         stream = torch.cuda.Stream(desk.loop.device)
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        if self.generator is not None:
-            graph.register_generator_state(self.generator)
+        sources = self.chance or ()
+        for source in [sources] if isinstance(sources, torch.Generator) else sources:
+            graph.register_generator_state(source)
         try:
             with (
                 RECORDING,
@@ -274,8 +295,8 @@ class _Step:
 class _Watch:
     """What the host learns of a text while it runs: tokens for `put`, and whether it has ended."""
 
-    def __init__(self, desk: _Desk, first: int, limits: Limits, put: Put | None) -> None:
-        self.desk, self.first, self.put, self.stops = desk, first, put, limits.stops
+    def __init__(self, desk: _Desk, limits: Limits, put: Put | None) -> None:
+        self.desk, self.put, self.stops = desk, put, limits.stops
         self.pinned = torch.zeros(2, desk.rows, dtype=torch.int64, pin_memory=True)
         self.flag = torch.ones(desk.rows, 1, dtype=torch.bool, pin_memory=True)
         self.events = [torch.cuda.Event(), torch.cuda.Event()]
@@ -313,9 +334,10 @@ class _Watch:
         if not self.stops:
             torch.cuda.current_stream().synchronize()
             return most
-        made = desk.history[:, self.first : int(desk.position) + 1].cpu()
-        stopped = torch.isin(made, torch.tensor(sorted(self.stops)))
-        first = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, made.shape[1])
+        made = int(desk.position.reshape(-1)[0] + 1 - desk.ends[0, 0])
+        texts = desk.columns(0, made).cpu()
+        stopped = torch.isin(texts, torch.tensor(sorted(self.stops)))
+        first = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, made)
         return int(first.max())
 
     def _copy(self, made: int) -> None:
@@ -324,7 +346,7 @@ class _Watch:
             place = self.copied % 2
             if self.copied - self.seen == 2:
                 self._hand_out()
-            column = self.desk.history[:, self.first + self.copied]
+            column = self.desk.history.gather(1, self.desk.ends + self.copied)[:, 0]
             self.pinned[place].copy_(column, non_blocking=True)
             self.events[place].record()
             self.copied += 1

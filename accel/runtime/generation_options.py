@@ -61,7 +61,7 @@ class GenerationOptions:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None
     logprobs: int | None = None
     return_dict_in_generate: bool = False
     prompt_lookup_num_tokens: int | None = None
@@ -114,7 +114,7 @@ class GenerationOptions:
             self.top_p,
             self.min_p,
             self.repetition_penalty,
-            self.seed,
+            tuple(self.seed) if isinstance(self.seed, Sequence) else self.seed,
         )
 
     def stops(self) -> list[int]:

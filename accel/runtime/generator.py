@@ -26,7 +26,7 @@ from accel.runtime.generation_options import GenerationOptions
 from accel.runtime.pages import PagedLoop
 from accel.runtime.plan import FunctionPlan
 from accel.runtime.prompts import Prompts
-from accel.runtime.sampling import Choice, Processor, Recording, Sampling
+from accel.runtime.sampling import Chance, Choice, Processor, Recording, Sampling
 from accel.runtime.sources import Sources
 from accel.runtime.speculation import Draft, PromptLookup, Proposer, Speculation
 from accel.runtime.text import TextStream, Words
@@ -138,8 +138,10 @@ class Generator:
                 first token.
             options: see `accel.runtime.generation_options.GenerationOptions`.
 
-        Rows of equal length run together if the model was compiled for any number of rows, else
-        one after the other; each row's text is what it would be alone.
+        Rows run together, as many as the model was compiled for (`batch`), whatever their lengths;
+        where the model has no form for that (`unequal` in the artifact's facts), or an encoder,
+        those of one length do. Each row's text is what it would be alone; where texts are drawn,
+        with a `seed` for each row.
 
         Raises InputError for empty or too long prompts and ids out of range, OptionError for
         options that contradict each other.
@@ -167,11 +169,12 @@ class Generator:
             tokenizer=tokenizer,
             processors=tuple(logits_processor),
             sources=sources,
+            count=len(prompts.lengths),
         )
         if streamer is not None:
             streamer.put(prompts.ids.cpu())
         rows = self.rows if not call.speculates else 1
-        groups = prompts.groups(rows)
+        groups = prompts.groups(rows, self.loop.each and sources is None)
         if sources is not None:
             groups = sources.split(groups, rows)
         made = [call.run(prompts, group, streamer) for group in groups]
@@ -186,15 +189,20 @@ class Generator:
         The text before them runs through @prefill, they through @decode one after the other.
         """
         with torch.no_grad():
-            ids = ids.to(self.device)
+            ids = ids.to(self.device).expand(self.rows or 1, -1)
             first = ids.shape[1] - count + 1
-            logits, state = self.loop.prefill(ids[:, :first], self.loop.empty(1))
-            rows = [logits.cpu()]
+            logits, state = self.loop.prefill(ids[:, :first], self.loop.empty(len(ids)))
+            rows = [logits[:1].cpu()]
             for at in range(first, ids.shape[1]):
                 position = torch.tensor(at, device=self.device)
                 logits, state = self.loop.decode(ids[:, at], position, state)
-                rows.append(logits.cpu())
+                rows.append(logits[:1].cpu())
         return torch.cat(rows)
+
+
+def _only(chance: Chance) -> torch.Generator | None:
+    """The source of chance of one row."""
+    return chance if chance is None or isinstance(chance, torch.Generator) else chance[0]
 
 
 class _Call:
@@ -210,6 +218,7 @@ class _Call:
         tokenizer: Words | None,
         processors: tuple[Processor, ...],
         sources: Sources | None = None,
+        count: int = 1,
     ) -> None:
         self.sources = sources
         self.generator, self.options, self.limits = generator, options, limits
@@ -233,15 +242,32 @@ class _Call:
             )
         self.plain = options.sampling()
         self.records = options.logprobs is not None
-        self.random = self.plain.generator(generator.device)
+        self.random: torch.Generator | list[torch.Generator] | None
+        if isinstance(self.plain.seed, tuple):
+            if len(self.plain.seed) != count:
+                raise OptionError(
+                    f"{len(self.plain.seed)} seeds for {count} prompts",
+                    advice="pass one seed, or one for each prompt",
+                )
+            made = (self.plain.chance(generator.device, row) for row in range(count))
+            self.random = [own for own in made if own is not None]
+        else:
+            self.random = self.plain.chance(generator.device)
 
     @property
     def speculates(self) -> bool:
         """Whether texts run one at a time: each accepts another number of tokens."""
         return self.assistant is not None or self.options.prompt_lookup_num_tokens is not None
 
-    def sampling(self, prompt: int) -> Sampling:
-        """How the tokens after a prompt of this length are chosen."""
+    def chance(self, rows: Sequence[int], more: int) -> Chance:
+        """Where the draws of these rows come from, and of so many that nobody reads."""
+        if not isinstance(self.random, list):
+            return self.random
+        unread = [torch.Generator(self.generator.device) for _ in range(more)]
+        return [*(self.random[row] for row in rows), *unread]
+
+    def sampling(self, prompts: Sequence[int]) -> Sampling:
+        """How the tokens after prompts of these lengths are chosen."""
         least = self.options.min_new_tokens or 0
         if not (self.records or self.processors or least):
             return self.plain
@@ -251,37 +277,45 @@ class _Call:
             stops=tuple(sorted(self.limits.stops)),
             processors=self.processors,
             top=self.options.logprobs,
-            prompt=prompt,
+            prompts=tuple(prompts),
         )
 
     def run(self, prompts: Prompts, rows: list[int], streamer: Streamer | None) -> _Row:
-        """The texts of rows of equal length."""
-        length = prompts.lengths[rows[0]]
-        text = prompts.ids[rows, prompts.ids.shape[1] - length :]
-        sampling = self.sampling(length)
+        """The texts of rows that run together."""
+        count = len(rows)
+        if not self.speculates:  # where more rows run than there are, the last one fills them
+            rows = rows + rows[-1:] * ((self.generator.rows or count) - count)
+        lengths = [prompts.lengths[row] for row in rows]
+        text = prompts.ids[rows, prompts.ids.shape[1] - max(lengths) :]
+        sampling = self.sampling(lengths)
         streams = []
         if self.words is not None and self.strings:
-            streams = [TextStream(self.words, self.strings) for _ in rows]
-        put = self._put(streamer, streams)
+            streams = [TextStream(self.words, self.strings) for _ in range(count)]
+        put = self._put(streamer, streams, count)
         model = self.generator.loop
         if self.sources is not None and self.generator.encode is not None:
             with torch.no_grad():
                 model = model.given(self.generator.encode([self.sources.together(rows)]))
-        loop: TokenLoop | Speculation = self._speculation(sampling, model) or model
-        tokens = loop.text(text, self.limits, sampling, self.random, put)
-        if isinstance(loop, Speculation):
-            for name, count in loop.statistics.items():
-                self.statistics[name] = self.statistics.get(name, 0) + count
+        chance = self.chance(rows[:count], len(rows) - count)
+        loop = self._speculation(sampling, model, _only(chance)) if self.speculates else None
+        if loop is not None:
+            tokens = loop.text(text, self.limits, sampling, _only(chance), put)
+            for name, number in loop.statistics.items():
+                self.statistics[name] = self.statistics.get(name, 0) + number
+        else:
+            tokens = model.text(text, self.limits, sampling, chance, put, lengths)[:count]
         lengths = [self._length(row) for row in tokens]
         for i, stream in enumerate(streams):
             lengths[i] = min(lengths[i], stream.count)
             tokens[i, lengths[i] :] = self.limits.pad
         return _Row(tokens, lengths, sampling.choices if isinstance(sampling, Recording) else [])
 
-    def _speculation(self, sampling: Sampling, loop: TokenLoop) -> Speculation | None:
-        """What proposes tokens for one text, if so chosen."""
+    def _speculation(
+        self, sampling: Sampling, loop: TokenLoop, chance: torch.Generator | None
+    ) -> Speculation:
+        """What proposes tokens for one text."""
         options, model = self.options, self.generator
-        if self.speculates and model.rows not in (None, 1):
+        if model.rows not in (None, 1):
             raise OptionError(
                 f"the model runs {model.rows} texts at a time, and speculation one",
                 advice="compile with batch=1, or batch=0 for any number",
@@ -290,16 +324,15 @@ class _Call:
         if self.assistant is not None:
             count = options.num_assistant_tokens or ASSISTANT_TOKENS
             draft = self.assistant
-            proposer = Draft(draft.loop, self.plain, self.random, draft.capacity)
-        elif options.prompt_lookup_num_tokens is not None:
+            proposer = Draft(draft.loop, self.plain, chance, draft.capacity)
+        else:
+            assert options.prompt_lookup_num_tokens is not None
             count = options.prompt_lookup_num_tokens
             proposer = PromptLookup(options.max_matching_ngram_size or _LONGEST_MATCH)
-        else:
-            return None
         return Speculation(loop, proposer, count, model.capacity)
 
     def _put(
-        self, streamer: Streamer | None, streams: list[TextStream]
+        self, streamer: Streamer | None, streams: list[TextStream], count: int
     ) -> Callable[[Tensor], bool] | None:
         """Gets each column of tokens; says whether every text has had one of its stop strings."""
         if streamer is None and not streams:
@@ -308,6 +341,7 @@ class _Call:
         ended = [False] * len(streams)
 
         def put(column: Tensor) -> bool:
+            column = column[:count]
             if streamer is not None:
                 streamer.put(column)
             for i, (token, stream) in enumerate(zip(column.tolist(), streams)):

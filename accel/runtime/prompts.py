@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,22 +83,21 @@ class Prompts:
         """The last `length` ids of a row."""
         return self.ids[index, self.ids.shape[1] - length :]
 
-    def groups(self, rows: int | None) -> list[list[int]]:
-        """Rows that run together: of one length. `rows` is how many the functions take, if fixed.
-
-        Raises InputError where prompts cannot be grouped so.
-        """
-        if rows == 1:
-            return [[i] for i in range(len(self.lengths))]
+    def groups(self, rows: int | None, unequal: bool = False) -> list[list[int]]:
+        """Rows that run together, at most `rows`; of one length unless they may be `unequal`."""
         groups: dict[int, list[int]] = {}
         for i, n in enumerate(self.lengths):
-            groups.setdefault(n, []).append(i)
-        if rows is not None and any(len(g) != rows for g in groups.values()):
-            raise InputError(
-                f"the model was compiled for {rows} prompts of one length at a time",
-                advice="compile with batch=0 for any number",
-            )
-        return list(groups.values())
+            groups.setdefault(0 if unequal else n, []).append(i)
+        return in_parts(groups.values(), rows)
+
+
+def in_parts(groups: Iterable[list[int]], most: int | None) -> list[list[int]]:
+    """The groups, and those of more than `most` rows in several parts."""
+    return [
+        group[start : start + (most or len(group))]
+        for group in groups
+        for start in range(0, len(group), most or len(group))
+    ]
 
 
 def _row(prompt: Any) -> Tensor:

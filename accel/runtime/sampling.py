@@ -2,14 +2,15 @@
 
 The order is that of `transformers`: repetition penalty, least length, the caller's own processors;
 temperature, top-k, top-p, min-p; then the most probable token, or one drawn. With a seed the draws
-are those of `torch.multinomial` after `torch.manual_seed(seed)`. `Recording` also keeps the log
-probabilities of what it chose.
+are those of `torch.multinomial` after `torch.manual_seed(seed)`; with a seed for each row, each
+row's are what they would be if it were alone. `Recording` also keeps the log probabilities of what
+it chose.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,8 @@ from accel.errors import OptionError
 
 # Text so far [B, n] and scores [B, V] to scores: what `transformers` calls a logits processor.
 Processor = Callable[[Tensor, Tensor], Tensor]
+# Where draws come from: one source for all rows, one for each, or torch's own.
+Chance = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Sampling:
         min_p: only tokens at least p times as probable as the best (Nguyen et al., 2024).
         repetition_penalty: divides positive and multiplies negative logits of tokens that the text
             has (Keskar et al., 2019); 1 is none.
-        seed: of the draws; None draws from torch's global generator.
+        seed: of the draws, or one for each row; None draws from torch's global generator.
     """
 
     do_sample: bool = False
@@ -42,7 +45,7 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    seed: int | None = None
+    seed: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, math.inf, open_low=True)
@@ -51,6 +54,10 @@ class Sampling:
         _within("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise OptionError(f"top_k is {self.top_k!r}, not a positive integer")
+        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
+        for seed in () if self.seed is None else seeds:
+            if type(seed) is not int or not -(1 << 63) <= seed < 1 << 64:
+                raise OptionError(f"seed is {seed!r}, not a 64-bit integer")
         if self.do_sample:
             return
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
@@ -62,9 +69,13 @@ class Sampling:
                     advice=f"pass do_sample=True, or leave {name} out",
                 )
 
-    def generator(self, device: torch.device) -> torch.Generator | None:
-        """The source of chance for one text or batch."""
-        return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
+    def chance(self, device: torch.device, row: int | None = None) -> torch.Generator | None:
+        """The source of chance for a batch, or for one `row` of it that has a seed of its own."""
+        seed = self.seed
+        if isinstance(seed, tuple):
+            assert row is not None
+            seed = seed[row]
+        return None if seed is None else torch.Generator(device).manual_seed(seed)
 
     @property
     def reads_text(self) -> bool:
@@ -76,11 +87,21 @@ class Sampling:
         """Whether `choose` is a fixed sequence of tensor operations, such as a graph records."""
         return True
 
-    def scores(self, logits: Tensor, ids: Tensor) -> Tensor:
+    def scores(self, logits: Tensor, ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Logits [B, V] after all limits, float32; tokens that are out are minus infinity.
 
-        `ids` [B, n] is the text so far.
+        `ids` [B, n] are the texts so far; where `lengths` are given, their last so many columns.
         """
+        if lengths is None:
+            return self._scores(logits, ids, 0)
+        if not self.reads_text:
+            return self._scores(logits, ids, 0)
+        rows = enumerate(lengths)
+        texts = [self._scores(logits[i : i + 1], ids[i : i + 1, -n:], i) for i, n in rows]
+        return torch.cat(texts)
+
+    def _scores(self, logits: Tensor, ids: Tensor, row: int) -> Tensor:
+        """The scores of rows with texts of one length, of which `row` is the first."""
         scores = logits.float()
         if self.repetition_penalty not in (None, 1.0):
             found = scores.gather(1, ids)
@@ -107,14 +128,14 @@ class Sampling:
     def record(self, logits: Tensor, tokens: Tensor) -> None:
         """Told of tokens [B] that were chosen from logits [B, V] without `choose`."""
 
-    def choose(self, logits: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The next token of each row: int64 [B]."""
+    def choose(
+        self, logits: Tensor, ids: Tensor, chance: Chance, lengths: Sequence[int] | None = None
+    ) -> Tensor:
+        """The next token of each row: int64 [B]. `ids`, `lengths` as for `scores`."""
         if not self.do_sample and not self.reads_text:
             return logits.argmax(-1)
-        scores = self.scores(logits, ids)
-        if not self.do_sample:
-            return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+        scores = self.scores(logits, ids, lengths)
+        return draw(scores.softmax(-1), chance) if self.do_sample else scores.argmax(-1)
 
 
 @dataclass
@@ -133,6 +154,7 @@ class Recording(Sampling):
     Attributes:
         least: tokens before one of `stops` may come.
         processors: applied after penalties and before temperature.
+        prompts: how long the rows' prompts are; where all are alike, the first says it.
         top: how many most probable tokens a step keeps with their log probabilities; None records
             nothing. Log probabilities are the model's own: of its logits before any limit.
         choices: what was recorded, a step at a time.
@@ -142,7 +164,7 @@ class Recording(Sampling):
     stops: tuple[int, ...] = ()
     processors: tuple[Processor, ...] = ()
     top: int | None = None
-    prompt: int = 0
+    prompts: tuple[int, ...] = (0,)
     choices: list[Choice] = field(default_factory=list)
 
     @property
@@ -153,21 +175,20 @@ class Recording(Sampling):
     def recordable(self) -> bool:
         return False
 
-    def scores(self, logits: Tensor, ids: Tensor) -> Tensor:
+    def _scores(self, logits: Tensor, ids: Tensor, row: int) -> Tensor:
         plain = Sampling(repetition_penalty=self.repetition_penalty)
         scores = plain.scores(logits, ids)
-        if self.stops and ids.shape[1] < self.prompt + self.least:
+        if self.stops and ids.shape[1] < self.prompts[row] + self.least:
             scores = scores.index_fill(1, torch.tensor(self.stops, device=ids.device), -math.inf)
         for process in self.processors:
             scores = process(ids, scores)
         return self.limited(scores) if self.do_sample else scores
 
-    def choose(self, logits: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
-        scores = self.scores(logits, ids)
-        if self.do_sample:
-            tokens = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
-        else:
-            tokens = scores.argmax(-1)
+    def choose(
+        self, logits: Tensor, ids: Tensor, chance: Chance, lengths: Sequence[int] | None = None
+    ) -> Tensor:
+        scores = self.scores(logits, ids, lengths)
+        tokens = draw(scores.softmax(-1), chance) if self.do_sample else scores.argmax(-1)
         self.record(logits, tokens)
         return tokens
 
@@ -179,6 +200,14 @@ class Recording(Sampling):
         best = logs.topk(min(self.top, logs.shape[1]), dim=-1)
         own = logs.gather(1, tokens[:, None])[:, 0]
         self.choices.append(Choice(own, best.indices, best.values))
+
+
+def draw(shares: Tensor, chance: Chance) -> Tensor:
+    """A token of each row, int64 [B], with these probabilities [B, V]."""
+    if chance is None or isinstance(chance, torch.Generator):
+        return torch.multinomial(shares, 1, generator=chance)[:, 0]
+    rows = [torch.multinomial(row, 1, generator=own) for row, own in zip(shares, chance)]
+    return torch.cat(rows)
 
 
 def _top_p(scores: Tensor, limit: float) -> Tensor:

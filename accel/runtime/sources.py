@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import InputError, OptionError
-from accel.runtime.prompts import Prompts
+from accel.runtime.prompts import Prompts, in_parts
 
 
 @dataclass
@@ -59,12 +59,7 @@ class Sources:
             lengths: dict[int, list[int]] = {}
             for row in group:
                 lengths.setdefault(self.rows[row].numel(), []).append(row)
-            made += lengths.values()
-        if rows is not None and any(len(group) != rows for group in made):
-            raise InputError(
-                f"the model was compiled for {rows} source texts of one length at a time",
-                advice="compile with batch=0 for any number",
-            )
+            made += in_parts(lengths.values(), rows)
         return made
 
     def together(self, rows: Sequence[int]) -> Tensor:

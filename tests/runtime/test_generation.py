@@ -155,7 +155,7 @@ def test_caches_are_written_in_place_and_weights_are_shared(llama):
     ids = torch.randint(3, 128, (2, 4))
     with torch.no_grad():
         _, *first = prefill([ids, *caches])
-        _, *second = decode([ids[:, :1], torch.tensor(4), *first])
+        _, *second = decode([ids[:, :1], torch.tensor([4, 4]), *first])
     for a, b, c in zip(caches, first, second):
         assert a.data_ptr() == b.data_ptr() == c.data_ptr()
         assert not bool((c[:, :, 4] == 0).all()) and bool((c[:, :, 5:] == 0).all())

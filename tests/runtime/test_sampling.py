@@ -70,7 +70,7 @@ def test_draws_follow_the_distribution():
     """40000 draws against the probabilities, by chi-square."""
     logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(1))
     sampling = Sampling(do_sample=True, temperature=0.7, top_k=6, seed=3)
-    generator = sampling.generator(torch.device("cpu"))
+    generator = sampling.chance(torch.device("cpu"))
     ids = torch.zeros(1, 1, dtype=torch.int64)
     count = 40000
     drawn = sampling.choose(logits.expand(count, -1), ids.expand(count, -1), generator)
@@ -86,7 +86,7 @@ def test_recorded_log_probabilities():
     generator = torch.Generator().manual_seed(0)
     logits, ids = torch.randn(2, VOCABULARY, generator=generator), torch.zeros(2, 3).long()
     recording = Recording(top=4, temperature=0.5, do_sample=True, seed=1)
-    tokens = recording.choose(logits, ids, recording.generator(torch.device("cpu")))
+    tokens = recording.choose(logits, ids, recording.chance(torch.device("cpu")))
     (choice,) = recording.choices
     logs = logits.log_softmax(-1)
     assert torch.equal(choice.logprobs, logs[torch.arange(2), tokens])
@@ -97,9 +97,9 @@ def test_recorded_log_probabilities():
 def test_least_length_and_processors():
     logits, ids = torch.zeros(1, 5), torch.zeros(1, 4, dtype=torch.int64)
     logits[0, 2] = 9.0
-    early = Recording(least=3, stops=(2,), prompt=3)
+    early = Recording(least=3, stops=(2,), prompts=(3,))
     assert int(early.choose(logits, ids, None)) != 2
-    late = Recording(least=1, stops=(2,), prompt=3)
+    late = Recording(least=1, stops=(2,), prompts=(3,))
     assert int(late.choose(logits, ids, None)) == 2
 
     def forbid(text: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -107,7 +107,7 @@ class CachedAttention:
             if position.dim():  # a position for each row
                 out = torch.cat(
                     [
-                        attend(*texts, int(first), own, scale, window, cap)
+                        attend(*texts, first, own, scale, window, cap)
                         for first, texts, own in _rows(position, (q, k, v), mask)
                     ]
                 )
@@ -122,14 +122,16 @@ class CachedAttention:
 
 
 def _rows(
-    positions: Tensor, given: Sequence[Tensor], mask: Tensor | None
-) -> Iterator[tuple[Tensor, list[Tensor], Tensor | None]]:
-    """Each row alone: its position, its part of what is given, its mask."""
-    for row, first in enumerate(positions):
+    positions: Tensor, given: tuple[Tensor, Tensor, Tensor], mask: Tensor | None
+) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor], Tensor | None]]:
+    """Each row alone: its position, its queries, keys and values, its mask."""
+    q, k, v = given
+    for row, first in enumerate(positions.tolist()):
         own = mask
         if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
             own = mask[row : row + 1]
-        yield first, [x[row : row + 1] for x in given], own
+        here = slice(row, row + 1)
+        yield first, (q[here], k[here], v[here]), own
 
 
 def _attend(
