@@ -54,6 +54,17 @@ def check(
     return runner.source(0)
 
 
+def turned(b: Any, y: Value, cos: Value, sin: Value, heads: int) -> Value:
+    """Rotary embedding of the first heads of [B, S, H * D]; cos and sin are [S, D]."""
+    rows, length, width = (int(d) for d in y.shape)
+    depth = int(cos.shape[1])
+    first = b.slice(y, axis=2, start=0, stop=heads * depth)
+    split = b.reshape(first, shape=(rows, length, heads, depth))
+    around = [b.reshape(v, shape=(1, length, 1, depth)) for v in (cos, sin)]
+    flat = b.reshape(b.rope(split, *around), shape=(rows, length, heads * depth))
+    return b.cat(flat, b.slice(y, axis=2, start=heads * depth, stop=width), axis=2)
+
+
 def halves(b: Any, y: Value) -> Value:
     """silu(gate) * up, of one merged linear's result."""
     axis, size = y.type.rank - 1, int(y.shape[-1]) // 2

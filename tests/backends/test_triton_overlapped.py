@@ -14,8 +14,9 @@ from accel.backends.triton.cooperative import CooperativeTile
 from accel.backends.triton.overlapped import OverlappedTile
 from accel.errors import BackendError
 from accel.ir import TensorType
+from accel.ir.module import Value
 from tests.backends.kernels import function_of, kernel_of, sym
-from tests.backends.test_triton_gemv import check, halves, inputs_for
+from tests.backends.test_triton_gemv import check, halves, inputs_for, turned
 from tests.backends.test_tvm_kernels import randn, typed
 from tests.backends.triton_worker import Worker
 
@@ -58,6 +59,10 @@ CASES: dict[str, Case] = {
     "gate times up": (
         [typed(BF16, 133, 64), typed(BF16, 176, 64)],
         lambda b, x, w: halves(b, b.linear(x, w)),
+    ),
+    "rotary halves": (
+        [typed(BF16, 2, 90, 64), typed(BF16, 128, 64), typed(BF16, 90, 32), typed(BF16, 90, 32)],
+        lambda b, x, w, c, s: turned(b, b.linear(x, w), c, s, 3),
     ),
     "a part of the weight": (
         [typed(BF16, 100, 64), typed(BF16, 144, 64)],
@@ -107,6 +112,22 @@ def test_no_order_of_barriers_hangs(worker: Worker, seed: int) -> None:
     )
     torch.manual_seed(seed)
     check(worker, function, inputs_for(types)[: len(function.args)], "matmul", backend=backend)
+
+
+def test_columns_that_are_no_halves_are_refused() -> None:
+    """An element's neighbour at a distance, but not within a group of columns."""
+    types = [typed(BF16, 64, 64), typed(BF16, 64, 64)]
+
+    def shifted(b: Any, x: Value, w: Value) -> Value:
+        y = b.linear(x, w)
+        right = b.slice(y, axis=1, start=16, stop=64)
+        left = b.slice(y, axis=1, start=0, stop=48)
+        pair = b.cat(right, b.slice(y, axis=1, start=0, stop=16), axis=1)
+        other = b.cat(b.slice(y, axis=1, start=48, stop=64), left, axis=1)
+        return b.add(y, b.add(pair, other))
+
+    with pytest.raises(BackendError, match="other"):
+        BACKEND.generate([kernel_of(function_of(types, shifted), "matmul")])
 
 
 def test_what_is_no_matrix_is_refused() -> None:

@@ -192,9 +192,11 @@ class Emitter(Tracer):
         """`value >= 0`, as a comparison with a number where that can be: `i < 64` tells Triton
         where the condition changes, `63 - i >= 0` does not."""
         terms, limit, text = value.terms, value.constant, "{} >= 0"
-        if isinstance(limit, int) and terms and all(c == -1 for _, c in terms):
-            value, text = Affine(0, tuple((a, 1) for a, _ in terms)), f"{{}} < {limit + 1}"
-        elif isinstance(limit, int) and terms and all(c == 1 for _, c in terms):
+        steps = [c for _, c in terms if isinstance(c, int)]
+        plain = isinstance(limit, int) and terms and len(steps) == len(terms)
+        if plain and max(steps) < 0:
+            value, text = Affine(0, tuple((a, -c) for a, c in terms)), f"{{}} < {limit + 1}"
+        elif plain and min(steps) > 0:
             value, text = Affine(0, terms), f"{{}} >= {-limit}"
         made = self.addresses.code(value)
         return Expr(f"({text.format(made)})", "bool", made.dims)

@@ -28,7 +28,7 @@ from accel.backends.loops.index import Axis, Indexer
 from accel.backends.loops.phases import region_symbols
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
-from accel.backends.triton.addresses import size_text
+from accel.backends.triton.addresses import size_name, size_text
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.maps import MapCode, Matrix, matrix
 from accel.backends.triton.operands import StoredOperands
@@ -114,7 +114,7 @@ class OverlappedWriter(MatmulWriter):
         super().__init__(plan, emitter, targets, tile)
         self.traced = emitter
         self.region, self.overlapped, self.sms = region, tile, sms
-        self.symbols = region_symbols(region)
+        self.symbols = [size_name(s) for s in region_symbols(region)]
         self.width = tile.columns // self.count
         self.height, self.piece = self._stored_at_once()
         made = operands_of(plan, emitter.indexer)
@@ -308,6 +308,12 @@ class OverlappedWriter(MatmulWriter):
             body.line("mbarrier.wait(arrived, number & 1)")
             body.line(f"resident = {self.place}.load(layout)")
 
+    def _tile_columns(self) -> int:
+        return self.piece
+
+    def _laid_out(self, value: str) -> str:
+        return f"tl.convert_layout({value}, layout)"
+
     def _bind(self, axes: Sequence[Axis], variable: str, dim: str, size: int) -> None:
         super()._bind(axes, variable, dim, self.piece if variable == "col" else size)
 
@@ -328,7 +334,7 @@ class OverlappedWriter(MatmulWriter):
     # -- the functions ---------------------------------------------------------------------
 
     def _sizes(self) -> list[str]:
-        return sorted(str(s) for s in getattr(self.rows, "free_symbols", ()))
+        return sorted(size_name(str(s)) for s in getattr(self.rows, "free_symbols", ()))
 
     def _shared(self, used: Sequence[Value]) -> str:
         """Parameters that all parts of the program have in common."""

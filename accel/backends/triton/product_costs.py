@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from accel.backends.loops.trace import COSTLY
-from accel.backends.triton.overlapped import OverlappedTile
+from accel.backends.triton.cooperative import CooperativeTile
+from accel.backends.triton.overlapped import GROUPS, OverlappedTile
 from accel.ir.module import Op
 
 _SMS = 132  # of the device that was measured: rates are those of all together
@@ -43,6 +44,7 @@ class Rates:
 _LIBRARY = Rates(840e12, 2e-6, 2e-6, (
     (128, 256, 1.0), (128, 192, 0.97), (128, 128, 0.9), (64, 256, 0.9)))  # fmt: skip
 _OVERLAPPED = Rates(820e12, 1e-6, 0.8e-6, ((128, 128, 1.0), (64, 128, 0.8)))
+_COOPERATIVE = Rates(840e12, 1e-6, 0.8e-6, ((128, 256, 1.0),))
 # Seconds that four warps take for one element: to store it, for an op, for a costly one.
 _STORE, _CHEAP, _COSTLY = 1.2e-10, 1e-11, 1.5e-10
 MARGIN = 1.03  # what the model may be off by: a kernel must save more
@@ -63,16 +65,21 @@ def overlapped_seconds(
     """The time of an overlapped kernel; `columns` are the weight's rows, of both halves.
 
     Two groups of warps take turns: while one multiplies, the other has its epilogue (`rest`). What
-    takes longer than a multiplication is not hidden.
+    takes longer than a multiplication is not hidden. Groups that share a tile hide none of it, but
+    each has only half of the results.
     """
-    shares = {(height, width): share for height, width, share in _OVERLAPPED.tiles}
-    share = shares.get((tile.rows, tile.columns), _OVERLAPPED.tiles[-1][2])
-    multiply = _multiplication(_OVERLAPPED.flops * share, tile.rows, tile.columns, depth)
+    together = isinstance(tile, CooperativeTile)
+    rates = _COOPERATIVE if together else _OVERLAPPED
+    shares = {(height, width): share for height, width, share in rates.tiles}
+    share = shares.get((tile.rows, tile.columns), rates.tiles[-1][2])
+    multiply = _multiplication(rates.flops * share, tile.rows, tile.columns, depth)
     costs = [_COSTLY if op.name in COSTLY else _CHEAP for op in rest]
     finish = (_STORE + sum(costs)) * tile.rows * tile.columns
-    each = _OVERLAPPED.wave + max(multiply, (multiply + finish) / 2)
     waves = _waves(rows, columns, tile.rows, tile.columns, sms)
-    return _OVERLAPPED.start + waves * each + finish
+    if together:
+        return rates.start + waves * (rates.wave + multiply + finish / GROUPS)
+    each = rates.wave + max(multiply, (multiply + finish) / 2)
+    return rates.start + waves * each + finish
 
 
 def choose_overlapped(
@@ -80,7 +87,8 @@ def choose_overlapped(
 ) -> OverlappedTile:
     """The tile that takes the least time."""
     group = 16 if rows <= 16 * 128 else 8  # x stays in the second-level cache if there is room
-    tiles = [OverlappedTile(128, 128, 64, 5, group), OverlappedTile(64, 128, 64, 6, group)]
+    tiles = [OverlappedTile(128, 128, 64, 5, group), OverlappedTile(64, 128, 64, 6, group),
+             CooperativeTile(128, 256, 64, 4, group)]  # fmt: skip
     return min(tiles, key=lambda t: overlapped_seconds(rows, columns, depth, t, rest, sms))
 
 

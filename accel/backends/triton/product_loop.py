@@ -22,6 +22,7 @@ from accel.backends.triton.product_plan import Plan
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import parts_of
+from accel.errors import BackendError
 from accel.ir.module import Value
 from accel.ir.types import Dim, product
 
@@ -36,6 +37,7 @@ class MatmulWriter:
         self.rows: Dim = product(a.extent for a in plan.rows)
         self.columns = product(a.extent for a in plan.columns)
         self.depth = int(product(a.extent for a in plan.left))
+        self._made: dict[tuple[str, str, int], Expr] = {}
 
     def write(self) -> Program:
         emitter, tile = self.emitter, self.tile
@@ -141,6 +143,8 @@ class MatmulWriter:
                 value = dtypes.rounded(value, plan.op.result.dtype, block)
                 made = block.let(str(value), "float32", both, "linear")
                 scope.known[(plan.op.result, place)] = made
+                for other in plan.swapped:
+                    scope.known[(plan.op.result, other.place)] = self._swap(made, other.distance)
             for target, (value_, index) in zip(self.targets, plan.stores, strict=True):
                 self._store(target, value_, index)
 
@@ -148,6 +152,30 @@ class MatmulWriter:
         """What is added to the product before it is rounded."""
         bias = self.plan.op.arguments()[2]
         return None if bias is None else self.emitter.element(bias, place[-1:])
+
+    def _swap(self, value: Expr, distance: int) -> Expr:
+        """The tile with neighbouring pieces of its columns exchanged: a matter of names where
+        each thread has both."""
+        block, columns = self.emitter.block, self._tile_columns()
+        if columns % (2 * distance):
+            raise BackendError(f"pairs {distance} columns apart in tiles of {columns}")
+        pieces = f"[ROWS, {columns // (2 * distance)}, 2, {distance}]"
+        key = ("swapped", str(value), distance)
+        found = self._made.get(key)
+        if found is not None:
+            return found
+        block.line(f"lower, upper = {value}.reshape({pieces}).permute([0, 1, 3, 2]).split()")
+        joined = f"tl.join(upper, lower).permute([0, 1, 3, 2]).reshape([ROWS, {columns}])"
+        made = block.let(self._laid_out(joined), value.kind, value.dims, "swapped")
+        self._made[key] = made
+        return made
+
+    def _tile_columns(self) -> int:
+        return int(self.tile.columns)
+
+    def _laid_out(self, value: str) -> str:
+        """A tile in the layout of the epilogue."""
+        return value
 
     def _store(self, target: str, value: Value, index: Index) -> None:
         emitter = self.emitter

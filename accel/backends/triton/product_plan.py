@@ -6,11 +6,13 @@ copies matrices by TMA (`matrix` finds out whether an operand is one).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from accel.backends.loops.index import Affine, Axis
+from accel.backends.loops.index import Affine, Axis, Indexer
 from accel.backends.loops.phases import Planner
 from accel.backends.loops.survey import Survey
 from accel.backends.loops.trace import Index
@@ -35,8 +37,20 @@ class MatmulTile:
 
 
 @dataclass(frozen=True)
+class Swapped:
+    """An element of the result whose column differs in one bit from that of the first place: the
+    columns are cut into pieces of `distance`, and neighbours have changed places."""
+
+    place: Index
+    distance: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Which axes there are, and the elements of the linear's result that one result needs."""
+    """Which axes there are, and the elements of the linear's result that one result needs.
+
+    `swapped` are needed besides `places`: a rotary embedding reads the other half of a head.
+    """
 
     op: Op
     rows: tuple[Axis, ...]
@@ -45,6 +59,7 @@ class Plan:
     right: tuple[Axis, ...]  # K as the weight is read
     stores: tuple[tuple[Value, Index], ...]
     places: tuple[Index, ...]
+    swapped: tuple[Swapped, ...]
     x_index: Index
     weight_indices: tuple[Index, ...]
     survey: Survey
@@ -85,6 +100,8 @@ def plan(planner: Planner) -> Plan:
         for value in region.results:
             survey.element(value, index)
         places = tuple(at for value, at in survey.costly if value is op.result)
+        swapped = _swapped(indexer, op, [(v, index) for v in region.results], places)
+        places = tuple(p for p in places if all(p != s.place for s in swapped))
         x_index = (*index[:-1], of(left)[0])
         weights = tuple((at[-1], of(right)[0]) for at in places)
         operands = Survey(indexer, {})
@@ -99,6 +116,80 @@ def plan(planner: Planner) -> Plan:
         survey.fixed |= operands.fixed
         rows = tuple(axis for a in lead for axis in of(a)[1])
         stores = tuple((value, index) for value in region.results)
-        return Plan(op, rows, of(column)[1], of(left)[1], of(right)[1], stores, places, x_index,
-                    weights, survey)  # fmt: skip
+        return Plan(op, rows, of(column)[1], of(left)[1], of(right)[1], stores, places, swapped,
+                    x_index, weights, survey)  # fmt: skip
     raise BackendError("a matmul kernel whose index does not come to rest")
+
+
+Guard = tuple[tuple[Affine, ...], bool]
+
+
+class _Guards(Survey):
+    """Notes under which conditions elements of one value are needed."""
+
+    def __init__(self, indexer: Indexer, product: Value) -> None:
+        super().__init__(indexer, {})
+        self.product = product
+        self.met: set[tuple[Index, tuple[Guard, ...]]] = set()
+        self._guards: tuple[Guard, ...] = ()
+        self._seen: set[tuple[Value, Index, tuple[Guard, ...]]] = set()
+
+    def known_element(self, value: Value, index: Index) -> bool:
+        if value is self.product:
+            self.met.add((index, self._guards))
+        elif (value, index, self._guards) not in self._seen:
+            self._seen.add((value, index, self._guards))
+            self.compute(value, index)
+        return False
+
+    def choose(
+        self,
+        nonnegative: Sequence[Affine],
+        yes: Callable[[], Any],
+        no: Callable[[], Any],
+        dtype: torch.dtype,
+    ) -> bool:
+        before = self._guards
+        for side, holds in ((yes, True), (no, False)):
+            self._guards = (*before, (tuple(nonnegative), holds))
+            side()
+        self._guards = before
+        return False
+
+
+def _swapped(
+    indexer: Indexer, op: Op, results: Sequence[tuple[Value, Index]], places: Sequence[Index]
+) -> tuple[Swapped, ...]:
+    """Of three places those two that are so far right or left of the first one that they, where
+    they are needed, are in the other half of a group of columns."""
+    if len(places) != 3:
+        return ()
+    first, *others = places
+    shifts = [p[-1].plus(first[-1], -1) for p in others]
+    distances = {abs(s.constant) if not s.terms and isinstance(s.constant, int) else 0
+                 for s in shifts}  # fmt: skip
+    distance = distances.pop()
+    inner = _inner(first[-1], 2 * distance)
+    if distances or distance < 1 or distance & (distance - 1) or inner is None:
+        return ()
+    guards = _Guards(indexer, op.result)
+    for value, index in results:
+        guards.element(value, index)
+    below = Affine(distance - 1).plus(Affine(0, ((inner, 1),)), -1)  # >= 0 in the first half
+    for place, shift in zip(others, shifts, strict=True):
+        wanted = ((below,), shift.constant == distance)
+        if not all(wanted in found for at, found in guards.met if at == place):
+            return ()
+    return tuple(Swapped(place, distance) for place in others)
+
+
+def _inner(column: Affine, group: int) -> Axis | None:
+    """The axis that counts the columns of a group, if all groups begin at a multiple."""
+    if column.constant != 0:
+        return None
+    inner = [axis for axis, step in column.terms if step == 1]
+    whole = all(isinstance(step, int) and step % group == 0
+                for _, step in column.terms if step != 1)  # fmt: skip
+    if len(inner) != 1 or not isinstance(inner[0], Axis) or inner[0].extent != group:
+        return None
+    return inner[0] if whole else None
