@@ -5,7 +5,7 @@ gamma / sqrt(var + eps) of each output channel (Jacob et al., 2018, section 3.2)
 written as arithmetic is the same: multiplications by and additions of one constant per channel. All
 of a run of them goes into the weights at once, computed in float64 and rounded once. A batch norm
 that follows nothing it could go into, but has constant statistics, becomes a multiplication and an
-addition.
+addition. Of two convolutions that are added the first gets both biases.
 
 Contract: exact, with stored constants. Before and after:
 
@@ -52,6 +52,8 @@ class FoldBatchNorm(Pass):
             for op in function.ops:
                 if op.name == "batch_norm":
                     freed.extend(self._spell_out(op, module, context))
+                elif op.name == "conv":
+                    freed.extend(self._join_biases(op, module, context))
         drop_unused(module, freed)
 
     def _fold(self, carrier: Op, module: Module, context: Context) -> list[str]:
@@ -83,6 +85,30 @@ class FoldBatchNorm(Pass):
         for op in (*reversed(run.ops[:-1]), carrier):
             op.erase()
         return freed
+
+    def _join_biases(self, first: Op, module: Module, context: Context) -> list[str]:
+        """conv(x, w, b) + conv(y, v, c) is conv(x, w, b + c) + conv(y, v)."""
+        user = first.result.single_user
+        if user is None or user.name != "add":
+            return []
+        second = next((v.op for v in user.operands if v is not first.result), None)
+        if second is None or second.name != "conv" or len(second.result.uses) != 1:
+            return []
+        if not same_shape(first.result.shape, second.result.shape):
+            return []
+        biases = [first.arguments()[2], second.arguments()[2]]
+        stored = [None if v is None else stored_constant(v, module) for v in biases]
+        if stored[0] is None or stored[1] is None or not context.rewrite("join_biases", user):
+            return []
+        names = [str(constant_name(v)) for v in biases if v is not None]
+        b = Builder(before=first, location=first.location, made_by=self.name)
+        both = stored[0].double() + stored[1].double()
+        bias = _store(b, module, context, f"{names[0]}.both", both, stored[0].dtype)
+        for op, own in ((first, bias), (second, None)):
+            b = Builder(before=op, location=op.location, made_by=self.name)
+            x, weight, _ = op.arguments()
+            op.replace_with(b.op("conv", (x, weight, own), op.attributes).results)
+        return names
 
     def _spell_out(self, norm: Op, module: Module, context: Context) -> list[str]:
         """batch_norm(x) as x * scale + shift, with constants."""

@@ -28,6 +28,7 @@ from accel.ir.builder import Builder
 from accel.ir.module import Function, Module, Op, Value, constant_name
 from accel.ir.op import Trait
 from accel.ir.storage import WeightStore
+from accel.ir.types import product
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.deferred import deferred_reshape
 from accel.passes.weights import drop_unused
@@ -81,10 +82,11 @@ def _is_pointwise(op: Op) -> bool:
 
 
 def _fits_one_call(op: Op) -> bool:
-    """Whether cuDNN's call takes all that follows: nothing, or [a residual and] ReLU.
+    """Whether cuDNN's call takes all that follows: [a residual and] ReLU.
 
-    Anything else is better off in the kernel of a product. So is a convolution of single pixels,
-    and one of what squeeze-excite has scaled, which such a kernel does as it reads.
+    Anything else is better off in the kernel of a product, or cuBLAS's, which adds a bias at no
+    cost. So is a convolution of single pixels, and one of what squeeze-excite has scaled, which
+    a product does as it reads.
     """
     x = op.operands[0]
     if set(x.shape[2:]) == {1} or _is_scaled(x):
@@ -92,8 +94,36 @@ def _fits_one_call(op: Op) -> bool:
     user = op.result.single_user
     if user is not None and user.name == "add":
         user = user.result.single_user
-        return user is not None and user.name == "relu"
-    return user is None or user.name == "relu" or not user.has(Trait.ELEMENTWISE)
+    return user is not None and user.name == "relu"
+
+
+def _cuts_patches(op: Op) -> bool:
+    """A convolution whose windows lie side by side, as a vision transformer's first one."""
+    x, weight, _ = op.arguments()
+    window = tuple(weight.shape[2:])
+    whole = all(isinstance(d, int) and d % k == 0 for d, k in zip(x.shape[2:], window, strict=True))
+    plain = set(op.attribute("padding")) == {0} and set(op.attribute("dilation")) == {1}
+    apart = tuple(op.attribute("stride")) == window and op.attribute("groups") == 1
+    return plain and apart and whole and window != (1, 1)
+
+
+def _patches(b: Builder, op: Op) -> Value:
+    """The windows of a convolution that cuts patches: [B, rows, columns, C * KH * KW]."""
+    x, weight, _ = op.arguments()
+    batch, channels = x.shape[:2]
+    (height, width), (rows, columns) = weight.shape[2:], op.result.shape[2:]
+    cut = b.reshape(x, shape=(batch, channels, rows, height, columns, width))
+    moved = b.permute(cut, axes=(0, 2, 4, 1, 3, 5))
+    made: Value = b.reshape(moved, shape=(batch, rows, columns, channels * height * width))
+    return made
+
+
+def _adds_bias(op: Op) -> bool:
+    """Whether a kernel adds a convolution's bias: cuDNN's with a ReLU, or a generated depthwise
+    one. torch adds others in a kernel of their own, which a generated one does with what follows.
+    """
+    groups = op.attribute("groups")
+    return _fits_one_call(op) if groups == 1 else groups == op.operands[0].shape[1]
 
 
 def _is_scaled(x: Value) -> bool:
@@ -172,10 +202,17 @@ class _Mover:
         operands: Sequence[Value | None]
         if op.name == "conv":
             x, *rest = op.arguments()
+            if self.on_gpu and _cuts_patches(op):
+                self._finish(op, self._linear(b, [_patches(b, op), *rest]))
+                return
             operands = [self._last(x, b), *rest]
             attributes["layout"] = "nhwc"
             if _is_pointwise(op) and not (self.on_gpu and _fits_one_call(op)):
                 self._finish(op, self._linear(b, operands))
+                return
+            if self.on_gpu and rest[1] is not None and not _adds_bias(op):
+                made = b.op("conv", [operands[0], rest[0], None], attributes).result
+                self._finish(op, b.add(made, rest[1]))
                 return
         else:
             operands = [self._last(v, b) for v in op.operands]
@@ -196,12 +233,12 @@ class _Mover:
             op.result.replace_all_uses(result)
 
     def _linear(self, b: Builder, operands: Sequence[Value | None]) -> Value:
-        """A 1x1 convolution as a product over the channels."""
+        """A convolution whose windows are x's last axis as a product over it."""
         x, weight, bias = operands
         assert x is not None and weight is not None
         name = str(constant_name(weight))
         if name not in self.matrices:
-            type = weight.type.with_shape(weight.shape[:2])
+            type = weight.type.with_shape((weight.shape[0], product(weight.shape[1:])))
             store = deferred_reshape(self.weights.pick(name), name, [int(d) for d in type.shape])
             self.matrices[name] = self.weights.add_lazy(f"{name}.matrix", type, store)
         matrix = b.constant(self.matrices[name], self.weights.type(self.matrices[name]))

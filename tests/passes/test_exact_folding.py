@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from accel.compiler.targets import get_target
 from accel.passes.base import Context
 from accel.passes.manager import PassManager
 from tests.passes.helpers import ops, program, t
@@ -298,3 +299,44 @@ def test_a_reduction_that_mixes_axes_stays_channels_first() -> None:
     module = program(make, t(1, 3, 6, 6))
     run("layout", module)
     assert module.main.results[0].shape == (1, 4, 4)
+
+
+def on_gpu() -> Context:
+    return Context(target=get_target("h200"))
+
+
+def test_patches_are_a_linear_on_gpus() -> None:
+    module = program(lambda b, x: conv(b, x, 8, kernel=4, stride=(4, 4)), t(2, 3, 12, 8))
+    run("layout,canonicalize,dce", module, on_gpu())
+    assert "linear" in ops(module) and "conv" not in ops(module)
+    overlap = program(lambda b, x: conv(b, x, 8, kernel=4, stride=(2, 2)), t(2, 3, 12, 8))
+    run("layout", overlap, on_gpu())
+    assert "conv" in ops(overlap)
+
+
+@pytest.mark.parametrize(("groups", "apart"), [(1, True), (4, True), (8, False)])
+def test_a_bias_that_no_call_adds_comes_after_on_gpus(groups: int, apart: bool) -> None:
+    """A depthwise kernel adds its bias; cuDNN does with a ReLU only."""
+
+    def make(b, x):
+        return b.hardswish(conv(b, x, 8, padding=(1, 1), groups=groups))
+
+    module = program(make, t(2, 8, 6, 6))
+    run("layout", module, on_gpu())
+    assert ("add" in ops(module)) == apart
+    if groups == 1:
+        fused = program(lambda b, x: b.relu(conv(b, x, 8)), t(2, 8, 6, 6))
+        run("layout", fused, on_gpu())
+        assert "add" not in ops(fused)
+
+
+def shortcut(b, x):
+    return b.relu(b.add(conv(b, x, 8, padding=(1, 1)), conv(b, x, 8, kernel=1)))
+
+
+def test_of_two_convolutions_that_are_added_one_gets_the_biases() -> None:
+    module = program(shortcut, t(2, 4, 6, 6))
+    ledger = run("fold_batch_norm,dce", module)
+    assert ledger.rows[0].rewrites == {"join_biases": 1}
+    first, second = (op for op in module.main.ops if op.name == "conv")
+    assert first.arguments()[2] is not None and second.arguments()[2] is None
