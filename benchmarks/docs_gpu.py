@@ -6,6 +6,23 @@ from typing import Any
 
 from benchmarks.measure import geometric_mean
 
+_WORKLOADS = {
+    "bert_b1": "BERT-base, 128 tokens, B1",
+    "bert_b32": "BERT-base, 128 tokens, B32",
+    "vit_b1": "ViT-B/16 B1",
+    "vit_b64": "ViT-B/16 B64",
+    "llama1b_step_b1": "1B Llama, one token, no context",
+    "resnet50_b1": "ResNet-50 B1",
+    "resnet50_b64": "ResNet-50 B64",
+    "mobilenetv3_b64": "MobileNetV3-L B64",
+    "gpt2_train_b8": "GPT-2-small training step B8 S1024",
+    "8b_decode": "8B Llama, a token after 1024",
+    "8b_decode_b32": "8B Llama, a token after 1024, B32",
+    "8b_decode_32k": "8B Llama, a token after 32768",
+    "1b_decode": "1B Llama, a token after 1024",
+    "8b_prefill": "8B Llama, prompt of 2048",
+    "1b_prefill": "1B Llama, prompt of 2048",
+}
 _TITLES = {
     "eager": "eager",
     "inductor": "Inductor",
@@ -56,6 +73,25 @@ def gpu_lines(data: dict[str, Any]) -> list[str]:
         ]
         lines.append(_row([name, *cells]))
     return [*lines, ""]
+
+
+def readme_lines(*results: dict[str, Any]) -> list[str]:
+    """One line a workload: accel, the best peer of its run, the ratio."""
+    lines = ["| GPU, 16 bits | accel ms | best peer | its ms | ratio |", "|---|---:|---|---:|---:|"]
+    for data in results:
+        rows: dict[str, dict[str, float]] = {}
+        for row in data["rows"]:
+            rows.setdefault(row["workload"], {})[row["system"]] = row["milliseconds"]
+        for name, times in rows.items():
+            own = times.pop("accel", None)
+            if own is None or not times or name not in _WORKLOADS:
+                continue
+            best = min(times, key=lambda system: times[system])
+            lines.append(
+                f"| {_WORKLOADS[name]} | {own:.2f} | {_TITLES[best]} | {times[best]:.2f} "
+                f"| {times[best] / own:.2f} |"
+            )
+    return lines
 
 
 def _row(cells: list[str]) -> str:

@@ -18,7 +18,7 @@ from accel.cli.passes import describe
 from accel.passes.registry import load_passes
 from benchmarks.docs_coverage import coverage_lines, op_db_lines
 from benchmarks.docs_generation import text_lines
-from benchmarks.docs_gpu import gpu_lines
+from benchmarks.docs_gpu import gpu_lines, readme_lines
 from benchmarks.docs_gpu_attention import attention_lines
 from benchmarks.docs_gpu_decode import decode_lines
 from benchmarks.docs_gpu_products import product_lines
@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def readme(text: str) -> str:
     """The README with its generated tables up to date."""
-    for name, rows in (("passes", passes_table()), ("figures", figures_table())):
+    on_gpu = readme_lines(load_results("gpu"), load_results("gpu_decode"))
+    tables = (("passes", passes_table()), ("figures", figures_table()), ("GPU figures", on_gpu))
+    for name, rows in tables:
         start, end = f"<!-- {name}: made by `make docs` -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(start)
         _, _, after = rest.partition(end)
