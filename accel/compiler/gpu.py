@@ -30,6 +30,7 @@ KERNEL_PIPELINE = (
     "select_experts",
     "select_cached",
     "select_attention{masks=true}",
+    "select_batched",
     "select_scans",
     "flash_layout",
     "select_libraries",

@@ -37,7 +37,7 @@ def bounded(limit: int | None, width: int = 128) -> Op:
 def test_type_of_sizes(limit: int | None, width: int, kind: str) -> None:
     _, made = TritonBackend().generate([bounded(limit, width)])
     (code,) = made.values()
-    assert [launch.signature["length"] for launch in code.launches] == [kind]
+    assert [launch.signature["length_"] for launch in code.launches] == [kind]
 
 
 def test_limits_are_part_of_what_makes_kernels_equal() -> None:

@@ -27,6 +27,11 @@ from accel.ir.types import Dim, numerator, product, same_dim
 Group = tuple[Axis, ...]
 
 
+def size_name(symbol: str) -> str:
+    """The parameter of a symbolic size: no variable of a program is named so."""
+    return f"{symbol}_"
+
+
 def size_text(dim: Dim) -> str:
     """A size as source; symbols are parameters of the kernel, all positive."""
     if isinstance(dim, int):
@@ -34,7 +39,7 @@ def size_text(dim: Dim) -> str:
     if dim.is_Integer:
         return str(int(dim))
     if dim.is_Symbol:
-        return str(dim.name)
+        return size_name(dim.name)
     if dim.is_Add:
         over, under = numerator(dim)
         if under != 1:  # whole as a sum: its terms are not

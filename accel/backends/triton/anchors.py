@@ -12,6 +12,7 @@ from typing import Any
 
 from accel.backends.triton import (
     attention,
+    batched,
     cached,
     depthwise,
     experts,
@@ -63,6 +64,7 @@ ANCHORS: dict[str, Anchor] = {
     "skinny": Anchor(
         ("linear",), skinny.reason, skinny.generate, skinny.candidates, skinny.choose_for
     ),
+    "batched": Anchor(("matmul",), batched.reason, batched.generate, batched.candidates),
     "experts": Anchor(("expert_linear",), experts.reason, experts.generate, experts.candidates),
     "cached_attention": Anchor(
         ("cached_attention",), cached.reason, cached.generate, cached.candidates, cached.choose_for

@@ -21,7 +21,7 @@ import torch
 
 from accel.backends.loops.phases import region_symbols
 from accel.backends.triton import dtypes
-from accel.backends.triton.addresses import size_text
+from accel.backends.triton.addresses import size_name, size_text
 from accel.backends.triton.attention_loop import AttentionWriter, Plan, over
 from accel.backends.triton.attention_tiles import OverlappedTile
 from accel.backends.triton.emitter import Scope
@@ -60,7 +60,7 @@ class OverlappedAttention(AttentionWriter):
         super().__init__(plan, emitter, target, tile)
         self.overlapped, self.sms = tile, sms
         self.barriers = (*_BARRIERS, "turn") if tile.turns else _BARRIERS
-        self.symbols = list(region_symbols(region))
+        self.symbols = [size_name(s) for s in region_symbols(region)]
         found, why = operands_of(plan, emitter.indexer, tile)
         if why is not None:
             raise BackendError(f"no overlapped attention: {why}")

@@ -11,7 +11,8 @@ import torch
 
 from accel.backends.loops import trace
 from accel.backends.loops.phases import REDUCTIONS
-from accel.backends.triton import anchors, dependent, dtypes, float8, matmul, scalar
+from accel.backends.triton import anchors, batched, dependent, dtypes, float8, matmul, scalar
+from accel.backends.triton.addresses import size_name
 from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot, size_limits
 from accel.backends.triton.toolchain import Binary, capability, compile_source, version
 from accel.errors import BackendError
@@ -134,6 +135,8 @@ class TritonBackend:
         return _type_reason(neighbour) or anchors.neighbour_reason(op, neighbour)
 
     def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:
+        if op.name == "matmul":
+            return "batched", batched.saves(op, members, self.sms)
         kind = anchors.product_kind(op)
         if kind == "matmul" and not self.measures:
             return kind, matmul.saves(op, members, self.sms, capability(self.arch))
@@ -217,7 +220,7 @@ class TritonBackend:
                     _wait_first(launch)
                 if launch.gluon and f"{dependent.WAIT}()" not in launch.source:
                     continue  # starts when its predecessor has ended
-                known = constants | set(launch.sizes)
+                known = constants | {size_name(s) for s in launch.sizes}
                 launch.source = dependent.overlapped(launch.source, launch.name, known)
                 launch.dependent = True
         else:

@@ -82,6 +82,19 @@ def plan(planner: Planner) -> ExpertPlan:
         survey.fixed |= operands.fixed
         rows = tuple(axis for a in lead for axis in of(a)[1])
         stores = tuple((value, index) for value in region.results)
-        return ExpertPlan(op, rows, of(column)[1], of(left)[1], of(right)[1], stores, places,
-                          x_index, weights, survey, index[:-1], expert)  # fmt: skip
+        return ExpertPlan(
+            op=op,
+            rows=rows,
+            columns=of(column)[1],
+            left=of(left)[1],
+            right=of(right)[1],
+            stores=stores,
+            places=places,
+            swapped=(),
+            x_index=x_index,
+            weight_indices=weights,
+            survey=survey,
+            chosen=index[:-1],
+            expert=expert,
+        )
     raise BackendError("a kernel of experts whose index does not come to rest")

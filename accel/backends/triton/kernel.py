@@ -17,6 +17,7 @@ import sympy
 
 from accel.backends.loops.phases import Phase, Planner, Store, region_symbols
 from accel.backends.triton import dtypes
+from accel.backends.triton.addresses import size_name
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.maps import MapCode
 from accel.backends.triton.program import Program, ProgramWriter
@@ -181,7 +182,8 @@ class Generator:
         name = f"{self.name}_{len(self.launches)}"
         signature = {slot.name: dtypes.pointer(self._stored(slot)) for slot in (*reads, *writes)}
         symbols = region_symbols(self.region)
-        signature.update(dict.fromkeys(symbols, "i32" if self.kind == "int32" else "i64"))
+        kind = "i32" if self.kind == "int32" else "i64"
+        signature.update({size_name(s): kind for s in symbols})
         if program.checks:
             signature["status"] = "*i32"
         signature.update({one.name: one.type for one in program.maps})

@@ -1,0 +1,96 @@
+"""Gives products of two computed tensors to the kernel generator, with what is around them.
+
+Elementwise ops behind the product ride along, views that turn the result become addresses of its
+stores, and operands are read through their views. The generator says where the library and a kernel
+for the rest are faster. Contract: exact (the kernel's region is the ops it replaces).
+
+    %1 = "accel.matmul"(%q, %k)             %4 = "accel.kernel"(%q, %k, %m) ({
+    %2 = "accel.mul"(%1, %scale)      ->      matmul, mul, add, permute
+    %3 = "accel.add"(%2, %m)                }) {kind = "batched", ...}
+    %4 = "accel.permute"(%3)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from accel.ir.capability import KernelGenerator
+from accel.ir.module import Function, Module, Op, Value
+from accel.ir.op import Trait
+from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
+from accel.passes.outline import elementwise_epilogue, finish_outline, is_full, outline
+
+KIND = "batched"
+
+
+@register_pass
+@dataclass
+class SelectBatched(Pass):
+    """Outlines matmul. `max_epilogue` bounds the ops taken along after one."""
+
+    name: ClassVar[str] = "select_batched"
+    contract: ClassVar[Contract] = EXACT
+
+    max_epilogue: int = 6
+
+    def run(self, module: Module, context: Context) -> None:
+        if context.generator is None:
+            return
+        for function in module.functions.values():
+            order = {op: i for i, op in enumerate(function.ops)}
+            for op in function.ops:
+                if op.name == "matmul":
+                    self._select(op, function, context, context.generator, order)
+
+    def _select(
+        self,
+        op: Op,
+        function: Function,
+        context: Context,
+        generator: KernelGenerator,
+        order: dict[Op, int],
+    ) -> None:
+        reason = generator.supports_anchor(op, KIND)
+        if reason is not None:
+            context.miss(self.name, op, reason)
+            return
+        ops = [op, *elementwise_epilogue(op, generator, self.max_epilogue)]
+        ops += _turns(ops[-1].result, generator)
+        before = [v for value in op.operands for v in _maps(value, generator)]
+        kind, reason = generator.product_kind(op, [*before, *ops])
+        if reason is not None:
+            context.miss(self.name, op, reason)
+            return
+        if not context.rewrite(self.name, op):
+            return
+        attributes = {"backend": generator.name, "kind": kind}
+        kernel = outline(ops, "kernel", attributes, self.name, duplicate=before, inline=is_full)
+        last = ops[-1]
+        function.body.insert_before(kernel, last)
+        order[kernel] = order[last]
+        finish_outline(kernel, ops)
+
+
+def _maps(value: Value, generator: KernelGenerator) -> list[Op]:
+    """The index maps that an operand is read through; copies of repeated rows stay outside."""
+    found: list[Op] = []
+    while (op := value.op) is not None and op.has(Trait.VIEW) and len(op.operands) == 1:
+        if generator.supports(op) is not None:
+            break
+        found.append(op)
+        value = op.operands[0]
+    return found
+
+
+def _turns(value: Value, generator: KernelGenerator) -> list[Op]:
+    """Views behind a value that reorder it, and reshapes among them; none without a permutation."""
+    found: list[Op] = []
+    while (user := value.single_user) is not None and user.name in ("permute", "reshape"):
+        if generator.supports(user) is not None:
+            break
+        found.append(user)
+        value = user.result
+    while found and found[-1].name == "reshape":
+        found.pop()
+    return found
