@@ -274,6 +274,12 @@ class _Language:
     def full(self, shape: Sequence[int], value: Any, dtype: Any, layout: object = None) -> Any:
         return triton_language.full(shape, value, dtype)
 
+    def inline_asm_elementwise(
+        self, code: str, constraints: str, args: Sequence[Any], dtype: Any, is_pure: bool, pack: int
+    ) -> Any:
+        assert code.startswith("cvt.rn.") and pack == 2, "another instruction than a rounding"
+        return args[0].to(dtype)
+
     def convert_layout(self, value: Any, layout: object) -> Any:
         return value
 

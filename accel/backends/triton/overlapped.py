@@ -33,6 +33,7 @@ from accel.backends.triton.emitter import Scope
 from accel.backends.triton.maps import MapCode, Matrix, matrix
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.product_loop import MatmulWriter
+from accel.backends.triton.pairs import pairwise
 from accel.backends.triton.product_plan import Plan
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
@@ -147,9 +148,11 @@ class OverlappedWriter(MatmulWriter):
         used = list(emitter.used)
         reads = [self.left.value, *(m.value for m in self.right), *used]
         shared = self._shared(used)
-        helpers = [self._constants(programs), self._place_source(), self._bring_source(),
+        roundings, code = pairwise(before.source())
+        helpers = [self._constants(programs), *roundings, self._place_source(),
+                   self._bring_source(),
                    f"@gluon.jit\ndef multiply(which: tl.constexpr, left, right, out, ready, free, "
-                   f"turn, arrived, {shared}):\n{self._layouts()}\n{before.source()}\n",
+                   f"turn, arrived, {shared}):\n{self._layouts()}\n{code}\n",
                   ]  # fmt: skip
         return Program(self._main(shared), helpers, {}, programs, _WARPS,
                        list(dict.fromkeys(reads)), emitter.checks, tuple(self.maps),
