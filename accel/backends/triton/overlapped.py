@@ -32,8 +32,8 @@ from accel.backends.triton.addresses import size_name, size_text
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.maps import MapCode, Matrix, matrix
 from accel.backends.triton.operands import StoredOperands
-from accel.backends.triton.product_loop import MatmulWriter
 from accel.backends.triton.pairs import pairwise
+from accel.backends.triton.product_loop import MatmulWriter
 from accel.backends.triton.product_plan import Plan
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
