@@ -165,6 +165,13 @@ def test_random_routings(worker: Worker, seed: int) -> None:
     check(worker, (types, lambda b, x, w, e: b.expert_linear(x, w, e)), count, None)
 
 
+def test_rows_of_several_programs_that_sort(worker: Worker) -> None:
+    torch.manual_seed(3)
+    types = [typed(BF16, 5000, 16), typed(BF16, 9, 16, 16), typed(I32, 5000)]
+    tile = MatmulTile(128, 16, 16, 4, 2)
+    check(worker, (types, lambda b, x, w, e: b.expert_linear(x, w, e)), 9, tile)
+
+
 def test_most_tiles_is_what_the_worst_routing_makes() -> None:
     for rows, count, height in ((7, 3, 4), (64, 8, 16), (3, 8, 16), (100, 1, 16)):
         worst = 0

@@ -30,8 +30,8 @@ from accel.backends.triton.tiles import next_power, parts_of
 from accel.ir.types import Dim, product, simplify_dim
 
 ROWS_OK = "row_ok"
-_CHUNK = 128  # rows of a program that sorts
-_STEP = 1024  # rows that it counts at a time
+_CHUNK = 256  # rows of a program that sorts
+_STEP = 2048  # rows that it counts at a time
 
 
 class _ExpertRows(MatmulWriter):
@@ -231,15 +231,15 @@ def routing(plan: ExpertPlan, emitter: Emitter, rows: Dim, experts: int) -> Prog
     block.line("before = tl.zeros([BINS], tl.int32)")
     body = Block(block.names)
     with emitter.inside(Scope(body, frozenset())):
-        body.line("other = start + tl.arange(0, STEP)")
-        body.line(f"known = other < {count}")
-        number = expert_of(plan, emitter, "other", COL, "known")
-        body.line(f"fits = known & ({number} >= 0) & ({number} < {experts})")
-        body.line(f"expert_all = tl.where(fits, {number}, {experts}).to(tl.int32)")
-        body.line("total += tl.histogram(expert_all, BINS)")
-        body.line(f"earlier = tl.where(other < part * CHUNK, expert_all, {experts})")
-        body.line("before += tl.histogram(earlier, BINS)")
+        counted(plan, emitter, "start", count, experts)
+        body.line("some = tl.histogram(number_all, BINS)")
+        body.line("total += some")
+        body.line("before += tl.where(start + STEP <= part * CHUNK, some, 0)")
     block.nest(f"for start in range(0, {count}, STEP):", body)
+    block.line("split = part * CHUNK // STEP * STEP")
+    counted(plan, emitter, "split", count, experts)
+    block.line(f"earlier = tl.where(other < part * CHUNK, number_all, {experts})")
+    block.line("before += tl.histogram(earlier, BINS)")
     block.line("ends = tl.cumsum(total, 0)")
     block.line("place = ends - total + before")
     block.line("mine = part * CHUNK + tl.arange(0, CHUNK)")
@@ -257,8 +257,18 @@ def routing(plan: ExpertPlan, emitter: Emitter, rows: Dim, experts: int) -> Prog
     block.line("tl.store(t0 + low + rank, mine, mask=placed)")
     block.line("tl.store(t1 + bin, ends, mask=(bin >= 0) & (part == 0))")
     constants = {"CHUNK": _CHUNK, "STEP": _STEP, "BINS": bins(experts)}
-    return Program(block.source(), [], constants, parts_of(rows, _CHUNK), 4,
+    return Program(block.source(), [], constants, parts_of(rows, _CHUNK), 8,
                    list(emitter.used), True)  # fmt: skip
+
+
+def counted(plan: ExpertPlan, emitter: Emitter, start: str, rows: str, experts: int) -> None:
+    """The experts of STEP rows from `start` on; what is none counts as one more."""
+    block = emitter.block
+    block.line(f"other = {start} + tl.arange(0, STEP)")
+    block.line(f"known = other < {rows}")
+    number = expert_of(plan, emitter, "other", COL, "known")
+    block.line(f"fits = known & ({number} >= 0) & ({number} < {experts})")
+    block.line(f"number_all = tl.where(fits, {number}, {experts}).to(tl.int32)")
 
 
 __all__ = ["FewWriter", "ManyWriter", "most_tiles", "routing"]
