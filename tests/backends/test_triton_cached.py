@@ -229,6 +229,38 @@ def test_updates_write_the_new_rows_and_nothing_else(
                 assert torch.equal(got, right)
 
 
+@pytest.mark.parametrize("batch", [3, symbol("b")], ids=str)
+@pytest.mark.parametrize("ring", [False, True])
+def test_updates_at_a_place_for_each_row(batch: Dim, ring: bool, worker: Worker) -> None:
+    torch.manual_seed(0)
+    types = [
+        TensorType((batch, 3, 24, 8), torch.float16),
+        TensorType((batch, 2, 24), torch.float16),
+    ]
+    types += [TensorType((batch, 3, 2, 8), torch.float16), TensorType((batch,), torch.int64)]
+
+    def build(b: Builder, keys: Value, small: Value, new: Value, at: Value) -> list[Value]:
+        part = b.reshape(b.slice(b.slice(new, axis=1, start=0, stop=1), axis=3, start=0, stop=2),
+                         shape=(batch, 2, 2))  # fmt: skip
+        later = b.add(at, b.scalar(1, torch.int64))
+        made = [b.dynamic_update(keys, new, at, axis=2, ring=ring)]
+        return [*made, b.dynamic_update(small, part, later, axis=2, ring=ring)]
+
+    function = function_of(types, build)
+    if not isinstance(batch, int):
+        function.symbols = {"b": SymbolInfo(1, None)}
+    run = InterpretedKernels([function], worker, ["update"])
+    for places in ([0, 21, 7], [5, 5, 5], *([[23, 0, 100]] if ring else [])):
+        inputs = [torch.randn(3, 3, 24, 8).half(), torch.randn(3, 2, 24).half()]
+        inputs += [torch.randn(3, 3, 2, 8).half(), torch.tensor(places)]
+        wanted = interpret(function, [x.clone() for x in inputs])
+        for got, right in zip(run(0, inputs), wanted, strict=True):
+            assert torch.equal(got, right)
+    if not ring:
+        with pytest.raises(IndexFailure):
+            run(0, [*inputs[:3], torch.tensor([1, 23, 0])])
+
+
 def test_what_it_does_not_take_is_said() -> None:
     def reason(case: Case) -> str | None:
         op = next(o for o in case.function().ops if o.name == "cached_attention")

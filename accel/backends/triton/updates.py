@@ -13,9 +13,10 @@ import sympy
 
 from accel.backends.loops.index import Affine
 from accel.backends.loops.phases import Phase, Place, Store
+from accel.backends.loops.trace import Tracer
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
-from accel.backends.triton.program import ProgramWriter
+from accel.backends.triton.program import Program, ProgramWriter
 from accel.errors import BackendError
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Region, Value
@@ -43,7 +44,12 @@ class _UpdateWriter(ProgramWriter):
         updates: dict[int, Op],
     ) -> None:
         self.updates = updates
+        self.writing = False  # else a survey: there are no loops yet
         super().__init__(phase, emitter, targets, sms)
+
+    def write(self) -> Program:
+        self.writing = True
+        return super().write()
 
     def _address(self, store: Store) -> Affine:
         op = self.updates[store.place.number]
@@ -52,7 +58,8 @@ class _UpdateWriter(ProgramWriter):
         ring = bool(op.attribute("ring"))
         room = _LARGEST_POSITION if ring else state.shape[axis] - source.shape[axis]
         each = store.index[:1] if start.shape else ()  # a position for each row
-        first = self.emitter.lookup(start, each, 0, room, wrap=0, clamp=False)
+        tracer: Tracer = self.survey if each and not self.writing else self.emitter
+        first = tracer.lookup(start, each, 0, room, wrap=0, clamp=False)
         index = list(store.index)
         index[axis] = index[axis].plus(first)
         if ring:
