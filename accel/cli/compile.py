@@ -30,7 +30,7 @@ Extend: TypeAlias = Annotated[
 ]
 KvCache: TypeAlias = Annotated[
     str,
-    typer.Option("--kv-cache", help="With --generate: int8, fp8, int4, paged, or their passes."),
+    typer.Option("--kv-cache", help="With --generate: int8, fp8, int4, paged, sinks, or passes."),
 ]
 Undo: TypeAlias = Annotated[
     bool, typer.Option("--undo", help="Take back a lossy pass that is past its bound.")

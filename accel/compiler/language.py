@@ -84,9 +84,10 @@ def compile_generator(
         batch: texts that run together, of equal or unequal length; 0 for any number.
         extend: also compile @extend, which runs up to so many tokens at once: speculation with n
             tokens needs n + 1, and prompts may then run in pieces.
-        cache: what keys and values are kept as: a list of "int8", "fp8", "int4" and "paged"
-            ("int8,paged"), or of passes with their options ("quantize_cache{format=int4,group=16}",
-            "page_cache{page=32,pages=100}"): see `accel.passes.cache_kinds`.
+        cache: what keys and values are kept as: a list of "int8", "fp8", "int4", "paged"
+            ("int8,paged"), or "sinks", or of passes with their options
+            ("quantize_cache{format=int4,group=16}", "page_cache{page=32,pages=100}"): see
+            `accel.passes.cache_kinds`.
         target, options: as for `accel.compile`; techniques in `options.passes` apply to both
             functions.
         tokenizer: of `transformers`; carried along, so that the model takes and gives text.

@@ -21,7 +21,10 @@ KINDS = {
     "fp8": "quantize_cache{format=fp8}",
     "int4": "quantize_cache{format=int4}",
     "paged": "page_cache",
+    "sinks": "stream_cache",
 }
+# What keeps another set of tokens than all of them leaves nothing for the others to work on.
+_ALONE = ("stream_cache",)
 
 
 def cache_passes(text: str) -> tuple[list[Pass], list[Pass]]:
@@ -40,5 +43,13 @@ def cache_passes(text: str) -> tuple[list[Pass], list[Pass]]:
     for kind in {type(p) for p in passes if p.name.endswith("_cache")}:
         if sum(isinstance(p, kind) for p in passes) > 1:
             raise OptionError(f"the cache '{text}' names {kind.name} twice")
-    after = [p for p in passes if isinstance(p, PageCache)]
+    for p in passes:
+        if p.name in _ALONE and len(passes) > 1:
+            others = ", ".join(o.name for o in passes if o is not p)
+            raise OptionError(
+                f"the cache '{text}' contradicts itself: {p.name} keeps tokens its own way, and "
+                f"{others} cannot be added to that",
+                advice="choose one of them",
+            )
+    after: list[Pass] = [p for p in passes if isinstance(p, PageCache)]
     return [p for p in passes if p not in after], after

@@ -135,7 +135,8 @@ class _Model:
         self.ids, self.length = _ids(main)
         self.others = [a for a in main.args if a is not self.ids]
         limit = main.symbols[self.length.name].max
-        if limit is not None and self.capacity > limit:
+        streams = all(op.name != "attention" for op in main.ops)  # places stay within the cache
+        if limit is not None and self.capacity > limit and not streams:
             raise OptionError(
                 f"insert_kv_cache: a cache of {self.capacity} positions, and the model takes "
                 f"{limit}"

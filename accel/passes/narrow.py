@@ -348,6 +348,7 @@ _RULES: dict[str, Callable[[Narrow, Op, Axes], Plan | None]] = {
     "index": Narrow._index,
     "gather": Narrow._index,
     "attention": Narrow._attention,
+    "streaming_attention": Narrow._attention,
 }
 
 

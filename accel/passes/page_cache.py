@@ -181,12 +181,12 @@ def _page_bytes(cache: Value, page: int) -> int:
 def _check_item(item: dict[str, Any]) -> None:
     """Only what is kept of every token has pages."""
     name = item["name"]
-    if item.get("ring"):
+    if item.get("ring") and "sinks" not in item:
         raise OptionError(
             f"{PageCache.name}: '{name}' is a ring, which is as small as its window already",
             advice="insert_kv_cache{rings=false} keeps whole texts, of which pages are made",
         )
-    if item["kind"] != "tokens" or item.get("sinks"):
+    if item["kind"] != "tokens" or "sinks" in item:
         raise OptionError(
             f"{PageCache.name}: '{name}' ({item['kind']}) is not kept token by token",
             advice="models and caches with such state have no pages",

@@ -4,7 +4,8 @@ An item is found while @decode is built (`accel.passes.windows`) and has one ten
 a result of @prefill, @decode and @extend, donated, in the order of `State.items`:
 
     tokens   a value of @main that attention reads, along `axis` all tokens so far, or in a ring
-             of fewer slots the last ones: position p in slot p modulo the number of slots
+             of fewer slots the last ones: position p in slot p modulo the number of slots; with
+             `sinks`, that many first tokens, then a ring of the others (`accel.passes.streaming`)
     window   the last few tokens' values of what a convolution or a shift reads
     carry    what a loop over the tokens (`accel.scan`) hands on
     sum      the sum of what a running sum has seen
@@ -31,6 +32,7 @@ class Item:
         type: of the tensor.
         axis: along which tokens lie; -1 where none do.
         ring: whether a token's slot is its position modulo the number of slots.
+        streams: whether `sinks` first tokens stay, in front of the ring.
     """
 
     name: str
@@ -39,12 +41,16 @@ class Item:
     type: TensorType
     axis: int = -1
     ring: bool = False
+    streams: bool = False
+    sinks: int = 0
 
     def describe(self) -> dict[str, Any]:
         """As JSON, for the runtime and for checks."""
         facts: dict[str, Any] = {"name": self.name, "kind": self.kind, "axis": self.axis}
         if self.ring:
             facts["ring"] = True
+        if self.streams:
+            facts["sinks"] = self.sinks
         return facts
 
 

@@ -11,7 +11,7 @@ from accel.errors import CaptureError
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Value
 from accel.ir.types import Dim, TensorType, same_dim, simplify_dim
-from accel.passes import recurrent, routing
+from accel.passes import recurrent, routing, streaming
 from accel.passes.narrow import WHOLE, Axes, Emit, Narrow, Plan, made_by, stored
 from accel.passes.state import Held, Item, State
 from accel.passes.token_wise import is_prefix_stable
@@ -44,6 +44,8 @@ class LastToken(Narrow):
         return self.clone(op, rows=1, **moved)
 
     def attend(self, op: Op) -> Plan:
+        if op.name == "streaming_attention":
+            return streaming.last_token(self, op)
         q, k, v, mask, sinks = op.arguments()
         needs = [(q, frozenset((2,))), (k, WHOLE), (v, WHOLE)]
         if mask is not None:
@@ -64,6 +66,8 @@ class LastToken(Narrow):
 
     def whole(self, value: Value) -> Plan:
         op = made_by(value)
+        if op.name == "streaming_attention":
+            return Plan([(v, WHOLE) for v in op.operands], streaming.parts(self, op))
         return Plan([(v, WHOLE) for v in op.operands], self.clone(op))
 
     def otherwise(self, value: Value, axes: Axes) -> Plan:
@@ -84,7 +88,9 @@ class LastToken(Narrow):
         """An item of the state after the text; its value is there, whole."""
         b, whole = self.b, self.made[item.value, WHOLE]
         made = whole
-        if item.kind == "tokens":
+        if item.streams:
+            made = streaming.kept(self, item)
+        elif item.kind == "tokens":
             made = b.dynamic_update(before, whole, zero, axis=item.axis, ring=item.ring)
         elif item.kind == "window":
             kept, none = before.shape[item.axis], [0] * len(before.shape)
@@ -137,6 +143,8 @@ class NextTokens(Narrow):
         """`slots`: how many tokens are kept of each value that attention reads."""
         self.position, self.held, self.items, self.slots = position, held, items, slots
         self._places: dict[tuple[str, Dim], Value] = {}
+        self._firsts: dict[int, NextTokens] = {}
+        self.streams: dict[tuple[int, int], streaming.Places] = {}
         self.made[self.ids, self.sequence_axes(self.ids)] = ids
 
     def place(self, b: Builder, dtype: torch.dtype, offset: Dim = 0) -> Value:
@@ -185,7 +193,19 @@ class NextTokens(Narrow):
 
         return emit
 
+    def first_tokens(self, value: Value, count: int) -> Value:
+        """A value at positions 0 to count - 1; no token may have a say in it."""
+        if count not in self._firsts:
+            sizes, total = self.sizes, self.total
+            first = NextTokens(self.main, self.ids, self.b, self.length, sizes, total, count)
+            first.position = self.b.scalar(0, torch.int64)
+            first._places = {}
+            self._firsts[count] = first
+        return self._firsts[count](value)
+
     def attend(self, op: Op) -> Plan:
+        if op.name == "streaming_attention":
+            return streaming.next_token(self, op)
         q, k, v, mask, sinks = op.arguments()
         row = frozenset((2,))
         rows = [(q, row)]

@@ -186,7 +186,7 @@ class PagedLoop(TokenLoop):
 
     def prefill(self, ids: Tensor, state: State, chunk: int = 0) -> tuple[Tensor, State]:
         assert isinstance(state, PagedState)
-        rows, count = ids.shape
+        count = ids.shape[1]
         keys = [] if self.fixed else [self._keys(row) for row in ids.tolist()]
         with self.pool.lock:
             shared = self._share(ids, state, keys) if self._extend is not None else 0

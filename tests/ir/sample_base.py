@@ -189,7 +189,8 @@ def draw(operand: Operand, generator: torch.Generator) -> Tensor:
     Kinds: normal; special (normal with NaN, infinities and zeros); positive; unit (-0.95..0.95);
     above1; probability (0..1); nonzero (integers never 0); small (integers 0..6); index:N (0..N-1);
     signed_index:N (-N..N-1); distinct:N (different indices along the last axis); ascending;
-    slots:N:M (N ascending places of M); log_probability.
+    slots:N:M (N ascending places of M); log_probability; turns:cos:half (cosines, or sin, of rotary
+    angles that are quarter turns, for pairs as in that style, or interleaved).
     """
     shape = tuple(int(d) for d in operand.type.shape)
     dtype = value_dtype(operand.type.dtype)
@@ -202,6 +203,8 @@ def draw(operand: Operand, generator: torch.Generator) -> Tensor:
         return torch.randint(low, high, shape, generator=generator).to(dtype)
     if kind in ("distinct", "slots"):
         return _ordered_indices(kind, shape, [int(n) for n in numbers], generator).to(dtype)
+    if kind == "turns":
+        return _quarter_turns(shape, *numbers).to(dtype)
     if operand.type.dtype in SUB_BYTE_BITS:
         bits = SUB_BYTE_BITS[operand.type.dtype]
         low = 0 if dtype == torch.uint8 else -(1 << (bits - 1))
@@ -223,6 +226,15 @@ def _ordered_indices(
         or [torch.zeros(count, dtype=torch.int64)]
     )[:rows]
     return (made if kind == "distinct" else made.sort(-1).values).reshape(shape)
+
+
+def _quarter_turns(shape: tuple[int, ...], function: str, style: str) -> Tensor:
+    """Cosines or sines [..., positions, pairs * 2], exact in every dtype."""
+    half = shape[-1] // 2
+    pair = torch.arange(shape[-1]) % half if style == "half" else torch.arange(shape[-1]) // 2
+    quarters = torch.arange(shape[-2])[:, None] * (pair + 1)
+    values = torch.tensor([1.0, 0.0, -1.0, 0.0])
+    return values[(quarters - int(function == "sin")) % 4].expand(shape).clone()
 
 
 def _integers(

@@ -178,6 +178,22 @@ def _(d: Sizes, dtype: torch.dtype) -> Cases:
     yield sample([several, *pools, at, t(dtype, 4, 1, 12), t(dtype, 4)], scale=0.2)
 
 
+@samples("streaming_attention")
+def _(d: Sizes, dtype: torch.dtype) -> Cases:
+    q, k, v = t(dtype, d.b, 4, d.n, 8), t(dtype, d.b, 2, d.n, 8), t(dtype, d.b, 2, d.n, 6)
+    # Real angles: with other numbers scores would depend on more than distances.
+    half, pairs = (
+        [t(dtype, 9, 8, kind=f"turns:{f}:{style}") for f in ("cos", "sin")]
+        for style in ("half", "interleaved")
+    )
+    last = [t(dtype, d.b, 4, 2, 8), t(dtype, d.b, 2, 9, 8), t(dtype, d.b, 2, 9, 8)]
+    yield sample([*last, *half], scale=0.35, sinks=2, window=3)
+    yield sample([*last, *pairs], scale=0.35, sinks=0, window=4, style="interleaved")
+    yield sample([t(dtype, d.b, 2, 9, 8), *last[1:], *half], scale=0.3, sinks=3, window=1)
+    short = [t(dtype, 1, d.n, 8, kind=f"turns:{f}:half") for f in ("cos", "sin")]
+    yield sample([q, k, v, *short], scale=0.35, sinks=1, window=20, softcap=2.5)
+
+
 @samples("flash_attention")
 def _(d: Sizes, dtype: torch.dtype) -> Cases:
     q, kv = t(dtype, d.b, 3, d.n, 8), t(dtype, d.b, 3, d.k, 8)

@@ -13,6 +13,7 @@ norm         softmax, layer_norm, rms_norm, group_norm, batch_norm
 attention    attention, rope
 flash        attention for training, and its gradients
 pages        paged caches: tokens found through a table
+streaming    attention to the first and the last tokens
 pool         pooling, upsampling, grid sampling
 training     forward ops that also return what their backward needs, and losses
 activation_backward, norm_backward, backward   the backward ops of training graphs
@@ -39,6 +40,7 @@ from accel.ir.ops import (
     reduce,
     scan,
     shape,
+    streaming,
     structural,
     training,
 )
@@ -62,6 +64,7 @@ __all__ = [
     "reduce",
     "scan",
     "shape",
+    "streaming",
     "structural",
     "training",
 ]
