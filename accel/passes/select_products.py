@@ -4,7 +4,8 @@ A linear over one row reads its weight once for one multiplication an element: m
 and a generated kernel that decodes a compressed weight as it reads it moves a quarter (int8) or an
 eighth (int4) of the bytes. A few rows share the decoding. What is around the product rides along
 where the generator takes it: elementwise ops after it, the join of a merged linear's two halves
-(gate times up), a norm before it. The generator says when a vendor's product is faster.
+(gate times up), a norm before it, the rotary embedding of its heads (`rotated`). The generator says
+when a vendor's product is faster.
 Contract: exact (the kernel's region is the ops it replaces).
 
     %1 = "accel.dequantize"(%q, %s)         %2 = "accel.kernel"(%x, %q, %s) ({
@@ -23,6 +24,7 @@ from accel.ir.op import Trait
 from accel.ir.types import same_shape
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.outline import elementwise_epilogue, finish_outline, is_full, outline
+from accel.passes.rotated import rotation_of
 
 _FEW = 16  # a factor that scales fewer elements is no small thing to read
 
@@ -68,6 +70,8 @@ class SelectProducts(Pass):
             if reason is not None:
                 context.miss(self.name, op, f"accel.{step.name}: {reason}")
                 return
+        if not decoding and self._take_rotation(op, context, generator, order):
+            return
         halves = halves_of(op, generator)
         last = halves[-1] if halves else op
         ops = [op, *halves, *elementwise_epilogue(last, generator, self.max_epilogue)]
@@ -89,6 +93,29 @@ class SelectProducts(Pass):
         function.body.insert_before(kernel, last)
         order[kernel] = order[last]
         finish_outline(kernel, ops)
+
+    def _take_rotation(
+        self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
+    ) -> bool:
+        """Takes in the rotary embedding of the heads that a linear computes, if that pays."""
+        found = rotation_of(op, order)
+        if found is None:
+            return False
+        kind, reason = generator.product_kind(op, [op, *found.ropes])
+        if kind != "matmul" or reason is not None:
+            if kind == "matmul":
+                context.miss(self.name, op, f"with the rotary embedding after it: {reason}")
+            return False
+        if not context.rewrite(self.name, op):
+            return False
+        ops = [op, *found.join(self.name)]
+        attributes = {"backend": generator.name, "kind": kind}
+        kernel = outline(ops, "kernel", attributes, self.name, inline=is_full)
+        assert op.parent is not None
+        op.parent.insert_before(kernel, found.first)
+        order[kernel] = order[op]
+        finish_outline(kernel, ops)
+        return True
 
 
 def _norm(op: Op, generator: KernelGenerator) -> list[Op]:

@@ -164,3 +164,44 @@ def test_what_scales_channels_rides_along_with_a_product_of_many_rows() -> None:
     assert selected(program(scaled, image, many), TritonBackend()) == []
     twice = program(lambda b, x, s: scaled(b, x, s, others=True), image, factors)
     assert selected(twice, TritonBackend()) == []
+
+
+class TakesAll(TritonBackend):
+    """Leaves no product to a library."""
+
+    def product_kind(self, op: Any, members: Any) -> tuple[str, str | None]:
+        return super().product_kind(op, members)[0], None
+
+
+def attention_of(b: Any, x: Any, cos: Any, sin: Any, *, late: bool = False) -> Any:
+    """Four heads of queries, two of keys and of values; `late`: other cosines for the keys."""
+    y = b.linear(x, b.weight(torch.randn(128, 64).bfloat16()))
+
+    def heads(start: int, stop: int) -> Any:
+        part = b.slice(y, axis=2, start=start, stop=stop)
+        split = b.reshape(part, shape=(2, 96, (stop - start) // 16, 16))
+        return b.permute(split, axes=(0, 2, 1, 3))
+
+    q = b.rope(heads(0, 64), cos, sin)
+    k = b.rope(heads(64, 96), b.neg(cos) if late else cos, sin)
+    return q, k, heads(96, 128)
+
+
+ROTATED = [t(2, 96, 64, dtype=torch.bfloat16), *[t(1, 96, 16, dtype=torch.bfloat16)] * 2]
+
+
+def test_a_projection_takes_the_rotary_embedding_of_its_heads() -> None:
+    module = program(attention_of, *ROTATED)
+    inputs = [torch.randn(*a.shape).bfloat16() for a in ROTATED]
+    before = interpret(module.main, inputs, module.weights)
+    (ops,) = selected(module, TakesAll("sm_90"))
+    assert ops.count("rope") == 1 and ops[0] == "linear" and ops[-1] == "cat"
+    assert all(op.name != "rope" for op in module.main.ops)
+    for one, other in zip(before, interpret(module.main, inputs, module.weights), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_a_projection_keeps_away_what_is_turned_otherwise(arch: str) -> None:
+    module = program(lambda b, *a: attention_of(b, *a, late=True), *ROTATED)
+    assert selected(module, TakesAll(arch)) == [["linear"]]

@@ -39,6 +39,7 @@ from accel.backends.triton.product_loop import MatmulWriter
 from accel.backends.triton.product_plan import MatmulTile, plan, tensor_core_reason
 from accel.backends.triton.tiles import next_power
 from accel.ir.module import Op, Region, Value
+from accel.ir.op import Trait
 from accel.ir.types import Dim, product
 
 
@@ -84,11 +85,10 @@ def choose_tile(kernel: Op, sms: int, capability: int) -> Tile | None:
         return None
     given, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
     rows = given if isinstance(given, int) else _SYMBOLIC_ROWS
-    rest = [o for o in ops if o not in (op, ops[-1]) and o.name != "slice"]
-    tile = choose_overlapped(rows, columns, depth, rest, sms)
+    tile = choose_overlapped(rows, columns, depth, _rest(ops), sms)
     if not fills(rows, columns, tile, sms):
         return None
-    halves = 1 + any(o.name == "slice" for o in ops)
+    halves = _halves(ops)
     return Either(tile, choose(given, columns // halves, depth, halves, sms))
 
 
@@ -98,7 +98,7 @@ def candidates(kernel: Op, sms: int) -> list[Tile]:
     x, weight, _ = op.arguments()
     rows, columns = product(x.shape[:-1]), int(weight.shape[0])
     tallest = max(16, next_power(rows)) if isinstance(rows, int) else 256
-    halves = 1 + any(o.name == "slice" for o in kernel.regions[0].ops)
+    halves = _halves(list(kernel.regions[0].ops))
     depth = max(16, next_power(int(x.shape[-1])))
     loops: list[Tile] = [
         MatmulTile(height, width // halves, min(span, depth), warps, stages)
@@ -144,7 +144,7 @@ _FEW_ROWS = 32  # tiles no taller than this: the weight's stream is the limit
 # FLOP/s of 16-bit products in the plain loop, and the library's beside it, measured on an H200.
 _LIBRARY_RATE, _OWN_RATE = 580e12, 380e12
 _DEFAULT_SMS = 132
-_FEW_TOKENS, _MANY_TOKENS = 512, 4096  # what an unknown number of rows may be
+_TOKENS = (512, 1024, 2048, 4096)  # what an unknown number of rows may be
 _SLACK = 1.3  # arithmetic and memory overlap: up to here the epilogue saves more than it costs
 
 
@@ -159,8 +159,8 @@ def saves(op: Op, members: Sequence[Op], sms: int, capability: int) -> str | Non
     rest = [m for m in members if m is not op and m.name != "slice"]
     scaled = any(m.result is x for m in members)  # which TMA cannot bring
     if rest and not scaled and capability == OverlappedTile.capability and _may_overlap(x, weight):
-        many = (rows,) if isinstance(rows, int) else (_FEW_TOKENS, _MANY_TOKENS)
-        if all(_overlapped_pays(n, columns, depth, x, members, sms) for n in many):
+        many = (rows,) if isinstance(rows, int) else _TOKENS
+        if _overlapped_pays(many, columns, depth, x, members, sms):
             return None
     return _loop_saves(op, members, rows, columns, depth, sms)
 
@@ -173,15 +173,29 @@ def _may_overlap(x: Value, weight: Value) -> bool:
 
 
 def _overlapped_pays(
-    rows: int, columns: int, depth: int, x: Value, members: Sequence[Op], sms: int
+    many: Sequence[int], columns: int, depth: int, x: Value, members: Sequence[Op], sms: int
 ) -> bool:
-    rest = [m for m in members if m.name not in ("linear", "slice")]
-    halves = 1 + any(m.name == "slice" for m in members)
-    tile = choose_overlapped(rows, columns, depth, rest, sms)
-    own = overlapped_seconds(rows, columns, depth, tile, rest, sms)
-    apart = rest_seconds(rows, columns, halves, x.dtype.itemsize, rest)
-    library = library_seconds(rows, columns, depth, sms) + apart
-    return fills(rows, columns, tile, sms) and MARGIN * own < library
+    """Whether the kernels are faster for all these numbers of rows together."""
+    rest, halves = _rest(members), _halves(members)
+    own = library = 0.0
+    for rows in many:
+        tile = choose_overlapped(rows, columns, depth, rest, sms)
+        own += overlapped_seconds(rows, columns, depth, tile, rest, sms)
+        library += library_seconds(rows, columns, depth, sms)
+        library += rest_seconds(rows, columns, halves, x.dtype.itemsize, rest)
+    return fills(many[-1], columns, tile, sms) and MARGIN * own < library
+
+
+def _rest(ops: Sequence[Op]) -> list[Op]:
+    """What follows a linear, without index maps."""
+    maps = ("linear", "cat", "yield")
+    return [o for o in ops if o.name not in maps and not o.has(Trait.VIEW)]
+
+
+def _halves(ops: Sequence[Op]) -> int:
+    """Accumulators: two if both halves of the columns meet in one result."""
+    turned = any(o.name in ("rope", "cat") for o in ops)
+    return 1 if turned else 1 + any(o.name == "slice" for o in ops)
 
 
 def _loop_saves(
@@ -212,7 +226,7 @@ def _loop_saves(
         saved += LAUNCH + 2 * rows * depth * width / BANDWIDTH
     if lost >= saved:
         return f"cuBLAS saves {1e6 * lost:.1f} us, one kernel {1e6 * saved:.1f} us"
-    halves = 1 + any(m.name == "slice" for m in members)
+    halves = _halves(members)
     results = columns // halves
     tile = choose(rows, results, depth, halves, sms)
     count = -(-rows // tile.rows) * -(-results // tile.columns)
