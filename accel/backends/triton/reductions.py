@@ -135,7 +135,9 @@ class Reduction:
     def _places(self, place: Expr, mask: str, block: Block) -> Expr:
         text = str(dtypes.cast(place, "int64") if place.dims else solid_place(place))
         if mask:
-            text = f"tl.where({mask}, {text}, {_LAST})"
+            # A column is an int32 at first, whatever positions are computed in.
+            wide = f"({text}).to(tl.int64)" if place.dims else text
+            text = f"tl.where({mask}, {wide}, {_LAST})"
         text = f"tl.broadcast_to({text}, {self.tile.shape})"
         return block.let(text, "int64", self.tile.dims, "place")
 
