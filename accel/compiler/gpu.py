@@ -29,6 +29,7 @@ KERNEL_PIPELINE = (
     "select_products",
     "select_experts",
     "select_cached",
+    "flash_masks",
     "select_attention{masks=true}",
     "select_batched",
     "select_scans",

@@ -6,7 +6,8 @@ program of its own, and neither sees the other's values.
 `fuse_cross_entropy`: log-softmax and nll-loss with their gradients become a logsumexp a row, kept
 in float32, and one elementwise gradient: no tensor over all classes but the logits is kept, and
 none is made in float32. `pad_products`: products of 16-bit matrices with odd sizes (a vocabulary
-of 50257) are computed with whole vectors of 16 bytes, on GPUs; the padding is zeros.
+of 50257) are computed with whole vectors of 16 bytes, on GPUs; the padding is zeros. `own_masks`:
+both halves compute attention's masks of positions.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+
+from accel.frontends.joint_masks import own_masks
 
 _aten = torch.ops.aten
 _KEPT = ("stack_trace", "nn_module_stack", "partitioner_tag", "seq_nr", "autograd_backward")
@@ -32,7 +35,7 @@ def rewrite_joint(joint: fx.GraphModule) -> None:
     changed += _permute_transposes(joint.graph)
     if any(_on_gpu(node) for node in joint.graph.nodes if node.op == "placeholder"):
         changed += pad_products(joint.graph)
-    changed += fuse_cross_entropy(joint.graph)
+    changed += fuse_cross_entropy(joint.graph) + own_masks(joint.graph)
     if changed:
         joint.graph.eliminate_dead_code()
         joint.graph.lint()

@@ -35,7 +35,9 @@ class FlashLayout(Pass):
     contract: ClassVar[Contract] = EXACT
 
     def run(self, module: Module, context: Context) -> None:
-        for op in [o for o in module.walk() if o.name in _OPS]:
+        # Not those inside of kernels, which write any layout.
+        ops = [o for f in module.functions.values() for o in f.ops]
+        for op in [o for o in ops if o.name in _OPS]:
             turned = [v for v in op.results if v.type.rank == 4 and v.uses]
             if turned and context.rewrite(self.name, op):
                 self._turn(op, turned)
@@ -46,8 +48,9 @@ class FlashLayout(Pass):
         # All permutes first, next to the op: they become one call with it.
         b = Builder(before=op.next, location=op.location, made_by=self.name)
         turned = [b.permute(value, axes=_SWAP) for value in values]
-        for last, uses in zip(turned, users):
-            back = b.permute(last, axes=_SWAP)
+        # Made before anything is replaced: the next op may be one of these users.
+        backs = [b.permute(last, axes=_SWAP) for last in turned]
+        for last, back, uses in zip(turned, backs, users):
             for user, index in uses:
                 if user.name == "permute" and user.attributes["axes"] == _SWAP:
                     user.replace_with([last])

@@ -18,14 +18,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from accel.ir.capability import KernelGenerator
-from accel.ir.module import Function, Module, Op
+from accel.ir.module import Function, Module, Op, Value
 from accel.ir.op import Trait
 from accel.ir.types import same_dim
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.outline import finish_outline, outline
 
 # Ops that have a kind of kernel of their own name.
-KINDS = ("attention", "cached_attention")
+KINDS = ("attention", "cached_attention", "flash_attention", "flash_attention_backward")
+
+
+_MASKS = {"attention": 3, "flash_attention": 3, "flash_attention_backward": 6}
+_RANK = 4  # of queries, keys, values and results
 
 
 @register_pass
@@ -68,9 +72,10 @@ class SelectAttention(Pass):
         views = sorted(before, key=order.__getitem__)
         attributes = {"backend": generator.name, "kind": op.name}
         kernel = outline(ops, "kernel", attributes, self.name, duplicate=views)
-        last = ops[-1]
-        function.body.insert_before(kernel, last)
-        order[kernel] = order[last]
+        # Where it has several results, somebody may read one before the last view of another.
+        place = ops[-1] if len(op.results) == 1 else op
+        function.body.insert_before(kernel, place)
+        order[kernel] = order[place]
         finish_outline(kernel, ops)
 
 
@@ -93,9 +98,11 @@ def views_before(op: Op, generator: KernelGenerator) -> set[Op]:
 def mask_before(op: Op, generator: KernelGenerator, most: int = 24) -> set[Op]:
     """The ops that compute an attention's mask, if they are at most so many, elementwise or without
     operands, and read nothing that has an element for each pair of query and key."""
-    if op.name != "attention" or op.arguments()[3] is None:
+    number = _MASKS.get(op.name)
+    mask = None if number is None else op.arguments()[number]
+    if mask is None:
         return set()
-    q, k, _, mask, _ = op.arguments()
+    q, k = op.operands[1:3] if op.name == "flash_attention_backward" else op.operands[:2]
     found: set[Op] = set()
     pending, leaves = [mask], []
     while pending:
@@ -118,9 +125,14 @@ def _computes(op: Op, generator: KernelGenerator) -> bool:
 
 
 def views_after(op: Op, generator: KernelGenerator) -> list[Op]:
-    """The head merge: permutes and reshapes that nothing else comes between."""
+    """The head merge: permutes and reshapes that nothing else comes between; of each result that
+    is a tensor of heads."""
+    return [v for r in op.results if len(r.shape) == _RANK for v in _views_after(r, generator)]
+
+
+def _views_after(value: Value, generator: KernelGenerator) -> list[Op]:
     found: list[Op] = []
-    user = op.result.single_user
+    user = value.single_user
     while user is not None and user.name in ("permute", "reshape") and _is_view(user, generator):
         found.append(user)
         user = user.result.single_user

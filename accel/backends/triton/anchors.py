@@ -12,6 +12,7 @@ from typing import Any
 
 from accel.backends.triton import (
     attention,
+    attention_training,
     batched,
     cached,
     depthwise,
@@ -77,6 +78,16 @@ ANCHORS: dict[str, Anchor] = {
         attention.candidates,
         attention.choose,
         attention.library_reason,
+    ),
+    **dict.fromkeys(
+        attention_training.OPS,
+        Anchor(
+            attention_training.OPS,
+            attention_training.reason,
+            attention_training.generate,
+            attention_training.candidates,
+            library_reason=attention_training.library_reason,
+        ),
     ),
     "scan": Anchor(scan.OPS, scan.reason, scan.generate),
     "depthwise": Anchor(

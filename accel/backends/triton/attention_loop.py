@@ -27,6 +27,7 @@ from accel.backends.loops.survey import Survey
 from accel.backends.loops.trace import Index, broadcast_index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import decompose, size_text
+from accel.backends.triton.attention_op import facts_of
 from accel.backends.triton.attention_tiles import AttentionTile, Tile
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.operands import StoredOperands
@@ -110,18 +111,27 @@ class Span:
     tail: int = 0
 
 
+@dataclass(frozen=True)
+class Side:
+    """One side of a tile in memory: its variable, how many there are, its size and its index."""
+
+    name: str
+    extent: Dim
+    size: int
+    at: Affine
+
+
 class AttentionWriter:
     """Writes the one program of an attention kernel."""
 
     def __init__(self, plan: Plan, emitter: StoredOperands, target: str, tile: Tile):
         self.plan, self.emitter, self.target, self.tile = plan, emitter, target, tile
         self.op = plan.op
-        self.q, self.k, self.v, self.mask, self.sinks = plan.op.arguments()
+        self.facts = facts = facts_of(plan.op)
+        self.q, self.k, self.v, self.mask = facts.q, facts.k, facts.v, facts.mask
         self.queries, self.keys = self.q.shape[2], self.k.shape[2]
         self.depth, self.width = int(self.q.shape[3]), int(self.v.shape[3])
-        self.causal = bool(self.op.attribute("causal"))
-        self.window: int | None = self.op.attribute("window")
-        self.offset: Dim = self.op.attribute("offset")
+        self.causal, self.window, self.offset = facts.causal, facts.window, facts.offset
         self.factor = self._lazy_factor()
         self.precise = ', input_precision="ieee"' if self.q.dtype == torch.float32 else ""
         self.top = emitter.scopes[0]
@@ -190,7 +200,7 @@ class AttentionWriter:
             )
 
     def _start(self) -> None:
-        """The queries, and the state of the softmax: nothing seen yet."""
+        """The queries, and the axes of heads."""
         emitter, block = self.emitter, self.emitter.block
         block.line("across = tl.arange(0, DEPTH)[None, :]")
         self._bind(self.plan.query[3], "across", COL, self.depth, padded(self.depth))
@@ -201,6 +211,10 @@ class AttentionWriter:
         self._bind(self.plan.key[3], "depth", ROW, self.depth, padded(self.depth))
         block.line("col = tl.arange(0, WIDTH)[None, :]")
         self._bind(self.plan.column, "col", COL, self.width, padded(self.width))
+        self._sums(block)
+
+    def _sums(self, block: Block) -> None:
+        """The state of the softmax: nothing seen yet."""
         best, total = self._first_sum(block)
         block.line(f"best = tl.full([ROWS, 1], {best}, tl.float32)")
         block.line(f"total = tl.full([ROWS, 1], {total}, tl.float32)")
@@ -208,10 +222,10 @@ class AttentionWriter:
 
     def _first_sum(self, block: Block) -> tuple[str, str]:
         """The maximum and the sum before any key: none, or those of the sink."""
-        if self.sinks is None:
+        if self.facts.sinks is None:
             return 'float("-inf")', "0.0"
         with self.emitter.inside(Scope(block, frozenset(self.plan.outer))):
-            sink = self.emitter.element(self.sinks, (self.plan.place[1],))
+            sink = self.emitter.element(self.facts.sinks, (self.plan.place[1],))
             block.line(f"sink = {sink} * {_LOG2E!r}")
         return "sink", "1.0"
 
@@ -268,16 +282,20 @@ class AttentionWriter:
             keys = self._operand(self.k, plan.key, f"[DEPTH, {size}]")
             body.line(f"score = tl.dot(query, {keys}{self.precise})")
         with emitter.inside(Scope(body, known)):
-            self._scores(body, span, past)
+            self._scores(body, span, "key_ok" if past else "")
         self._softmax(body, span)
         inner = plan.value[2].axes | plan.column.axes
         with emitter.inside(Scope(body, frozenset((*plan.outer, *inner)))):
             body.line(f"place = start + tl.arange(0, {size})[:, None]")
             self._bind(plan.value[2], "place", ROW, extent, columns)
             values = self._operand(self.v, plan.value, f"[{size}, WIDTH]")
-            kind = dtypes.storage(self.v.dtype)
-            body.line(f"acc = tl.dot(weight.to(tl.{kind}), {values}, acc{self.precise})")
+            self._add(body, keys, values)
         emitter.addresses.groups, emitter.masks = bound, masks
+
+    def _add(self, body: Block, keys: Expr, values: Expr) -> None:
+        """The weighted values of a block."""
+        kind = dtypes.storage(self.v.dtype)
+        body.line(f"acc = tl.dot(weight.to(tl.{kind}), {values}, acc{self.precise})")
 
     def _operand(self, value: Value, index: Index, shape: str) -> Expr:
         """A tile as it is stored, 0 beyond the ends."""
@@ -293,19 +311,20 @@ class AttentionWriter:
     def _lazy_factor(self) -> float:
         """What scores are multiplied with on their way into `exp2`: one operation with the
         subtraction of the maximum. 1 where they are scaled before."""
-        scale = float(self.op.attribute("scale"))
+        scale = self.facts.scale
         biased = self.mask is not None and self.mask.dtype != torch.bool
-        if biased or self.op.attribute("softcap") is not None or scale <= 0:
+        if biased or self.facts.softcap is not None or scale <= 0:
             return 1.0
         return scale * _LOG2E
 
     def _scale_and_bias(self, body: Block) -> str:
         """Scale (in units of log 2), cap, bias; and the condition of a boolean mask, or ""."""
-        scale, cap = float(self.op.attribute("scale")), self.op.attribute("softcap")
+        scale, cap = self.facts.scale, self.facts.softcap
         if cap is not None:
             # cap * tanh(x) with tanh(x) = 1 - 2 / (1 + exp(2 x)).
             body.line(f"score = tl.exp2(score * {2 * scale / cap * _LOG2E!r})")
             body.line(f"score = {cap * _LOG2E!r} - {2 * cap * _LOG2E!r} / (1.0 + score)")
+            self._capped(body, cap * _LOG2E)
         elif self.factor == 1.0:
             body.line(f"score = score * {scale * _LOG2E!r}")
         if self.mask is None:
@@ -317,11 +336,12 @@ class AttentionWriter:
         body.line(f"score = score + {made} * {_LOG2E!r}")
         return ""
 
-    def _scores(self, body: Block, span: Span, past: bool) -> None:
-        """Scale, cap, mask."""
-        keep = [k for k in (self._scale_and_bias(body),) if k]
-        if past:
-            keep.append("key_ok")
+    def _capped(self, body: Block, cap: float) -> None:
+        """After capped scores: what a gradient needs of them."""
+
+    def _scores(self, body: Block, span: Span, inside: str) -> None:
+        """Scale, cap, mask; `inside` is a condition of its own, or ""."""
+        keep = [k for k in (self._scale_and_bias(body), inside) if k]
         if span.cut and (self.causal or self.window is not None):
             body.line(f"distance = key - row - {size_text(self.offset)}")
         if span.cut and self.causal:
@@ -349,28 +369,34 @@ class AttentionWriter:
     # -- the result ------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        emitter, block = self.emitter, self.emitter.block
+        block = self.emitter.block
         if self._may_be_empty():
             block.line("acc = acc / tl.where(total == 0.0, 1.0, total)")
         else:
             block.line("acc = acc / total")
-        with emitter.inside(Scope(block, self.top.axes | self.plan.column.axes)):
-            made = dtypes.to_storage(Expr("acc", "float32", _BOTH), self.op.result.dtype, block)
-            names = (
-                ("row", self.queries, self.tile.rows),
-                ("col", self.width, padded(self.width)),
-            )
-            mask = " & ".join(
-                f"{name}_ok" for name, extent, size in names
-                if not isinstance(extent, int) or extent % size
-            )  # fmt: skip
-            code = emitter.addresses.code(self.plan.address)
-            place = f"{self.target} + {code}"
-            for dim, text in ((ROW, "row * 0"), (COL, "col * 0")):
+        row = Side("row", self.queries, self.tile.rows, self.plan.place[2])
+        column = Side("col", self.width, padded(self.width), self.plan.column)
+        self._store("acc", self.target, self.plan.address, row, column)
+
+    def _store(self, tile: str, target: str, address: Affine, row: Side, column: Side) -> None:
+        """A tile of the result's dtype, over a variable down and one across."""
+        emitter, block = self.emitter, self.emitter.block
+        with emitter.inside(Scope(block, self.top.axes | row.at.axes | column.at.axes)):
+            made = dtypes.to_storage(Expr(tile, "float32", _BOTH), self.q.dtype, block)
+            mask = " & ".join(f"{s.name}_ok" for s in (row, column) if over(s.extent, s.size))
+            code = emitter.addresses.code(address)
+            place = f"{target} + {code}"
+            for dim, side in ((ROW, row), (COL, column)):
                 if dim not in code.dims:
-                    place = f"{place} + {text}"
+                    place = f"{place} + {side.name} * 0"
             tail = f", mask={mask}" if mask else ""
             block.line(f"tl.store({place}, {made}{tail})")
+
+    def _store_rows(self, rows: str, target: str, address: Expr) -> None:
+        """One number a query, in float32."""
+        mask = ", mask=row_ok" if over(self.queries, self.tile.rows) else ""
+        spread = "" if ROW in address.dims else " + row * 0"
+        self.emitter.block.line(f"tl.store({target} + {address}{spread}, {rows}{mask})")
 
     def _may_be_empty(self) -> bool:
         """Whether a query without keys gives 0 (else 0 / 0, as softmax of -inf)."""

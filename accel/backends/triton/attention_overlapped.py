@@ -381,7 +381,7 @@ class OverlappedAttention(AttentionWriter):
         divisor = "tl.where(total == 0.0, 1.0, total)" if empty else "total"
         past = over(self.queries, self.tile.rows)
         mask = f", mask=row < {size_text(self.queries)}" if past else ""
-        dtype = f"tl.{dtypes.storage(self.op.result.dtype)}"
+        dtype = f"tl.{dtypes.storage(self.q.dtype)}"
         return [
             f"total = tl.convert_layout({divisor}, tl.SliceLayout(1, RESULT))",
             f"result = tl.convert_layout((acc / total[:, None]).to({dtype}), STORED)",

@@ -58,6 +58,20 @@ class OverlappedTile:
         return 2 * tiles + self.rows * width
 
 
+@dataclass(frozen=True)
+class BackwardTile:
+    """Gradients: queries (then keys) that a program owns, and those of one step of its walk."""
+
+    owned: int
+    step: int
+    warps: int
+    stages: int = 2
+
+    def own(self) -> AttentionTile:
+        """The tile of either program."""
+        return AttentionTile(self.owned, self.step, self.warps, self.stages)
+
+
 Tile = AttentionTile | OverlappedTile
 
 

@@ -104,7 +104,7 @@ class FlashAttention:
     q [B, H, S, D], k and v [B, G, T, D], query head h uses key head h // (H / G); `mask` is added
     to the scores; with `causal`, query i sees keys j <= i, with `window` only j > i - window;
     `softcap` c makes c * tanh(s / c) of scores s before masking. The logsumexp of 16-bit floats is
-    float32.
+    float32. A query that sees no key has an output of 0, and a logsumexp of 0.
     """
 
     @staticmethod
@@ -149,6 +149,7 @@ class FlashAttention:
         keys, values = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores, _ = torch_scores(q.to(wide), keys, mask, scale, causal, window, softcap)
         total = torch.logsumexp(scores, -1)
+        total = torch.where(total == float("-inf"), 0.0, total)
         return [((scores - total[..., None]).exp() @ values).to(q.dtype), total]
 
     @staticmethod
@@ -166,6 +167,8 @@ class FlashAttention:
     ) -> list[Value]:
         scores, _ = flash_scores(b, q, k, mask, scale, causal, window, softcap)
         total = b.logsumexp(scores, axes=(3,), keepdim=True)
+        lowest, zero = (b.scalar(number, total.dtype) for number in (float("-inf"), 0.0))
+        total = b.where(b.eq(total, lowest), zero, total)
         values = b.widen(spread_groups(b, v, q.shape[1]))
         y = b.matmul(b.exp(b.sub(scores, total)), values)
         return [b.cast_to(y, q.dtype), b.reshape(total, shape=q.shape[:3])]
