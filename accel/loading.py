@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accel.runtime.artifact import Artifact
-from accel.runtime.completion import Prompt, complete
+from accel.runtime.completion import Prompt, complete, complete_each
 from accel.runtime.loader import Rebuilt
 from accel.runtime.loader import load as _load
 from accel.runtime.model import CompiledModel
@@ -45,7 +45,8 @@ def generate(
     Args:
         model: an artifact's path, a loaded or compiled model that generates, or a causal model of
             `transformers`, which is compiled first (compile it once yourself for several calls).
-        prompt: text, or the messages of a conversation; a list of texts gives a list.
+        prompt: text, or the messages of a conversation; a list of texts, of any lengths, gives a
+            list. They run together if the model was compiled for that (`batch`).
         chat: prompts are messages of the user's, in the model's chat format.
         tokenizer: of `transformers`, for a model that is compiled here and has none.
         stream: gets each piece of text as soon as it is certain: `stream=sys.stdout.write`.
@@ -55,13 +56,21 @@ def generate(
     """
     if isinstance(model, (str, os.PathLike)):
         model = load(model)
-    elif not isinstance(model, CompiledModel):
-        compiler = importlib.import_module("accel.compiler.language")
-        capacity = compiler.default_capacity(model)
-        model = compiler.compile_generator(model, capacity=capacity, tokenizer=tokenizer)
+    texts: list[Any] | None = None
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
-        texts = [p for p in prompt if isinstance(p, str)]
-        return [complete(model, p, chat=chat, stream=stream, **options).text for p in texts]
+        texts = prompt
+    if not isinstance(model, CompiledModel):
+        compiler = importlib.import_module("accel.compiler.language")
+        model = compiler.compile_generator(
+            model,
+            capacity=compiler.default_capacity(model),
+            batch=1 if texts is None or len(texts) == 1 else 0,
+            extend=compiler.extension(options),
+            tokenizer=tokenizer,
+        )
+    if texts is not None:
+        made = complete_each(model, texts, chat=chat, stream=stream, **options)
+        return [done.text for done in made]
     one: Any = prompt
     return complete(model, one, chat=chat, stream=stream, **options).text
 

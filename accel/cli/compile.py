@@ -28,6 +28,10 @@ app = typer.Typer()
 Extend: TypeAlias = Annotated[
     int, typer.Option("--extend", help="With --generate: tokens at once, to speculate (N + 1).")
 ]
+Batch: TypeAlias = Annotated[
+    int,
+    typer.Option("--batch", help="With --generate: texts that run together; 0: any number."),
+]
 KvCache: TypeAlias = Annotated[
     str,
     typer.Option("--kv-cache", help="With --generate: int8, fp8, int4, paged, sinks, or passes."),
@@ -54,6 +58,7 @@ def compile(
         typer.Option("--generate", help="A language model: tokens of its key/value cache."),
     ] = 0,
     extend: Extend = 0,
+    batch: Batch = 1,
     kv_cache: KvCache = "",
     target: Annotated[str, typer.Option("--target", help="See accel targets.")] = "cpu",
     dtype: Dtype = "",
@@ -101,10 +106,10 @@ def compile(
         "fuel": fuel,
     }
     if generate:
-        sizes = {"capacity": generate, "extend": extend, "cache": kv_cache}
+        sizes = {"capacity": generate, "extend": extend, "batch": batch, "cache": kv_cache}
         return _generator(model, path, sizes, target, options, as_json, cast)
-    if extend or kv_cache:
-        name = "--extend" if extend else "--kv-cache"
+    if extend or kv_cache or batch != 1:
+        name = "--extend" if extend else "--kv-cache" if kv_cache else "--batch"
         raise OptionError(f"{name} has no effect without --generate")
     with progress(f"loading {model}", as_json):
         example = load_example(model, inputs or [], seed, cast)

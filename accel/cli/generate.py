@@ -17,7 +17,7 @@ from accel.cli.output import Json, emit, emit_text, progress, tell
 from accel.compiler.text import text_files
 from accel.errors import OptionError
 from accel.frontends.checkpoints import PACKAGED, find_checkpoint, load_tokenizer
-from accel.runtime.completion import Completion, complete, room
+from accel.runtime.completion import Completion, complete_each, room
 from accel.runtime.model import CompiledModel
 from accel.runtime.text import Tokenizer
 
@@ -27,7 +27,10 @@ app = typer.Typer()
 @app.command()
 def generate(
     artifact: Annotated[Path, typer.Argument(help="An .accel file of a language model.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="Text to go on from. Repeatable: a text for each."),
+    ] = None,
     ids: Annotated[str | None, typer.Option("--ids", help='Token ids: "1,4093,198".')] = None,
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", help="A package, GGUF file or folder with another one.")
@@ -46,7 +49,9 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="With --sample.")] = None,
     min_p: Annotated[float | None, typer.Option(help="With --sample.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Of the draws: one, or one for each prompt.")
+    ] = None,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: log probabilities, and the N likeliest tokens.")
     ] = None,
@@ -58,7 +63,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text with an artifact of a language model."""
-    if (prompt is None) == (ids is None):
+    prompts = list(prompt or [])
+    if bool(prompts) == (ids is not None):
         raise OptionError("give one of --prompt and --ids")
     if logprobs is not None and not as_json:
         raise OptionError("--logprobs needs --json")
@@ -74,7 +80,7 @@ def generate(
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
-        "seed": seed,
+        "seed": None if not seed else seed[0] if len(seed) == 1 else seed,
         "logprobs": logprobs,
         "prompt_lookup_num_tokens": lookup,
         "prefill_chunk_size": chunk,
@@ -85,15 +91,19 @@ def generate(
         _print_ids(model, _numbers(ids), given, as_json)
         return
     shown = stream and not as_json
-    start: Any = prompt if prompt is not None else _numbers(ids or "")[0].tolist()
-    done = complete(
-        model, start, chat=chat, tokenizer=words, stream=_show if shown else None, **given
-    )
+    given["tokenizer"], given["stream"] = words, _show if shown else None
+    start: list[Any] = prompts or [_numbers(ids or "")[0].tolist()]
+    made = complete_each(model, start, chat=chat, **given)
     if as_json:
-        emit(asdict(done), as_json)
+        emit([asdict(done) for done in made] if len(prompts) > 1 else asdict(made[0]), as_json)
     else:
-        emit_text("" if shown else done.text)
-    _summary(done, as_json)
+        for i, done in enumerate(made):
+            if i:
+                emit_text("")
+            if len(made) > 1:
+                tell(f"{i + 1}: {prompts[i]}", as_json)
+            emit_text("" if shown else done.text)
+    _summary(made, as_json)
 
 
 def _show(text: str) -> None:
@@ -101,11 +111,13 @@ def _show(text: str) -> None:
     sys.stdout.flush()
 
 
-def _summary(done: Completion, as_json: bool) -> None:
-    rate = len(done.tokens) / done.seconds if done.seconds else 0.0
-    line = f"{len(done.tokens)} tokens, {rate:.1f} a second, prompt included"
-    if done.statistics:
-        line += f"; {done.statistics['accepted']} of {done.statistics['proposed']} proposals taken"
+def _summary(made: list[Completion], as_json: bool) -> None:
+    count, seconds = sum(len(done.tokens) for done in made), made[0].seconds
+    rate = count / seconds if seconds else 0.0
+    line = f"{count} tokens, {rate:.1f} a second, prompt included"
+    facts = made[0].statistics
+    if facts:
+        line += f"; {facts['accepted']} of {facts['proposed']} proposals taken"
     tell(line, as_json)
 
 

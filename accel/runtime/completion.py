@@ -33,7 +33,7 @@ class Completion:
         text: without special tokens; it ends before a stop string.
         tokens: the new token ids, all of them; `prompt` those before.
         ended: by a "token" that ends texts, by a stop "string", or at the "length" allowed.
-        seconds: for prompt and text together.
+        seconds: for prompt and text together, of all texts that were made in one call.
         logprobs: a number per token, if asked for; `top` the most probable tokens of each step with
             theirs.
         statistics: of speculation.
@@ -97,6 +97,24 @@ def complete(
     Raises OptionError without a tokenizer, InputError for prompts that are empty or too long, and
     what `generate` raises.
     """
+    made = complete_each(model, [prompt], chat=chat, tokenizer=tokenizer, stream=stream, **options)
+    return made[0]
+
+
+def complete_each(
+    model: CompiledModel,
+    prompts: Sequence[Prompt],
+    *,
+    chat: bool = False,
+    tokenizer: Tokenizer | None = None,
+    stream: Callable[[str], Any] | None = None,
+    **options: Any,
+) -> list[Completion]:
+    """What follows each of several prompts, of any lengths, in one call of `generate`.
+
+    Arguments as for `complete`; `seconds` and `statistics` are the call's, and a stream follows one
+    prompt.
+    """
     words = tokenizer or model.tokenizer
     if words is None:
         raise OptionError(
@@ -104,31 +122,39 @@ def complete(
             advice="compile it from a checkpoint that has one, pass tokenizer=, or call "
             "model.generate with ids",
         )
-    ids = tokens_of(words, prompt, chat)
-    options = {**room(model, len(ids), options), **options}
+    ids = [tokens_of(words, prompt, chat) for prompt in prompts]
+    if not ids:
+        raise InputError("no prompt was given")
+    longest = max(map(len, ids))
+    options = {**room(model, longest, options), **options}
     stops = options.get("stop_strings") or []
     stops = [stops] if isinstance(stops, str) else list(stops)
     config = options.get("generation_config")
-    if getattr(config, "eos_token_id", None) is None:
+    known = config.get if isinstance(config, Mapping) else lambda n: getattr(config, n, None)
+    if known("eos_token_id") is None:
         options.setdefault("eos_token_id", words.eos)
+    ends = options.get("eos_token_id", known("eos_token_id"))
+    ends = [ends] if isinstance(ends, int) else list(ends or ())
     streamer = TextStreamer(words, stream, stops) if stream is not None else None
     start = time.perf_counter()
     options |= {"return_dict_in_generate": True, "streamer": streamer, "tokenizer": words}
-    made: Generated = model.generate([ids], **options)
+    made: Generated = model.generate(ids, **options)
     seconds = time.perf_counter() - start
-    tokens = made.sequences[0, len(ids) : len(ids) + made.lengths[0]].tolist()
-    text = TextStream(words, stops)
-    for token in tokens:
-        text.push(token)
-    text.finish()
-    done = Completion(text.text, ids, tokens, "length", seconds, statistics=made.statistics)
-    ends = options.get("eos_token_id")
-    if text.stopped:
-        done.ended = "string"
-    elif tokens and tokens[-1] in ([ends] if isinstance(ends, int) else list(ends or ())):
-        done.ended = "token"
-    _add_logprobs(done, made)
-    return done
+    found = []
+    for row, prompt in enumerate(ids):
+        tokens = made.sequences[row, longest : longest + made.lengths[row]].tolist()
+        text = TextStream(words, stops)
+        for token in tokens:
+            text.push(token)
+        text.finish()
+        done = Completion(text.text, prompt, tokens, "length", seconds, statistics=made.statistics)
+        if text.stopped:
+            done.ended = "string"
+        elif tokens and tokens[-1] in ends:
+            done.ended = "token"
+        _add_logprobs(done, made, row)
+        found.append(done)
+    return found
 
 
 def room(model: CompiledModel, prompt: int, options: Mapping[str, Any]) -> dict[str, int]:
@@ -158,10 +184,10 @@ def tokens_of(words: Tokenizer, prompt: Prompt, chat: bool) -> list[int]:
     return words.chat(messages)
 
 
-def _add_logprobs(done: Completion, made: Generated) -> None:
+def _add_logprobs(done: Completion, made: Generated, row: int) -> None:
     if made.logprobs is None or made.top_ids is None or made.top_logprobs is None:
         return
     count = len(done.tokens)
-    done.logprobs = made.logprobs[0, :count].tolist()
-    steps = zip(made.top_ids[0, :count].tolist(), made.top_logprobs[0, :count].tolist())
+    done.logprobs = made.logprobs[row, :count].tolist()
+    steps = zip(made.top_ids[row, :count].tolist(), made.top_logprobs[row, :count].tolist())
     done.top = [list(zip(ids, logs)) for ids, logs in steps]
