@@ -29,7 +29,6 @@ from accel.runtime.cuda_graph import (
     PATIENCE,
     RECORDING,
     GraphRunner,
-    dense_copy,
     is_aligned,
     leave_recording,
     share,
@@ -144,7 +143,7 @@ class KeptGraphRunner(GraphRunner):
     def _record_steps(self, inputs: Sequence[Tensor]) -> Recording | None:
         taken = set(self._donates.values())
         in_place = [place and i not in taken for i, place in enumerate(self._places)]
-        read = [x if place else dense_copy(x) for x, place in zip(inputs, in_place)]
+        read = [x if place else x.clone() for x, place in zip(inputs, in_place)]
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
@@ -153,7 +152,7 @@ class KeptGraphRunner(GraphRunner):
         try:
             with torch.cuda.stream(side):
                 # Libraries set themselves up on this stream; state must not change by that.
-                self._steps([x if place else dense_copy(x) for x, place in zip(read, in_place)])
+                self._steps([x if place else x.clone() for x, place in zip(read, in_place)])
             side.synchronize()
             with (
                 RECORDING,

@@ -97,8 +97,8 @@ def _gradients(
     lengths = (q.shape[2], k.shape[2])
     if kernel == "cudnn":
         made = _aten._scaled_dot_product_cudnn_attention_backward.default(
-            grad, q, k, v, y, lse.unsqueeze(-1), seed, seed, None, None, None, *lengths, 0.0,
-            causal, scale=scale,
+            grad, q, k, v, _laid_out_as(q, y), lse.unsqueeze(-1), seed, seed, None, None, None,
+            *lengths, 0.0, causal, scale=scale,
         )  # fmt: skip
     elif kernel == "flash":
         made = _aten._scaled_dot_product_flash_attention_backward.default(
@@ -112,6 +112,16 @@ def _gradients(
             [True, True, True, False], causal, scale=scale,
         )  # fmt: skip
     return list(made[:3])
+
+
+def _laid_out_as(q: Tensor, y: Tensor) -> Tensor:
+    """y with its axes in q's order in memory, as the forward made it: torch keeps cuDNN's plans by
+    the strides of q, k and v alone, and reads y with those of the first call."""
+    order = sorted(range(y.dim()), key=lambda axis: -q.stride(axis))
+    ordered = y.permute(order)
+    if ordered.is_contiguous():
+        return y
+    return ordered.contiguous().permute([order.index(axis) for axis in range(y.dim())])
 
 
 def _full_mask(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
