@@ -6,8 +6,12 @@ Shapes of Llama-3.2-1B and Llama-3-8B in bfloat16, random weights made on the de
 of a row run in this process, on the same weights, one after another; CUDA graphs are allowed to
 all. accel compiles the plain model of `transformers`; Inductor gets a model written for it
 (`benchmarks.static_llama`) in three modes; `transformers` runs with its static cache. Each system's
-logits are compared with eager float32 before it is timed. A decode step is everything that a token
-costs on the device, its choice (greedy) included for accel; figures are medians.
+logits are compared with eager float32 before it is timed.
+
+Whole texts are `generate` of `transformers` too: eager with its dynamic cache, and with its static
+cache and torch.compile, as it compiles by itself on a GPU. A system that is not ready within
+`--limit` seconds gets a row that says so. A decode step is everything that a token costs on the
+device, its choice (greedy) included for accel; figures are medians.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import torch
 from torch import Tensor
 
 import accel
+from benchmarks.bounded import OutOfTime, at_most
 from benchmarks.measure import RESULTS, machine
 from benchmarks.static_llama import StaticLlama
 
@@ -41,6 +46,8 @@ LEAST_ERROR = 2.0  # times the error of eager bfloat16: rounding in another orde
 INDUCTOR = {"inductor": None, "inductor-reduce-overhead": "reduce-overhead",
             "inductor-max-autotune": "max-autotune"}  # fmt: skip
 NEW = 256
+MOST_MILLISECONDS = 4000.0  # rounds of one system on one workload; one is always timed
+TEXTS_ONLY = ("transformers-compile",)
 
 
 @dataclass(frozen=True)
@@ -73,14 +80,15 @@ ROWS = {
 class Row:
     """One system on one workload.
 
-    `milliseconds` of a step, a prompt or a text of 128 + 256 tokens. `error` of the logits is
-    relative to the largest one, against eager float32 (None where that takes too long).
-    `host_microseconds`: what a call costs the host, which does not wait for its end.
+    `milliseconds` of a step, a prompt or a text of 128 + 256 tokens; None if the system was not
+    ready in time, and `compile_seconds` is that time. `error` of the logits is relative to the
+    largest one, against eager float32 (None where that takes too long). `host_microseconds`: what a
+    call costs the host, which does not wait for its end.
     """
 
     workload: str
     system: str
-    milliseconds: float
+    milliseconds: float | None
     compile_seconds: float
     error: float | None
     host_microseconds: float | None = None
@@ -176,10 +184,11 @@ class Static:
 
 
 class Transformers:
-    """The model of `transformers` itself, eager, with its static cache."""
+    """The model of `transformers` itself, eager, with its static cache; whole texts by its own
+    `generate`, with its dynamic cache or, compiled, its static one."""
 
-    def __init__(self, model: Any, work: Workload) -> None:
-        self.model, self.work = model, work
+    def __init__(self, model: Any, work: Workload, compiled: bool = False) -> None:
+        self.model, self.work, self.compiled = model, work, compiled
 
     def _cache(self, ids: Tensor) -> Any:
         from transformers import StaticCache
@@ -196,7 +205,9 @@ class Transformers:
         if self.work.kind == "prefill":
             return lambda: self.model(ids, logits_to_keep=1, use_cache=False)
         if self.work.kind == "text":
-            options = {"do_sample": False, "cache_implementation": "static"}
+            options: dict[str, Any] = {"do_sample": False, "disable_compile": not self.compiled}
+            if self.compiled:
+                options["cache_implementation"] = "static"
             return lambda: self.model.generate(
                 ids, max_new_tokens=NEW, min_new_tokens=NEW, **options
             )
@@ -206,7 +217,10 @@ class Transformers:
 
 
 def systems() -> dict[str, Callable[[Any, Workload], Any]]:
-    made: dict[str, Callable[[Any, Workload], Any]] = {"transformers": Transformers}
+    made: dict[str, Callable[[Any, Workload], Any]] = {
+        "transformers": Transformers,
+        "transformers-compile": partial(Transformers, compiled=True),
+    }
     for name, mode in INDUCTOR.items():
         made[name] = partial(Static, mode=mode)
     made["accel"] = Accel
@@ -216,11 +230,13 @@ def systems() -> dict[str, Callable[[Any, Workload], Any]]:
 def time_calls(call: Callable[[], Any], kind: str) -> float:
     """Median milliseconds of a call: by events on the device, whole texts by the clock."""
     rounds, calls = {"decode": (7, 8), "prefill": (5, 3), "text": (3, 1)}[kind]
-    for _ in range(3):
+    for _ in range(0 if kind == "text" else 3):  # a text has warmed up by itself
         call()
     torch.cuda.synchronize()
-    times = []
+    times: list[float] = []
     for _ in range(rounds):
+        if sum(times) > MOST_MILLISECONDS:
+            break
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start = time.perf_counter()
         first.record()
@@ -257,7 +273,8 @@ def exact_logits(model: Any, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(name: str, model: Any, chosen: list[str]) -> list[Row]:
+def measure(name: str, model: Any, chosen: list[str], limit: float) -> list[Row]:
+    """One workload. `limit`: seconds in which a system must be ready; 0: none."""
     work = ROWS[name]
     torch.manual_seed(1)
     ids = torch.randint(0, 128256, (work.batch, work.context), device="cuda")
@@ -265,13 +282,21 @@ def measure(name: str, model: Any, chosen: list[str]) -> list[Row]:
     allowed = 0.0 if exact is None else _error(Transformers(model, work).logits(ids), exact)
     rows: list[Row] = []
     for system in chosen:
+        if system in TEXTS_ONLY and work.kind != "text":
+            continue
         start = time.perf_counter()
-        made = systems()[system](model, work)
-        got = made.logits(ids)
-        call = made.call(ids)
-        for _ in range(2):
-            call()
-        torch.cuda.synchronize()
+        try:
+            with at_most(limit):
+                made = systems()[system](model, work)
+                got = made.logits(ids)
+                call = made.call(ids)
+                for _ in range(1 if system == "transformers" and work.kind == "text" else 2):
+                    call()
+                torch.cuda.synchronize()
+        except OutOfTime as late:
+            rows.append(Row(name, system, None, limit, None))
+            print(f"{name:14} {system:26} {late}", flush=True)
+            continue
         seconds = time.perf_counter() - start
         error = None if exact is None else _error(got, exact)
         if error is not None and error > LEAST_ERROR * allowed:
@@ -295,6 +320,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--systems", default=",".join(systems()))
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds to be ready in; 0: none")
     parser.add_argument("--out", default=str(RESULTS / "gpu_decode.json"))
     chosen = parser.parse_args()
     rows: list[Row] = []
@@ -306,8 +332,8 @@ def main() -> None:
             torch.cuda.empty_cache()
             shape = ROWS[name].shape
             model = build(shape)
-        rows += measure(name, model, chosen.systems.split(","))
-        own = {r.system: r.milliseconds for r in rows if r.workload == name}
+        rows += measure(name, model, chosen.systems.split(","), chosen.limit)
+        own = {r.system: r.milliseconds for r in rows if r.workload == name and r.milliseconds}
         peers = [v for k, v in own.items() if k != "accel"]
         if peers and "accel" in own:
             print(f"{name:14} best peer {min(peers):.3f} ms, ratio {min(peers) / own['accel']:.3f}",
