@@ -19,6 +19,7 @@ from accel.backends.triton import (
     experts,
     gemv,
     matmul,
+    pooling,
     scan,
     skinny,
     updates,
@@ -95,8 +96,8 @@ ANCHORS: dict[str, Anchor] = {
         depthwise.reason,
         depthwise.generate,
         depthwise.candidates,
-        library_reason=depthwise.library_reason,
     ),
+    "pool": Anchor(("max_pool",), pooling.reason, pooling.generate, depthwise.candidates),
 }
 
 # Kinds whose launches read arguments of the function before they wait (`LaunchCode.early`).
