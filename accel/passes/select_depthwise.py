@@ -1,4 +1,5 @@
-"""Gives depthwise convolutions to the kernel generator, with the padding before and what follows.
+"""Gives depthwise convolutions to the kernel generator, with the padding before and what follows;
+max pools too, where the image is channels-last.
 
 A generated kernel computes channels-last, reads beyond the border as zeros (so that a pad before
 the convolution costs nothing), and applies bias and activation before anything is written. The
@@ -51,6 +52,24 @@ class SelectDepthwise(Pass):
                 self._select(op, module, generator)
                 moved.append(str(weight))
         drop_unused(module, moved)
+        for op in [o for o in module.walk() if o.name == "max_pool"]:
+            reason = generator.supports_anchor(op, "pool") or _channels_first(op)
+            if reason is not None:
+                context.miss(self.name, op, reason)
+            elif context.rewrite("select_pool", op):
+                self._pool(op, generator)
+
+    def _pool(self, op: Op, generator: KernelGenerator) -> None:
+        """Outlines a pool with the permutes around it, so that what it makes is channels-last."""
+        permutes = list(op.result.users)
+        after, before = permutes[0], op.operands[0].op
+        assert before is not None and after.parent is not None
+        for other in permutes[1:]:
+            other.replace_with([after.result])
+        attributes = {"backend": generator.name, "kind": "pool"}
+        kernel = outline([op, after], "kernel", attributes, self.name, duplicate=[before])
+        after.parent.insert_before(kernel, after)
+        finish_outline(kernel, [op, after])
 
     def _select(self, op: Op, module: Module, generator: KernelGenerator) -> None:
         x, weight, _ = op.arguments()
@@ -79,3 +98,13 @@ class SelectDepthwise(Pass):
         finish_outline(kernel, members)
         if weight.op is not None and not weight.uses:
             weight.op.erase()
+
+
+def _channels_first(op: Op) -> str | None:
+    """Why an image is not channels-last behind its permutes, before and after; None if it is."""
+    before, users = op.operands[0].op, op.result.users
+    if before is None or before.name != "permute" or before.attribute("axes") != (0, 3, 1, 2):
+        return "an image that is channels-first"
+    if not users or any(u.name != "permute" or u.attribute("axes") != (0, 2, 3, 1) for u in users):
+        return "a result that is read channels-first"
+    return None

@@ -23,13 +23,14 @@ from accel.backends.loops.trace import Index
 from accel.backends.triton.addresses import decompose
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
+from accel.backends.triton.operands import is_stored
 from accel.backends.triton.program import ProgramWriter
 from accel.backends.triton.text import COL, ROW, Expr
 from accel.backends.triton.tiles import parts_of
 from accel.errors import BackendError
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Region, Value
-from accel.ir.types import Dim, product
+from accel.ir.types import Dim, Shape, product
 
 _LARGEST_WINDOW = 49
 _MAX_ROUNDS = 8
@@ -64,16 +65,9 @@ def reason(op: Op) -> str | None:
     return None
 
 
-def library_reason(op: Op, capability: int) -> str | None:
-    """Why cuDNN is faster: MobileNetV3-L at batch 64 took 1.47 ms with these kernels and 1.28 ms
-    with cuDNN's (fp16, H200, two runs). Tuning still times both."""
-    return "cuDNN's depthwise convolutions are faster"
-
-
 def candidates(kernel: Op, sms: int) -> list[DepthwiseTile]:
     """Tiles worth timing: they divide the image."""
-    op = next(op for op in kernel.regions[0].ops if op.name == "conv")
-    _, height, width, _ = op.result.shape
+    _, height, width, _ = kernel.results[0].shape
     if not isinstance(height, int) or not isinstance(width, int):
         return []
     return [
@@ -85,9 +79,9 @@ def candidates(kernel: Op, sms: int) -> list[DepthwiseTile]:
     ]
 
 
-def choose(op: Op) -> DepthwiseTile:
+def choose(shape: Shape) -> DepthwiseTile:
     """The tile that nobody has measured: as many neighbours of a row as divide it, up to 7."""
-    width = op.result.shape[2]
+    width = shape[2]
     divisors = (n for n in (4, 7, 5, 3, 2) if isinstance(width, int) and width % n == 0)
     return DepthwiseTile(1, next(divisors, 1), 128)
 
@@ -97,14 +91,13 @@ def generate(
 ) -> KernelCode:
     """The source of a region with one depthwise convolution."""
     op = next(op for op in region.ops if op.name == "conv")
-    generator = _Generator(name, region, comment, sms)
-    generator.tile = tile or choose(op)
+    generator = PatchGenerator(name, region, comment, sms)
     strides, dilations = op.attribute("stride"), op.attribute("dilation")
     generator.step, generator.dilation = int(strides[0]), int(dilations[0])
-    generator.shape, vector = op.result.shape, _vector(op.result)
+    generator.shape = op.result.shape
+    generator.tile = tile or choose(op.result.shape)
     total, generator.sums = _taps(Builder(before=op), op)
     op.replace_with([total])
-    generator.vector = vector
     return generator.run()
 
 
@@ -123,17 +116,24 @@ def _side_by_side(vectors: int) -> int:
     return next(found, vectors)
 
 
-class _Generator(Generator):
-    """One launch. `sums`: for each row of the window the sum up to its end; `shape`: the
-    convolution's own."""
+class PatchGenerator(Generator):
+    """One launch for what windows of an image are reduced to, channels-last.
+
+    Attributes:
+        sums: for each row of the window what is known at its end.
+        shape: of the results, if they have one element for each window and channel.
+        axes: where batch, row, column and channel are among the axes of `sums`.
+    """
 
     tile = DepthwiseTile(1, 1, 128)
     step = dilation = vector = 1
     sums: Sequence[Value] = ()
-    shape: tuple[Dim, ...] = ()
+    shape: Shape = ()
+    axes = (0, 1, 2, 3)
 
     def run(self) -> KernelCode:
         results = self.region.results
+        self.vector = min(_vector(r) for r in results)
         if self.vector == 1 or any(r.shape != self.shape for r in results):
             return super().run()
         self.kind = index_kind(self.region, [])
@@ -185,7 +185,7 @@ class _Generator(Generator):
         """Sums in the order of the image's rows that they read, so that few rows are needed at a
         time."""
         made = [
-            (r * self.step + i * self.dilation, value, index)
+            (r * self.step + i * self.dilation, value, tuple(index[a] for a in self.axes))
             for r, row in enumerate(pixels)
             for i, value in enumerate(self.sums)
             for index in row
@@ -233,18 +233,16 @@ class _Writer(ProgramWriter):
 
 
 class _Emitter(Emitter):
-    """Reads zeros beyond the border in the load itself."""
+    """Reads what lies beyond the border (zeros, say) in the load itself."""
 
-    _border = False  # the next choice is that between a stored image and zeros around it
+    _border: str | None = None  # the next choice is that between a stored image and this number
+    _other = "0"
 
     def compute(self, value: Value, index: Index) -> Expr:
         op = value.op
-        self._border = (
-            op is not None
-            and op.name == "pad"
-            and op.attribute("value") == 0
-            and op.operands[0] in self.pointers
-        )
+        self._border = None
+        if op is not None and op.name == "pad" and is_stored(op.operands[0]):
+            self._border = f'float("{float(op.attribute("value"))}")'
         return super().compute(value, index)
 
     def choose(
@@ -254,18 +252,21 @@ class _Emitter(Emitter):
         no: Callable[[], Expr],
         dtype: torch.dtype,
     ) -> Expr:
-        if not self._border:
+        if self._border is None:
             return super().choose(nonnegative, yes, no, dtype)
         made = self.condition(nonnegative)
         test = self.block.let(made.text, "bool", made.dims, "inside")
+        self._other, before = self._border, self._other
         with self._guarded(test):
-            return yes()
+            value = yes()
+        self._other = before
+        return value
 
     def load_text(self, pointer: str, address: Expr, axes: frozenset[Axis]) -> Expr:
         made = super().load_text(pointer, address, axes)
         if not made.text.endswith(")") or ", mask=" not in made.text:
             return made
-        return Expr(f"{made.text[:-1]}, other=0)", made.kind, made.dims)
+        return Expr(f"{made.text[:-1]}, other={self._other})", made.kind, made.dims)
 
 
 def _taps(b: Builder, op: Op) -> tuple[Value, list[Value]]:
