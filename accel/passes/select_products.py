@@ -18,6 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from accel.ir.capability import KernelGenerator
 from accel.ir.module import Function, Module, Op, Value
 from accel.ir.op import Trait
@@ -87,7 +89,7 @@ class SelectProducts(Pass):
         if not context.rewrite(self.name, op):
             return
         attributes = {"backend": generator.name, "kind": kind}
-        around = [*norm, *decoding]
+        around = [*norm, *decoding, *_widened(op)]
         kernel = outline(ops, "kernel", attributes, self.name, duplicate=around, inline=is_full)
         last = ops[-1]
         function.body.insert_before(kernel, last)
@@ -116,6 +118,15 @@ class SelectProducts(Pass):
         order[kernel] = order[op]
         finish_outline(kernel, ops)
         return True
+
+
+def _widened(op: Op) -> list[Op]:
+    """The conversion of x from codes of a byte, which tensor cores multiply as they are."""
+    made = op.operands[0].op
+    codes = (
+        made is not None and made.name == "cast" and made.operands[0].dtype == torch.float8_e4m3fn
+    )
+    return [made] if codes and made is not None else []
 
 
 def _norm(op: Op, generator: KernelGenerator) -> list[Op]:

@@ -134,10 +134,12 @@ def _brain(data: Any, source: str, target: str) -> Any:
 
 
 def _dot(self: Any, a: Any, b: Any, total: Any, precision: Any, inexact: Any) -> Any:
-    """a b + total; bfloat16 operands, which the interpreter holds as uint16, by their values."""
+    """a b + total; bfloat16 and float8, which the interpreter holds as bits, by their values."""
 
     def values(x: Any) -> Tensor:
         data = torch.from_numpy(x.data.copy())
+        if str(x.dtype.scalar) == "fp8e4nv":
+            return data.view(torch.float8_e4m3fn).float()
         return data.view(torch.bfloat16).float() if data.dtype == torch.uint16 else data.float()
 
     made = torch.matmul(values(a), values(b)).numpy() + total.data

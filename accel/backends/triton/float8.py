@@ -1,12 +1,14 @@
 """float8 (e4m3fn) to float32, once for each generation of GPUs.
 
 From sm_89 on two bytes are converted by one instruction. Before, the 7 low bits are moved to
-float32's exponent, where they are the value divided by 2^120; 0x7F and 0xFF are NaN.
+float32's exponent, where they are the value divided by 2^120; 0x7F and 0xFF are NaN. Tensor cores
+multiply float8 from sm_89 on; before, float16, which holds every one of its values.
 """
 
 from __future__ import annotations
 
 NAME = "from_e4m3"
+OPERAND = "operand_e4m3"  # of a product on tensor cores
 _FIRST_CAPABILITY = 89
 _INSTRUCTION = """\
     return byte.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
@@ -19,12 +21,24 @@ _BITS = f"""\
     return tl.where(wide >= 0x80, -size, size)
 """
 
+_AS_IT_IS = """\
+    return byte.to(tl.float8e4nv, bitcast=True)
+"""
+_AS_HALF = f"""\
+    return {NAME}(byte).to(tl.float16)
+"""
+
 
 def resolved(source: str, capability: int, *, gluon: bool) -> str:
-    """The source with the function's definition, if it calls it."""
-    if f"{NAME}(" not in source:
+    """The source with the definitions of those functions that it calls."""
+    new = capability >= _FIRST_CAPABILITY
+    source = _with(source, OPERAND, _AS_IT_IS if new else _AS_HALF, gluon)
+    return _with(source, NAME, _INSTRUCTION if new else _BITS, gluon)
+
+
+def _with(source: str, name: str, body: str, gluon: bool) -> str:
+    if f"{name}(" not in source:
         return source
     jit = "@gluon.jit" if gluon else "@triton.jit"
-    body = _INSTRUCTION if capability >= _FIRST_CAPABILITY else _BITS
     place = source.index(jit)
-    return f"{source[:place]}{jit}\ndef {NAME}(byte):\n{body}\n\n{source[place:]}"
+    return f"{source[:place]}{jit}\ndef {name}(byte):\n{body}\n\n{source[place:]}"

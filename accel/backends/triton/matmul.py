@@ -13,7 +13,7 @@ launch. `saves` compares the two on rates that were measured, and says no where 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accel.backends.triton.cooperative import CooperativeTile, CooperativeWriter
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
@@ -36,7 +36,7 @@ from accel.backends.triton.product_costs import (
     rest_seconds,
 )
 from accel.backends.triton.product_loop import MatmulWriter
-from accel.backends.triton.product_plan import MatmulTile, plan, tensor_core_reason
+from accel.backends.triton.product_plan import MatmulTile, codes_of, plan, tensor_core_reason
 from accel.backends.triton.tiles import next_power
 from accel.ir.module import Op, Region, Value
 from accel.ir.op import Trait
@@ -74,6 +74,16 @@ def choose(rows: Dim, columns: int, depth: int, tiles: int, sms: int) -> MatmulT
                 break
     span = min(best.depth, max(16, next_power(depth)))
     return MatmulTile(best.rows, max(16, best.columns // tiles), span, best.warps, best.stages)
+
+
+def _of_bytes(tile: Tile, depth: int) -> Tile:
+    """A tile for operands of a byte: twice the depth, and room for sums of two precisions."""
+    if not isinstance(tile, MatmulTile):
+        return tile
+    span = min(2 * tile.depth, max(32, next_power(depth)))
+    return replace(
+        tile, columns=min(tile.columns, 128), depth=span, warps=8 if tile.rows > 64 else 4
+    )
 
 
 def choose_tile(kernel: Op, sms: int, capability: int) -> Tile | None:
@@ -154,6 +164,8 @@ def saves(op: Op, members: Sequence[Op], sms: int, capability: int) -> str | Non
     The library computes `op` alone. An epilogue in `members` then needs a launch, a read of the
     result and a write; so does the decoding of a compressed weight, and what scales x before.
     """
+    if codes_of(op) is not None:
+        return None  # the library would multiply in float32
     x, weight, _ = op.arguments()
     rows, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
     rest = [m for m in members if m is not op and m.name != "slice"]
@@ -258,6 +270,8 @@ class MatmulGenerator(Generator):
         rows, columns = made.op.result.shape[:-1], made.stores[0][0].shape[-1]
         depth, tiles = int(made.op.operands[0].shape[-1]), len(made.places)
         tile = self.tile or choose(product(rows), int(columns), depth, tiles, self.sms)
+        if self.tile is None and codes_of(made.op) is not None:
+            tile = _of_bytes(tile, depth)
         if isinstance(tile, Either):
             copied = operands_of(made, self.planner.indexer) is not None
             tile = tile.overlapped if copied else tile.loop

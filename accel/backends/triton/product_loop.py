@@ -14,17 +14,19 @@ import torch
 from accel.backends.loops.index import Axis
 from accel.backends.loops.merge import merged
 from accel.backends.loops.trace import Index
-from accel.backends.triton import dtypes
+from accel.backends.triton import dtypes, float8
 from accel.backends.triton.addresses import decompose, size_text
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.operands import StoredOperands, is_stored
-from accel.backends.triton.product_plan import Plan
+from accel.backends.triton.product_plan import Plan, codes_of
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import parts_of
 from accel.errors import BackendError
 from accel.ir.module import Value
 from accel.ir.types import Dim, product
+
+_FLOAT8_SPAN = 128  # of K
 
 
 class MatmulWriter:
@@ -88,7 +90,7 @@ class MatmulWriter:
     def _step(self, body: Block, sums: Sequence[str]) -> None:
         """One block of K: x's tile, and one of the weight for each accumulator."""
         plan, tile, emitter = self.plan, self.tile, self.emitter
-        x, weight = plan.op.operands[:2]
+        x, weight = codes_of(plan.op) or plan.op.operands[:2]
         bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
         known = frozenset((*plan.rows, *plan.left))
         with emitter.inside(Scope(body, known)):
@@ -107,10 +109,14 @@ class MatmulWriter:
         emitter.addresses.groups, emitter.masks = bound, masks
 
     def _dot(self, sum: str, left: Expr, right: Expr) -> str:
-        """One product of tiles, added to a sum; float32 in full precision."""
-        wide = self.plan.op.operands[0].dtype == torch.float32
-        precision = ', input_precision="ieee"' if wide else ""
-        return f"{sum} = tl.dot({left}, {right}, {sum}{precision})"
+        """One product of tiles, added to a sum; float32 in full precision. Hopper adds products of
+        float8 with 14 bits: _FLOAT8_SPAN of them, then they are added to the sum in float32."""
+        options = ""
+        if codes_of(self.plan.op) is not None:
+            options = f", max_num_imprecise_acc={min(_FLOAT8_SPAN, self.tile.depth)}"
+        elif self.plan.op.operands[0].dtype == torch.float32:
+            options = ', input_precision="ieee"'
+        return f"{sum} = tl.dot({left}, {right}, {sum}{options})"
 
     def _operand(self, value: Value, index: Index, shape: str, summed: Sequence[Axis]) -> Expr:
         emitter = self.emitter
@@ -122,6 +128,9 @@ class MatmulWriter:
             text = f"tl.where({mask}, {made}, 0.0)" if mask else str(made)
             made = emitter.block.let(text, "stored", made.dims, "operand")
         emitter.raw = False
+        if value.dtype == torch.float8_e4m3fn:
+            text = f"{float8.OPERAND}({made})"
+            made = emitter.block.let(text, "stored", made.dims, "operand")
         if made.dims != frozenset((ROW, COL)):
             text = f"tl.broadcast_to({made}, {shape})"
             made = emitter.block.let(text, "stored", frozenset((ROW, COL)), "operand")

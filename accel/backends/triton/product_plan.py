@@ -65,12 +65,25 @@ class Plan:
     survey: Survey
 
 
+def codes_of(op: Op) -> tuple[Value, Value] | None:
+    """The float8 codes whose products a linear adds up in float32: what its operands were before
+    they were widened. None if it multiplies something else."""
+    found: list[Value] = []
+    for value in op.operands[:2]:
+        made = value.op
+        if value.dtype != torch.float32 or made is None or made.name != "cast":
+            return None
+        found.append(made.operands[0])
+    codes = all(v.dtype == torch.float8_e4m3fn for v in found)
+    return (found[0], found[1]) if codes else None
+
+
 def tensor_core_reason(op: Op) -> str | None:
     """None if a kernel on tensor cores may be built around this op, else the reason why not."""
     if op.name != "linear":
         return f"accel.{op.name} has no generated code"
     x, weight, _ = op.arguments()
-    if x.dtype not in (torch.float16, torch.bfloat16):
+    if x.dtype not in (torch.float16, torch.bfloat16) and codes_of(op) is None:
         return f"a product of {x.dtype}"
     if not all(isinstance(d, int) and d > 0 for d in weight.shape):
         return "a weight of symbolic size, or none"

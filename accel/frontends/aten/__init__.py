@@ -7,6 +7,7 @@
     indexing      embedding, gather, scatter, index
     contractions  linear, matmul, convolution, attention
     experts       grouped products of mixtures of experts
+    scaled        products of float8 with scales
     nn            normalizations, softmax, pooling, upsampling
     random        draws
     training      saved statistics and gradients
@@ -28,6 +29,7 @@ from accel.frontends.aten import (
     nn,
     random,
     reductions,
+    scaled,
     training,
     views,
 )
@@ -45,6 +47,7 @@ __all__ = [
     "nn",
     "random",
     "reductions",
+    "scaled",
     "training",
     "views",
 ]
