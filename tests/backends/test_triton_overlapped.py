@@ -114,6 +114,17 @@ def test_no_order_of_barriers_hangs(worker: Worker, seed: int) -> None:
     check(worker, function, inputs_for(types)[: len(function.args)], "matmul", backend=backend)
 
 
+@pytest.mark.parametrize("tile", BACKENDS)
+@pytest.mark.parametrize("name", ["tails", "bias, residual", "gate times up", "one step"])
+def test_a_constant_weight_comes_before_the_wait(worker: Worker, name: str, tile: str) -> None:
+    types, build = CASES[name]
+    torch.manual_seed(0)
+    function = function_of(types, build)
+    source = check(worker, function, inputs_for(types), "matmul", 1, BACKENDS[tile])
+    entry = source[source.index("gdc_launch_dependents()\n") :]
+    assert "gdc_wait()" not in entry and source.index("m1, [") < source.index("gdc_wait()\n")
+
+
 def test_columns_that_are_no_halves_are_refused() -> None:
     """An element's neighbour at a distance, but not within a group of columns."""
     types = [typed(BF16, 64, 64), typed(BF16, 64, 64)]

@@ -19,7 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accel.backends.triton.emitter import Scope
-from accel.backends.triton.overlapped import GROUPS, OverlappedTile, OverlappedWriter, TileEmitter
+from accel.backends.triton.operands import TileEmitter
+from accel.backends.triton.overlapped import GROUPS, OverlappedTile, OverlappedWriter
 from accel.backends.triton.text import Block
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from accel.backends.loops.index import Axis
 from accel.backends.loops.trace import Index
+from accel.backends.triton import dtypes
 from accel.backends.triton.emitter import Emitter
-from accel.backends.triton.text import Expr
+from accel.backends.triton.text import COL, ROW, Expr
 from accel.ir.module import Value
 from accel.ir.op import Trait
 
@@ -28,6 +29,20 @@ class StoredOperands(Emitter):
         if self.raw and "mask=" in made.text:
             return Expr(made.text.removesuffix(")") + ", other=0.0)", made.kind, made.dims)
         return made
+
+
+class TileEmitter(StoredOperands):
+    """Traces what follows a product; one operand of the shape of the result may lie in shared
+    memory already (`resident`, in registers by that name)."""
+
+    resident: Value | None = None
+
+    def load(self, value: Value, index: Index) -> Expr:
+        if value is not self.resident:
+            return super().load(value, index)
+        self.used.setdefault(value)
+        loaded = Expr("resident", "", frozenset((ROW, COL)))
+        return dtypes.from_storage(loaded, value.dtype, self.block)
 
 
 def is_stored(value: Value) -> bool:

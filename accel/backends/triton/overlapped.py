@@ -29,14 +29,15 @@ from accel.backends.loops.phases import region_symbols
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import size_name, size_text
+from accel.backends.triton.dependent import WAIT, WAIT_AFTER
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.maps import MapCode, Matrix, matrix
-from accel.backends.triton.operands import StoredOperands
+from accel.backends.triton.operands import TileEmitter
 from accel.backends.triton.pairs import pairwise
 from accel.backends.triton.product_loop import MatmulWriter
 from accel.backends.triton.product_plan import Plan
 from accel.backends.triton.program import Program
-from accel.backends.triton.text import COL, ROW, Block, Expr
+from accel.backends.triton.text import COL, ROW, Block
 from accel.backends.triton.tiles import parts_of
 from accel.errors import BackendError
 from accel.ir.module import Region, Value
@@ -78,20 +79,6 @@ def operands_of(plan: Plan, indexer: Indexer) -> tuple[Matrix, list[Matrix]] | N
         return None
     found = [r for r in right if r is not None and r.value.dtype == left.value.dtype]
     return (left, found) if len(found) == len(right) else None
-
-
-class TileEmitter(StoredOperands):
-    """Traces what follows a product; one operand of the shape of the result may lie in shared
-    memory already (`resident`, in registers by that name)."""
-
-    resident: Value | None = None
-
-    def load(self, value: Value, index: Index) -> Expr:
-        if value is not self.resident:
-            return super().load(value, index)
-        self.used.setdefault(value)
-        loaded = Expr("resident", "", frozenset((ROW, COL)))
-        return dtypes.from_storage(loaded, value.dtype, self.block)
 
 
 class OverlappedWriter(MatmulWriter):
@@ -138,6 +125,7 @@ class OverlappedWriter(MatmulWriter):
             body.line("number += 1")
         head = f"for tile in range({self._first()}, {self._tiles()}, {self._stride()}):"
         before = emitter.scopes[0].block
+        before.line(f"{WAIT}()")
         before.line(f"step = {self._first_step()}")
         before.line("number = 0")
         before.nest(head, body)
@@ -351,7 +339,8 @@ class OverlappedWriter(MatmulWriter):
     def _constants(self, programs: Dim) -> str:
         tile = self.overlapped
         values = {"ROWS": self.height, "COLS": tile.columns, "DEPTH": tile.depth,
-                  "STAGES": self.stages, "GROUP": tile.group, "PROGRAMS": programs}  # fmt: skip
+                  "STAGES": self.stages, "EARLY": min(self.stages, self._steps()),
+                  "GROUP": tile.group, "PROGRAMS": programs}  # fmt: skip
         lines = [f"{name} = tl.constexpr({value})" for name, value in values.items()]
         return "\n".join(lines)
 
@@ -374,29 +363,39 @@ class OverlappedWriter(MatmulWriter):
             f"    return row0.to(tl.int32), (inside // height * {self.width}).to(tl.int32)\n"
         )
 
-    def _bring_source(self) -> str:
+    def _weight_copies(self, slot: str, k: str) -> list[str]:
+        """Copies of a step's tile of the weight; its barrier is told of those of x as well."""
         tile, width = self.tile, self.left.value.dtype.itemsize
         bytes_ = (tile.rows + tile.columns) * tile.depth * width
-        place = f"[{_plus('row0', self.left.row0)}, {_plus('k', self.left.col0)}]"
-        lines = [f"bring_tile(m0, {place}, ready.index(slot), left.index(slot))"]
+        lines = [f"mbarrier.expect(ready.index({slot}), {bytes_})"]
         for number, one in enumerate(self.right):
-            target = "right.index(slot)"
+            target = f"right.index({slot})"
             if self.count > 1:
                 target += f".slice({number * self.width}, {self.width}, dim=0)"
-            lines.append(f"bring_tile(m1, [{_plus('col0', one.row0)}, {_plus('k', one.col0)}], "
-                         f"ready.index(slot), {target})")  # fmt: skip
-        text = "\n".join(f"            {line}" for line in lines)
+            lines.append(f"bring_tile(m1, [{_plus('col0', one.row0)}, {_plus(k, one.col0)}], "
+                         f"ready.index({slot}), {target})")  # fmt: skip
+        return lines
+
+    def _bring_source(self) -> str:
+        """The first tiles of the weight come while the kernel before this one still runs."""
+        place = f"[{_plus('row0', self.left.row0)}, {_plus('k', self.left.col0)}]"
         sizes = "".join(f", {s}" for s in self._sizes())
         return (
             f"@gluon.jit\ndef bring(left, right, ready, free, m0, m1{sizes}):\n"
+            f"    if tl.program_id(0) < {self._tiles()}:\n"
+            f"        row0, col0 = place(tl.program_id(0){sizes})\n"
+            "        for i in tl.static_range(EARLY):\n"
+            + "".join(f"            {line}\n" for line in self._weight_copies("i", "i * DEPTH"))
+            + f"    {WAIT}()\n"
             "    step = 0\n"
             f"    for tile in range(tl.program_id(0), {self._tiles()}, PROGRAMS):\n"
             f"        row0, col0 = place(tile{sizes})\n"
             f"        for k in range(0, {self.depth}, DEPTH):\n"
             "            slot = step % STAGES\n"
-            "            mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)\n"
-            f"            mbarrier.expect(ready.index(slot), {bytes_})\n"
-            f"{text}\n"
+            "            if step >= EARLY:\n"
+            "                mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)\n"
+            + "".join(f"                {line}\n" for line in self._weight_copies("slot", "k"))
+            + f"            bring_tile(m0, {place}, ready.index(slot), left.index(slot))\n"
             "            step += 1\n"
         )
 
@@ -404,6 +403,7 @@ class OverlappedWriter(MatmulWriter):
         sizes = "".join(f", {s}" for s in self._sizes())
         barrier = "tl.allocate_shared_memory(tl.int64, [{}, 1], mbarrier.MBarrierLayout())"
         left = f"[STAGES, {self.tile.rows}, DEPTH]"
+        weights = ", ".join(dict.fromkeys(self.emitter.pointers[m.value] for m in self.right))
         lines = [
             f"left = tl.allocate_shared_memory(m0.dtype, {left}, m0.layout)",
             "right = tl.allocate_shared_memory(m1.dtype, [STAGES, COLS, DEPTH], m1.layout)",
@@ -423,8 +423,7 @@ class OverlappedWriter(MatmulWriter):
             "    mbarrier.init(turn.index(i), count=1)",
             "    mbarrier.init(arrived.index(i), count=1)",
             "fence_async_shared()",
-            "gdc_wait()",  # the last kernel has ended; barriers are ready by then
-            "tl.warp_specialize([",
+            f"tl.warp_specialize([  {WAIT_AFTER}{weights}",
             *(f"    (multiply, ({i}, left, right, {self._out(i)}, ready, free, turn, "
               f"arrived.index({i}), {shared}))," for i in range(GROUPS)),
             f"    (bring, (left, right, ready, free, m0, m1{sizes})),",
