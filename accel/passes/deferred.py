@@ -11,6 +11,7 @@ from torch import Tensor
 from accel.ir.interpret import interpret
 from accel.ir.module import Function
 from accel.ir.storage import WeightStore
+from accel.large_pages import empty_on_large_pages
 
 
 class Deferred:
@@ -47,10 +48,13 @@ def deferred_stack(weights: WeightStore, names: Sequence[str]) -> Deferred:
     return Deferred(compute)
 
 
-def deferred_blocks(weights: WeightStore, name: str, lanes: int) -> Deferred:
+def deferred_blocks(
+    weights: WeightStore, name: str, lanes: int, *, streamed: bool = False
+) -> Deferred:
     """A weight in blocks of `lanes` outputs, the last filled up with zeros.
 
     [N, K] becomes [N / lanes, K, lanes]; [N, C, KH, KW] becomes [N / lanes, KH, KW, C, lanes].
+    `streamed`: a call reads it once, as fast as memory gives it.
     """
 
     def compute() -> Tensor:
@@ -59,7 +63,10 @@ def deferred_blocks(weights: WeightStore, name: str, lanes: int) -> Deferred:
         missing = blocks * lanes - len(weight)
         wide = F.pad(weight, (*(0,) * (2 * weight.dim() - 1), missing)) if missing else weight
         split = wide.reshape(blocks, lanes, *weight.shape[1:])
-        return split.permute(0, *range(3, split.dim()), 2, 1).contiguous()
+        turned = split.permute(0, *range(3, split.dim()), 2, 1)
+        if not streamed:
+            return turned.contiguous()
+        return empty_on_large_pages(turned.shape, turned.dtype).copy_(turned)
 
     return Deferred(compute)
 

@@ -23,11 +23,13 @@ from accel.ir.builder import Builder
 from accel.ir.capability import KernelGenerator
 from accel.ir.module import Module, Op, Value, constant_name
 from accel.ir.storage import WeightStore
-from accel.ir.types import TensorType
+from accel.ir.types import TensorType, product
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.deferred import Deferred, deferred_blocks
 from accel.passes.outline import elementwise_epilogue, finish_outline, is_full, outline
 from accel.passes.weights import drop_unused
+
+_FEW_ROWS = 8  # with fewer rows of x, reading the weight takes longer than multiplying
 
 
 @register_pass
@@ -69,21 +71,23 @@ class SelectMatmul(Pass):
 
     def _select(self, name: str, ops: list[Op], module: Module, generator: KernelGenerator) -> None:
         lanes = generator.matmul_columns(ops[0])
-        stored, load = _in_blocks(module.weights, name, lanes)
+        rows = [product(op.result.shape[:-1]) for op in ops]
+        streamed = any(isinstance(n, int) and n <= _FEW_ROWS for n in rows)
+        stored, load = _in_blocks(module.weights, name, lanes, streamed)
         blocked = module.weights.add_lazy(f"{name}.blocks", stored, load)
         for op in ops:
             epilogue = elementwise_epilogue(op, generator, self.max_epilogue)
             constant = op.operands[1].op
             b = Builder(before=op, location=op.location, made_by=self.name)
             first = b.constant(blocked, stored)
-            product, before = _rewrite(b, op, first)
+            result, before = _rewrite(b, op, first)
             members: list[Op] = []
             made = first.op.next if first.op is not None else None
             while made is not None and made is not op:
                 members.append(made)
                 made = made.next
             members += epilogue
-            op.replace_with([product])
+            op.replace_with([result])
             attributes = {"backend": generator.name, "kind": "matmul"}
             kernel = outline(
                 members, "kernel", attributes, self.name, duplicate=before, inline=is_full
@@ -96,13 +100,15 @@ class SelectMatmul(Pass):
                 constant.erase()
 
 
-def _in_blocks(weights: WeightStore, name: str, lanes: int) -> tuple[TensorType, Deferred]:
+def _in_blocks(
+    weights: WeightStore, name: str, lanes: int, streamed: bool
+) -> tuple[TensorType, Deferred]:
     """The weight [N, K] or [N, C, KH, KW] in blocks of `lanes` columns, the last filled up."""
     given = weights.type(name)
     columns, *rest = (int(d) for d in given.shape)
     inner = (*rest[1:], rest[0])  # the window before the channels
     stored = given.with_shape((-(-columns // lanes), *inner, lanes))
-    return stored, deferred_blocks(weights.pick(name), name, lanes)
+    return stored, deferred_blocks(weights.pick(name), name, lanes, streamed=streamed)
 
 
 def _rewrite(b: Builder, op: Op, stored: Value) -> tuple[Value, list[Op]]:

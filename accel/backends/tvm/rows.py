@@ -297,7 +297,8 @@ class RowNest(Nest):
             if read.coefficient(group[-1]) == 1 and read.axes - set(group):
                 place = emitter.addresses.code(read) + tir.i64(_AHEAD)
                 for line in range(0, width, _LINE):
-                    tir.prefetch(emitter.block, emitter.buffers[value], place + tir.i64(line))
+                    at = place + tir.i64(line)
+                    tir.prefetch(emitter.block, emitter.buffers[value], at, once=True)
         emitter.addresses.unbind(group)
 
     def _lanes(self, group: tuple[Axis, ...], base: Expr, steps: Expr, parts: list[Part]) -> None:

@@ -108,10 +108,13 @@ def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:
     return tirx.call_llvm_pure_intrin(dtype, name, *args)
 
 
-def prefetch(block: Block, buffer: Buffer, place: Expr) -> None:
-    """Asks for the line of an element, into the second-level cache; never faults."""
+def prefetch(block: Block, buffer: Buffer, place: Expr, *, once: bool = False) -> None:
+    """Asks for the line of an element, into the second-level cache; never faults.
+
+    `once`: it is read once, and need not push anything else out of the caches.
+    """
     address = tirx.address_of(load(buffer, place))
-    hint = [tirx.const(v, "int32") for v in (0, 2, 1)]  # to read, locality 2, data
+    hint = [tirx.const(v, "int32") for v in (0, 0 if once else 2, 1)]  # to read, locality, data
     call = tirx.call_llvm_intrin("void", "llvm.prefetch", address, *hint)
     block.statements.append(tirx.Evaluate(call))
 
