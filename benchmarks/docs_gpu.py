@@ -81,7 +81,8 @@ def readme_lines(*results: dict[str, Any]) -> list[str]:
     for data in results:
         rows: dict[str, dict[str, float]] = {}
         for row in data["rows"]:
-            rows.setdefault(row["workload"], {})[row["system"]] = row["milliseconds"]
+            if row["milliseconds"] is not None:
+                rows.setdefault(row["workload"], {})[row["system"]] = row["milliseconds"]
         for name, times in rows.items():
             own = times.pop("accel", None)
             if own is None or not times or name not in _WORKLOADS:

@@ -26,6 +26,7 @@ _IDS: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_UNTIED = {"tie_word_embeddings": False}
 _SIZES: dict[str, Any] = {
     **_IDS,
     "hidden_size": 64,
@@ -100,13 +101,13 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", _GPT),
     "gpt_neox": ("GPTNeoXConfig", _SIZES),
     "opt": ("OPTConfig", {**_SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "bloom": ("BloomConfig", {**_IDS, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "bloom": ("BloomConfig", {**_IDS, **_UNTIED, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
     "falcon": ("FalconConfig", _SIZES),
     "stablelm": ("StableLmConfig", _GROUPED),
     "olmo2": ("Olmo2Config", _GROUPED),
     "mixtral": ("MixtralConfig", _MOE),
-    "t5": ("T5Config", _T5),
-    "bart": ("BartConfig", _BART),
+    "t5": ("T5Config", {**_T5, **_UNTIED}),
+    "bart": ("BartConfig", {**_BART, **_UNTIED}),
     "mamba": ("MambaConfig", _STATES),
     "falcon_mamba": ("FalconMambaConfig", _STATES),
     "recurrent_gemma": ("RecurrentGemmaConfig", _HYBRID),
@@ -115,8 +116,15 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 _EAGER = ("gemma2", "bloom", "mamba", "falcon_mamba", "recurrent_gemma", "rwkv")
 _TRANSLATORS = ("t5", "bart")
 # Where the table of tokens is the head too: large tokens would only repeat themselves.
-_TIED = ("gemma2", "gemma3", "recurrent_gemma", "bloom", "t5")
-_SCALES = {"bloom": 40.0, "t5": 40.0}
+_TIED = ("gemma2", "gemma3", "recurrent_gemma")
+# How much larger than usual weights are, by a part of their names. Models that know positions by
+# distances alone soon repeat themselves: theirs were chosen so that the text varies.
+_SCALE = 6.0
+_SCALES: dict[str, dict[str, float]] = {
+    "bloom": {"word_embeddings": 1.0, "lm_head": 1.0, "query_key_value": 10.0},
+    "t5": {".q.": 3.0, ".k.": 3.0, "relative": 3.0, ".v.": 40.0, ".o.": 40.0},
+}
+_SEEDS = {"bloom": 1, "t5": 1}
 
 
 def checkpoint(name: str) -> Path:
@@ -159,7 +167,7 @@ def tiny_model(name: str) -> Any:
     config = getattr(transformers, kind)(**arguments)
     auto = "AutoModelForSeq2SeqLM" if name in _TRANSLATORS else "AutoModelForCausalLM"
     attention = "eager" if name in _EAGER else "sdpa"
-    torch.manual_seed(0)
+    torch.manual_seed(_SEEDS.get(name, 0))
     model = getattr(transformers, auto).from_config(config, attn_implementation=attention).eval()
     if name == "rwkv":
         model(torch.zeros(1, 2, dtype=torch.int64))  # scales its weights the first time
@@ -167,5 +175,6 @@ def tiny_model(name: str) -> Any:
         for label, parameter in model.named_parameters():
             table = "embed" in label or "shared" in label
             if parameter.dim() > 1 and not (table and name in _TIED):
-                parameter.mul_(_SCALES.get(name, 6.0))
+                own = [s for part, s in _SCALES.get(name, {}).items() if part in label]
+                parameter.mul_(own[0] if own else _SCALE)
     return model
