@@ -117,7 +117,8 @@ def _gradients(
 def _laid_out_as(q: Tensor, y: Tensor) -> Tensor:
     """y with its axes in q's order in memory, as the forward made it: torch keeps cuDNN's plans by
     the strides of q, k and v alone, and reads y with those of the first call."""
-    order = sorted(range(y.dim()), key=lambda axis: -q.stride(axis))
+    strides = q.stride()
+    order = sorted(range(y.dim()), key=lambda axis: -strides[axis])
     ordered = y.permute(order)
     if ordered.is_contiguous():
         return y
