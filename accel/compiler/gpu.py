@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
+
 from accel import __version__
 from accel.backends.triton import CompiledLaunch, TritonBackend, kernel_fingerprint
 from accel.backends.triton.maps import MapCode, MapLayout
@@ -53,9 +55,18 @@ class KernelFailure(BackendError):
         self.kernel = kernel
 
 
-def generator(target: Target) -> TritonBackend:
+def generator(target: Target, options: Options | None = None) -> TritonBackend:
     """The kernel generator for a GPU."""
-    return TritonBackend(target.arch, target.cores)
+    options = options or Options()
+    tf32 = options.float32 == "tf32" or (options.float32 == "torch" and _torch_allows_tf32())
+    return TritonBackend(target.arch, target.cores, tf32=tf32)
+
+
+def _torch_allows_tf32() -> bool:
+    """What `torch.set_float32_matmul_precision`, or its newer form, says of CUDA's products."""
+    settings = torch.backends.cuda.matmul
+    precision = getattr(settings, "fp32_precision", None)  # torch 2.9
+    return settings.allow_tf32 if precision is None else precision == "tf32"
 
 
 def libraries() -> tuple[Library, ...]:

@@ -51,6 +51,7 @@ class Job:
     kernel: str
     arch: str
     sms: int
+    tf32: bool
     tile: str
 
     @staticmethod
@@ -58,13 +59,15 @@ class Job:
         chosen = with_tile(backend, kernel, tile)
         text = print_module(module_of(kernel, alike=True))
         key = gpu.kernel_key(kernel, chosen)
-        return Job(key, text, backend.arch, backend.sms, "" if tile is None else str(tile))
+        return Job(
+            key, text, backend.arch, backend.sms, backend.tf32, "" if tile is None else str(tile)
+        )
 
 
 def with_tile(backend: TritonBackend, kernel: Op, tile: Any) -> TritonBackend:
     """The generator, with a tile for this kernel (None: the cost model's)."""
     tiles = {} if tile is None else {kernel_fingerprint(kernel): tile}
-    return TritonBackend(backend.arch, backend.sms, tiles=tiles)
+    return TritonBackend(backend.arch, backend.sms, tiles=tiles, tf32=backend.tf32)
 
 
 def module_of(kernel: Op, *, alike: bool = False) -> Module:
@@ -232,7 +235,7 @@ def compile_job(job: Job) -> AccelError | None:
     try:
         module = parse_module(job.kernel)
         (kernel,) = (op for op in module.main.ops if op.name == "kernel")
-        backend = TritonBackend(job.arch, job.sms)
+        backend = TritonBackend(job.arch, job.sms, tf32=job.tf32)
         tile = next((t for t in backend.candidates(kernel) if str(t) == job.tile), None)
         if job.tile and tile is None:
             return BackendError(f"no candidate prints as {job.tile}")

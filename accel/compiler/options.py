@@ -26,6 +26,9 @@ class Options:
         cache: use the persistent compile cache.
         tune: measure on the device how each generated kernel is computed best: "quick" (about a
             minute at most), "full" (ten), or "off" (the cost model chooses).
+        float32: how generated kernels for GPUs multiply float32: "exact", "tf32" (operands are
+            rounded to 11 bits), or "torch": what `torch.set_float32_matmul_precision` says when
+            the model is compiled.
         dynamic: for `torch.compile`: treat sizes as symbols.
         dump_dir: folder for numbered IR dumps ("" is none).
         print_after: pass name after which the IR is printed ("*" after each).
@@ -41,6 +44,7 @@ class Options:
     kernels: bool = True
     cache: bool = True
     tune: str = "off"
+    float32: str = "torch"
     dynamic: bool | None = None
     dump_dir: str = ""
     print_after: str = ""
@@ -78,6 +82,8 @@ class Options:
             raise OptionError(f"on_violation = '{chosen.on_violation}'", advice="raise or undo")
         if chosen.tune not in ("off", "quick", "full"):
             raise OptionError(f"tune = '{chosen.tune}'", advice="off, quick or full")
+        if chosen.float32 not in ("exact", "tf32", "torch"):
+            raise OptionError(f"float32 = '{chosen.float32}'", advice="exact, tf32 or torch")
         return chosen
 
 

@@ -156,7 +156,7 @@ def make_context(
     on_gpu = target.kind == "cuda"
     backend: TvmBackend | TritonBackend | None = None
     if options.kernels:
-        backend = gpu.generator(target) if on_gpu else TvmBackend()
+        backend = gpu.generator(target, options) if on_gpu else TvmBackend()
     return Context(
         target=target,
         generator=backend,

@@ -26,7 +26,9 @@ def rebuild(artifact: Artifact) -> Rebuilt:
     module = parse_module(artifact.ir("kernels"), f"{artifact.archive.path}:ir/kernels.mlir")
     target = _target(artifact)
     if target.kind == "cuda":
-        symbols, library, _ = gpu.compile_launches(module, gpu.generator(target), Options())
+        options = Options()
+        generator = gpu.generator(target, options)
+        symbols, library, _ = gpu.compile_launches(module, generator, options)
     else:
         symbols, library, _ = compile_kernels(module, TvmBackend(), target, Options())
     plans = {f.name: lower_function(f, module, symbols) for f in module.functions.values()}

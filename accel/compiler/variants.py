@@ -70,7 +70,7 @@ def has_library_variant(kernel: Op) -> bool:
 def model_choice(kernel: Op, backend: TritonBackend) -> str:
     """What the cost model takes: its kernel, or a library."""
     region, kind = kernel.regions[0], str(kernel.attribute("kind"))
-    plain = TritonBackend(backend.arch, backend.sms)
+    plain = TritonBackend(backend.arch, backend.sms, tf32=backend.tf32)
     op = next((o for o in region.ops if anchors.is_whole(o, kind)), None)
     if op is None:
         return KERNEL

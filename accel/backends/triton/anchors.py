@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from accel.backends.triton import (
@@ -48,6 +49,7 @@ class Anchor:
         choose: (the `accel.kernel` op, multiprocessors, capability) -> the tile where none was
             measured, for kinds whose choice depends on the architecture.
         library_reason: (op, capability) -> why a library is faster; None if it is not.
+        tf32_reason: as `reason`, where float32 operands may be rounded to tf32.
     """
 
     ops: tuple[str, ...]
@@ -56,12 +58,18 @@ class Anchor:
     candidates: Candidates | None = None
     choose: Callable[[Op, int, int], Any] | None = None
     library_reason: Callable[[Op, int], str | None] | None = None
+    tf32_reason: Callable[[Op], str | None] | None = None
 
 
 ANCHORS: dict[str, Anchor] = {
     "gemv": Anchor(("linear",), gemv.reason, gemv.generate, gemv.candidates),
     "matmul": Anchor(
-        ("linear",), matmul.reason, matmul.generate, matmul.candidates, matmul.choose_tile
+        ("linear",),
+        matmul.reason,
+        matmul.generate,
+        matmul.candidates,
+        matmul.choose_tile,
+        tf32_reason=partial(matmul.reason, tf32=True),
     ),
     "skinny": Anchor(
         ("linear",), skinny.reason, skinny.generate, skinny.candidates, skinny.choose_for
@@ -104,14 +112,15 @@ ANCHORS: dict[str, Anchor] = {
 EARLY = frozenset(("cached_attention",))
 
 
-def reason(op: Op, kind: str) -> str | None:
+def reason(op: Op, kind: str, tf32: bool = False) -> str | None:
     """None if a kernel of this kind may be built around the op, else the reason why not."""
     anchor = ANCHORS.get(kind)
     if anchor is None:
         return f"no kernel of kind '{kind}' is generated for GPUs"
     if op.name not in anchor.ops:
         return f"accel.{op.name} is not accel.{' or accel.'.join(anchor.ops)}"
-    return anchor.reason(op)
+    ask = anchor.tf32_reason if tf32 else None
+    return anchor.reason(op) if ask is None else ask(op)
 
 
 def library_reason(op: Op, kind: str, capability: int) -> str | None:

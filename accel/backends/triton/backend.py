@@ -14,6 +14,7 @@ from accel.backends.loops.phases import REDUCTIONS
 from accel.backends.triton import anchors, batched, dependent, dtypes, float8, matmul, scalar
 from accel.backends.triton.addresses import size_name
 from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot, size_limits
+from accel.backends.triton.product_loop import FULL_PRECISION, TF32_PRECISION
 from accel.backends.triton.toolchain import Binary, capability, compile_source, version
 from accel.errors import BackendError
 from accel.ir.builder import Builder
@@ -80,6 +81,8 @@ class TritonBackend:
         sms: multiprocessors, for the cost model.
         tile: the tile of kernels around an anchor, in place of the cost model's choice.
         tiles: tiles of single kernels, by `kernel_fingerprint`: what tuning has chosen.
+        tf32: float32 operands of products may be rounded to tf32, as
+            `torch.set_float32_matmul_precision("high")` allows.
         measures: products become kernels even where the cost model prefers a library, since
             tuning compares the two (`accel.compiler.tune`).
     """
@@ -94,13 +97,14 @@ class TritonBackend:
         *,
         tiles: Mapping[str, Any] | None = None,
         measures: bool = False,
+        tf32: bool = False,
     ) -> None:
         self.arch, self.sms, self.tile = arch, sms, tile
-        self.tiles, self.measures = dict(tiles or {}), measures
+        self.tiles, self.measures, self.tf32 = dict(tiles or {}), measures, tf32
 
     def version(self) -> str:
         """A cache key for machine code, together with a kernel's fingerprint and tile."""
-        return f"{version()}-{self.arch}-{self.sms}"
+        return f"{version()}-{self.arch}-{self.sms}{'-tf32' if self.tf32 else ''}"
 
     def tile_of(self, kernel: Op) -> Any:
         """The tile that was chosen for an `accel.kernel` op; None leaves it to the cost model."""
@@ -136,14 +140,14 @@ class TritonBackend:
 
     def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:
         if op.name == "matmul":
-            return "batched", batched.saves(op, members, self.sms)
+            return "batched", batched.saves(op, members, self.sms, self.tf32)
         kind = anchors.product_kind(op)
         if kind == "matmul" and not self.measures:
             return kind, matmul.saves(op, members, self.sms, capability(self.arch))
         return kind, None
 
     def supports_anchor(self, op: Op, kind: str) -> str | None:
-        reason = _type_reason(op) or anchors.reason(op, kind)
+        reason = _type_reason(op) or anchors.reason(op, kind, self.tf32)
         if reason is None and not self.measures:
             return anchors.library_reason(op, kind, capability(self.arch))
         return reason
@@ -209,6 +213,8 @@ class TritonBackend:
             tile = anchors.choose(kernel, self.sms, capability(self.arch))
         code = make(name, region, print_op(kernel), self.sms, tile)
         for launch in code.launches:
+            if self.tf32:
+                launch.source = launch.source.replace(FULL_PRECISION, TF32_PRECISION)
             launch.source = float8.resolved(
                 launch.source, capability(self.arch), gluon=launch.gluon
             )

@@ -27,7 +27,7 @@ from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.product_costs import BANDWIDTH, LAUNCH
 from accel.backends.triton.product_loop import MatmulWriter
-from accel.backends.triton.product_plan import MatmulTile, Plan
+from accel.backends.triton.product_plan import MatmulTile, Plan, shallower
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import Block, Expr
 from accel.backends.triton.tiles import next_power, parts_of
@@ -55,10 +55,10 @@ def reason(op: Op) -> str | None:
     return None
 
 
-def saves(op: Op, members: Sequence[Op], sms: int) -> str | None:
+def saves(op: Op, members: Sequence[Op], sms: int, tf32: bool = False) -> str | None:
     """Why the library and kernels for the rest are faster than one kernel; None if they are not."""
     x = op.operands[0]
-    if x.dtype == torch.float32:
+    if x.dtype == torch.float32 and not tf32:
         return "float32 in full precision"
     after = members[members.index(op) + 1 :]
     rest = [m for m in after if not m.has(Trait.VIEW)]
@@ -66,7 +66,8 @@ def saves(op: Op, members: Sequence[Op], sms: int) -> str | None:
     if not rest and not turned:
         return "an epilogue that saves no launch"
     results = _count(product(op.result.shape))
-    lost = 2 * results * _count(x.shape[-1]) * (1 / _OWN_RATE - 1 / _LIBRARY_RATE)
+    flops = x.dtype.itemsize * results * _count(x.shape[-1])  # tf32 has half the rate of 16 bits
+    lost = flops * (1 / _OWN_RATE - 1 / _LIBRARY_RATE)
     lost *= _DEFAULT_SMS / sms
     saved = LAUNCH + 2 * results * x.dtype.itemsize / BANDWIDTH
     if lost >= saved:
@@ -269,7 +270,9 @@ class BatchedGenerator(Generator):
             raise BackendError("a batched kernel that gives one value twice")
         *batch, rows, columns = made.op.result.shape
         depth = made.op.operands[0].shape[-1]
-        tile = self.tile or choose(product(batch), rows, columns, depth, self.sms)
+        tile = self.tile or shallower(
+            choose(product(batch), rows, columns, depth, self.sms), made.op.operands[0].dtype
+        )
         emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
         program = BatchedWriter(made, emitter, [w.name for w in writes], tile).write()
         reads = [Slot("input", self.region.args.index(v)) for v in program.reads]

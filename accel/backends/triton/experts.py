@@ -10,6 +10,8 @@ token's experts is a reduction like any other, in a fixed order.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from accel.backends.triton.expert_loop import FewWriter, ManyWriter, bins, routing
 from accel.backends.triton.expert_plan import ExpertPlan, plan, reason
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
@@ -78,6 +80,8 @@ class ExpertGenerator(Generator):
         depth, sums = int(made.op.operands[0].shape[-1]), len(made.places)
         columns = int(made.stores[0][0].shape[-1])
         tile = self.tile or choose(rows, experts, columns, depth, sums, self.sms)
+        if self.tile is None and made.op.operands[0].dtype.itemsize == 4:
+            tile = replace(tile, depth=max(16, tile.depth // 2))
         if isinstance(tile, SkinnyTile):
             return self._few(made, tile)
         return self._many(made, tile, rows, experts)

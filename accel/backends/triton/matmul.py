@@ -36,7 +36,13 @@ from accel.backends.triton.product_costs import (
     rest_seconds,
 )
 from accel.backends.triton.product_loop import MatmulWriter
-from accel.backends.triton.product_plan import MatmulTile, codes_of, plan, tensor_core_reason
+from accel.backends.triton.product_plan import (
+    MatmulTile,
+    codes_of,
+    plan,
+    shallower,
+    tensor_core_reason,
+)
 from accel.backends.triton.tiles import next_power
 from accel.ir.module import Op, Region, Value
 from accel.ir.op import Trait
@@ -55,9 +61,9 @@ Tile = MatmulTile | OverlappedTile | Either
 _SYMBOLIC_ROWS = 4096
 
 
-def reason(op: Op) -> str | None:
+def reason(op: Op, tf32: bool = False) -> str | None:
     """None if a kernel of kind "matmul" may be built around this op, else the reason why not."""
-    return tensor_core_reason(op)
+    return tensor_core_reason(op, tf32)
 
 
 def choose(rows: Dim, columns: int, depth: int, tiles: int, sms: int) -> MatmulTile:
@@ -181,7 +187,7 @@ def _may_overlap(x: Value, weight: Value) -> bool:
     """Whether both operands are matrices that TMA can copy, as far as the op tells."""
     stored = weight.op is None or weight.op.name == "constant"
     whole = int(x.shape[-1]) * x.dtype.itemsize % MULTIPLE == 0
-    return stored and whole and x.dtype == weight.dtype
+    return stored and whole and x.dtype == weight.dtype and x.dtype.itemsize == 2
 
 
 def _overlapped_pays(
@@ -227,7 +233,8 @@ def _loop_saves(
         return "an unknown number of rows"
     if streams:
         return None
-    flops, width = 2 * rows * columns * depth, x.dtype.itemsize
+    width = x.dtype.itemsize
+    flops = width * rows * columns * depth  # tf32 has half the rate of 16 bits
     lost = (flops / _OWN_RATE - flops / _LIBRARY_RATE) * _DEFAULT_SMS / sms
     saved = 0.0
     if rest:
@@ -250,7 +257,7 @@ def _loop_saves(
 def _streams(rows: int, columns: int, depth: int, width: int) -> bool:
     """Whether memory is the limit, however the tiles are computed: few channels of many pixels."""
     moved = (rows * depth + rows * columns + columns * depth) * width
-    return 2 * rows * columns * depth / _OWN_RATE < _SLACK * moved / BANDWIDTH
+    return width * rows * columns * depth / _OWN_RATE < _SLACK * moved / BANDWIDTH
 
 
 # -- the code --------------------------------------------------------------------------------
@@ -272,6 +279,8 @@ class MatmulGenerator(Generator):
         tile = self.tile or choose(product(rows), int(columns), depth, tiles, self.sms)
         if self.tile is None and codes_of(made.op) is not None:
             tile = _of_bytes(tile, depth)
+        elif self.tile is None and isinstance(tile, MatmulTile):
+            tile = shallower(tile, made.op.operands[0].dtype)
         if isinstance(tile, Either):
             copied = operands_of(made, self.planner.indexer) is not None
             tile = tile.overlapped if copied else tile.loop

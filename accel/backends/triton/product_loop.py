@@ -27,6 +27,7 @@ from accel.ir.module import Value
 from accel.ir.types import Dim, product
 
 _FLOAT8_SPAN = 128  # of K
+FULL_PRECISION, TF32_PRECISION = 'input_precision="ieee"', 'input_precision="tf32"'
 
 
 class MatmulWriter:
@@ -115,7 +116,7 @@ class MatmulWriter:
         if codes_of(self.plan.op) is not None:
             options = f", max_num_imprecise_acc={min(_FLOAT8_SPAN, self.tile.depth)}"
         elif self.plan.op.operands[0].dtype == torch.float32:
-            options = ', input_precision="ieee"'
+            options = f", {FULL_PRECISION}"
         return f"{sum} = tl.dot({left}, {right}, {sum}{options})"
 
     def _operand(self, value: Value, index: Index, shape: str, summed: Sequence[Axis]) -> Expr:

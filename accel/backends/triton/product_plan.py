@@ -7,7 +7,7 @@ copies matrices by TMA (`matrix` finds out whether an operand is one).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ class MatmulTile:
     warps: int
     stages: int = 3
     group: int = 8
+
+
+def shallower(tile: MatmulTile, dtype: torch.dtype) -> MatmulTile:
+    """The tile with steps of as many bytes for operands of 4 bytes as it has for 2."""
+    return tile if dtype.itemsize < 4 else replace(tile, depth=max(16, tile.depth // 2))
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,15 @@ def codes_of(op: Op) -> tuple[Value, Value] | None:
     return (found[0], found[1]) if codes else None
 
 
-def tensor_core_reason(op: Op) -> str | None:
-    """None if a kernel on tensor cores may be built around this op, else the reason why not."""
+def tensor_core_reason(op: Op, tf32: bool = False) -> str | None:
+    """None if a kernel on tensor cores may be built around this op, else the reason why not.
+
+    With `tf32` float32 operands may be rounded to 11 bits, which tensor cores multiply."""
     if op.name != "linear":
         return f"accel.{op.name} has no generated code"
     x, weight, _ = op.arguments()
-    if x.dtype not in (torch.float16, torch.bfloat16) and codes_of(op) is None:
+    rounded = tf32 and x.dtype == torch.float32
+    if x.dtype not in (torch.float16, torch.bfloat16) and not rounded and codes_of(op) is None:
         return f"a product of {x.dtype}"
     if not all(isinstance(d, int) and d > 0 for d in weight.shape):
         return "a weight of symbolic size, or none"
