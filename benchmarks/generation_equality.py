@@ -7,8 +7,7 @@
 weights than usual, so that their texts vary; every one is given as a plain forward without a
 cache. Where texts differ, the row has the first place, and how far apart the two best logits of
 the plain forward in float64 are there: equal ones are a tie, and neither text is wrong.
-`transformers` runs with its own cache, except for RWKV, whose cached forward is another function
-than its plain one. Results go to `benchmarks/results/generation_equality.json`.
+`transformers` runs with its own cache or state. Results go to `benchmarks/results/generation_equality.json`.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ def measure(name: str) -> dict[str, Any]:
     else:
         model = tiny_model(name)
         ids = torch.randint(3, 120, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
-    options: dict[str, Any] = {"use_cache": False} if name == "rwkv" else {}
     with torch.no_grad():
         expected = model.generate(
             ids,
@@ -53,7 +51,7 @@ def measure(name: str) -> dict[str, Any]:
             eos_token_id=None,
             pad_token_id=0,
             attention_mask=torch.ones_like(ids),
-            **options,
+            use_cache=True,
         )
     start = time.perf_counter()
     fast = accel.compile_generator(model, capacity=CAPACITY)
