@@ -7,7 +7,8 @@
 weights than usual, so that their texts vary; every one is given as a plain forward without a
 cache. Where texts differ, the row has the first place, and how far apart the two best logits of
 the plain forward in float64 are there: equal ones are a tie, and neither text is wrong.
-`transformers` runs with its own cache or state. Results go to `benchmarks/results/generation_equality.json`.
+`transformers` runs with its own cache or state. Results go to
+`benchmarks/results/generation_equality.json`.
 """
 
 from __future__ import annotations
