@@ -30,6 +30,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from accel.config import logger
 from accel.errors import CaptureError, OptionError
+from accel.frontends import flex
 from accel.frontends.graph import Output, Program, import_aten_graph, import_dynamo_graph
 from accel.frontends.joint import rewrite_joint
 from accel.ir.interpret import interpret
@@ -81,6 +82,7 @@ def make_backend(compile_function: CompileFunction) -> Callable[..., Any]:
         if not 0 <= budget <= 1:
             raise OptionError(f"activation_memory_budget is {budget}", advice="give 0 to 1")
 
+        flex.expand(graph)
         device = _device_of(graph, inputs)
 
         def compile_module(module: Module) -> Compiled:

@@ -30,6 +30,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.errors import CaptureError
+from accel.frontends import flex
 from accel.frontends.calls import Call
 from accel.frontends.fakes import ResultMemo
 from accel.ir.module import Location
@@ -105,6 +106,12 @@ class Recorder(ProxyTorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         return func(*args, **kwargs)
+
+
+@flex.HIGHER_ORDER.py_impl(Recorder)
+def _flex(recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
+    with recorder:
+        return flex.attend(*args, **kwargs)
 
 
 _CHANGES_SIZE = frozenset(("aten::resize_", "aten::resize_as_", "aten::set_"))
@@ -244,6 +251,7 @@ def record(
     with (
         torch.no_grad(),
         _compiling(),
+        flex.whole(),
         fake_mode,
         enable_python_dispatcher(),
         recorder,

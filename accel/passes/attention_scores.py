@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from accel.ir.module import Op, Value
 from accel.ir.patterns import splat_value
 from accel.ir.types import Shape, same_dim, same_shape, simplify_dim
+from accel.passes.algebra import without_leading_ones
 from accel.passes.masks import ABSORBS, HIDDEN
 
 _LONGEST = 24
@@ -53,10 +54,13 @@ class Scores:
 
 
 def find_softmax(value: Value) -> Op | None:
-    """The softmax under casts, reshapes of leading axes, and a slice that drops its last weight."""
+    """The softmax under casts, reshapes of leading axes, a slice that drops its last weight, and a
+    choice of 0 for rows that see nothing."""
     op = value.op
-    while op is not None and (_is_float_cast(op) or _keeps_rows(op) or _drops_last(op)):
-        op = op.operands[0].op
+    while op is not None and (
+        _is_float_cast(op) or _keeps_rows(op) or _drops_last(op) or seen_rows(op) is not None
+    ):
+        op = op.operands[1 if op.name == "where" else 0].op
     return op if op is not None and op.name == "softmax" else None
 
 
@@ -69,6 +73,34 @@ def _keeps_rows(op: Op) -> bool:
     if op.name != "reshape" or len(op.operands[0].shape) < 2:
         return False
     return same_shape(op.operands[0].shape[-2:], op.result.shape[-2:])
+
+
+def seen_rows(op: Op | None) -> Value | None:
+    """The condition of which some element of each row must hold, where weights are 0 else:
+    where(any(condition), weights, 0)."""
+    if op is None or op.name != "where" or splat_value(op.operands[2]) != 0:
+        return None
+    made = op.operands[0].op
+    while made is not None and made.name in ("broadcast_to", "cast"):
+        made = made.operands[0].op
+    if made is None or made.name != "any" or not made.attribute("keepdim"):
+        return None
+    source = made.operands[0]
+    while source.op is not None and source.op.name == "broadcast_to":
+        source = source.op.operands[0]
+    rank = made.operands[0].type.rank
+    return source if [a % rank for a in made.attribute("axes")] == [rank - 1] else None
+
+
+def guard_of(value: Value) -> Value | None:
+    """That condition of the weights `value`, whatever lies between it and the softmax."""
+    op = value.op
+    while op is not None and op.name != "softmax":
+        found = seen_rows(op)
+        if found is not None:
+            return found
+        op = op.operands[0].op
+    return None
 
 
 def _drops_last(op: Op) -> bool:
@@ -88,7 +120,7 @@ def second_user(weights: Value, softmax: Op) -> Op | None:
             return op
         if op is softmax:
             return None
-        op = op.operands[0].op
+        op = op.operands[1 if op.name == "where" else 0].op
     return None
 
 
@@ -233,3 +265,13 @@ def _leads(value: Value) -> bool:
         else:
             return False
     return False
+
+
+def same_mask(a: Value, b: Value) -> bool:
+    """Whether two masks are one value, broadcasts and leading axes of size 1 aside."""
+    sources = []
+    for value in (a, b):
+        while value.op is not None and value.op.name == "broadcast_to":
+            value = value.op.operands[0]
+        sources.append(without_leading_ones(value))
+    return sources[0] is sources[1]

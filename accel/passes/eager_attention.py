@@ -13,7 +13,14 @@ from accel.ir.builder import Builder
 from accel.ir.module import Op, Value
 from accel.ir.rewrite import Made, RewriteContext, Rule
 from accel.ir.types import Dim, Shape, product, same_dim, same_shape
-from accel.passes.attention_scores import Scores, find_softmax, read_scores, second_user
+from accel.passes.attention_scores import (
+    Scores,
+    find_softmax,
+    guard_of,
+    read_scores,
+    same_mask,
+    second_user,
+)
 from accel.passes.masks import ABSORBS, Mask, MaskReader
 
 
@@ -40,15 +47,16 @@ class EagerAttention(Rule):
         if scores.product is None:
             context.miss(self.name, scores.at or softmax, scores.reason)
             return None
-        parts = self._mask(b, scores, op, context)
+        guard = guard_of(op.operands[0])
+        parts = self._mask(b, scores, op, guard, context)
         if parts is None:
             return None
         return _Emit(b, op, scores, parts, self.reader, context).value()
 
     def _mask(
-        self, b: Builder, scores: Scores, op: Op, context: RewriteContext
+        self, b: Builder, scores: Scores, op: Op, guard: Value | None, context: RewriteContext
     ) -> list[tuple[Value, Shape]] | None:
-        """Additive masks with the leading axes they broadcast to; None if that is not exact."""
+        """Masks with the leading axes they broadcast to; None if that is not exact."""
         rows, columns = scores.shape[-2:]
         dtype = op.result.dtype
         total = Mask()
@@ -56,6 +64,14 @@ class EagerAttention(Rule):
             read = self.reader.boolean(each.condition, rows, columns, each.seen)
             total = total.also(read) or Mask(rest=((each.condition, each.seen),))
         safe = not total.rest and total.band.every_row_sees_something(rows, columns)
+        if guard is not None and not safe:
+            # Rows that see nothing are 0: what attention does with a boolean mask.
+            hidden = scores.hidden
+            alone = len(hidden) == 1 and not scores.biases and hidden[0].fill == float("-inf")
+            if not alone or not hidden[0].seen or not same_mask(hidden[0].condition, guard):
+                context.miss(self.name, op, "rows that see nothing are 0, by another condition")
+                return None
+            return [(hidden[0].condition, hidden[0].lead)]
         made: list[tuple[Value, Shape]] = []
         for each in scores.hidden:
             if not safe and not (each.fill <= ABSORBS and _holds(dtype, each.fill)):

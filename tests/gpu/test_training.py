@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from accel.compiler.dynamo import accel_backend
 from benchmarks.training import GPT2, Shape
@@ -292,3 +293,53 @@ def test_a_break_in_the_graph() -> None:
         (wanted,) = torch.autograd.grad(broken(x, weight), weight)
         (got,) = torch.autograd.grad(call(x, weight), weight)
         assert distance(got, wanted) < 1e-4
+
+
+class Attention(nn.Module):
+    """Self-attention of heads of 64 with a mask that is made in the model; or flex_attention."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.project, self.out = kind, nn.Linear(128, 384), nn.Linear(128, 128)
+
+    def forward(self, x: Tensor, keys: Tensor) -> Tensor:
+        parts = self.project(x).split(128, -1)
+        q, k, v = (p.unflatten(-1, (2, 64)).transpose(1, 2) for p in parts)
+        i = torch.arange(x.shape[1], device=x.device)
+        distance = i[None, :] - i[:, None]
+        if self.kind == "cap":
+            y = self.capped(q, k, v)
+        elif self.kind == "causal":
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=distance <= 0)
+        else:
+            keep = (distance <= 0) & (distance > -40)
+            keep = keep & keys[:, None, None, :] if self.kind == "padded" else keep
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def capped(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        made: Tensor = flex_attention(  # type: ignore[assignment]
+            q, k, v, score_mod=lambda s, b, h, i, j: 2.0 * torch.tanh(s / 2.0),
+            block_mask=create_block_mask(
+                lambda b, h, i, j: (j <= i) & (i - j < 40), None, None, q.shape[2], q.shape[2],
+                device=q.device,
+            ),
+        )  # fmt: skip
+        return made
+
+
+@pytest.mark.parametrize("kind", ["window", "padded", "causal", "cap"])
+def test_attention_with_masks(kind: str) -> None:
+    """Windows, with padded keys or not; flex_attention with changed scores."""
+    model = Attention(kind).to("cuda", torch.bfloat16)
+    exact = Attention(kind).to("cuda", torch.float32)
+    exact.load_state_dict(model.state_dict())
+    call = compiled(model, fullgraph=True)
+    keys = torch.arange(200, device="cuda")[None] < torch.tensor([[200], [170]], device="cuda")
+    for _ in range(4):
+        x = torch.randn(2, 200, 128, device="cuda", dtype=torch.bfloat16)
+        for one, run in ((exact, exact), (model, call)):
+            one.zero_grad(set_to_none=True)
+            y = run(x.to(next(one.parameters()).dtype), keys)
+            (y.float() * torch.linspace(0, 1, 128, device="cuda")).sum().backward()
+        assert distance(gradients(model), gradients(exact)) < 2e-2

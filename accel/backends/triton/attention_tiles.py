@@ -14,6 +14,7 @@ from accel.ir.types import Dim, product
 _SYMBOLIC_LENGTH = 2048
 _SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
 _CACHE_BYTES = 28e6  # half of the second-level cache, and a bit
+_NARROW_HEAD, _SHORT = 64, 1024
 _LEAST_OVERLAPPED = 256  # queries: with fewer, setting the warps up costs more than it gains
 
 
@@ -92,19 +93,29 @@ def choose_loop(op: Op) -> AttentionTile:
     rows = min(best.rows, max(16, next_power(queries)))
     columns = min(best.columns, max(16, next_power(keys)))
     warps = min(best.warps, 4) if rows < best.rows else best.warps
-    return AttentionTile(rows, columns, warps, best.stages)
+    across = size <= _NARROW_HEAD and bool(op.attribute("causal")) and _fits_cache(op)
+    return AttentionTile(rows, columns, warps, best.stages, across)
 
 
 def choose_overlapped(op: Op) -> OverlappedTile | None:
     """The tile of a kernel by `attention_overlapped`; None where the loop is faster."""
     q, k, v, *_ = op.arguments()
-    if min(_known(q.shape[2]), _known(k.shape[2])) < _LEAST_OVERLAPPED:
+    if min(_known(q.shape[2]), _known(k.shape[2])) < _LEAST_OVERLAPPED or _loop_is_faster(op):
         return None
     wide = max(int(q.shape[3]), int(v.shape[3])) > 128
     # A cap takes registers: with 128 columns, scores and results do not fit them.
     columns = 64 if wide or op.attribute("softcap") is not None else 128
     small = bool(op.attribute("causal")) and _fits_cache(op)
     return OverlappedTile(columns=columns, persistent=small, across=small)
+
+
+def _loop_is_faster(op: Op) -> bool:
+    """Whether the loop beats cuDNN's kernel and the overlapped one: a causal mask, heads of 64 and
+    few queries, so that many small programs that end together do best."""
+    q, _, v, *_ = op.arguments()
+    narrow = max(int(q.shape[3]), int(v.shape[3])) <= _NARROW_HEAD and q.dtype.itemsize == 2
+    short = isinstance(q.shape[2], int) and q.shape[2] <= _SHORT
+    return narrow and short and bool(op.attribute("causal")) and _fits_cache(op)
 
 
 def _fits_cache(op: Op) -> bool:
@@ -170,7 +181,6 @@ def _known(length: Dim) -> int:
 
 _LIBRARY_RATE, _LOOP_RATE = 500e12, 300e12  # FLOP/s of 16-bit attention: cuDNN's, the loop's
 _LIBRARY_START = 3.5e-6  # seconds that a call of cuDNN takes longer than a kernel, if both are tiny
-_NARROW_HEAD = 64
 _FEW_KEYS, _SMALL_HEAD = 256, 128  # up to these a kernel is never slower than cuDNN
 
 
@@ -184,7 +194,7 @@ def library_is_faster(op: Op, overlapped: bool) -> str | None:
     q, k, v, mask, sinks = op.arguments()
     special = mask is not None or sinks is not None or op.attribute("window") is not None
     special = special or op.attribute("softcap") is not None or op.attribute("offset") != 0
-    if special:
+    if special or _loop_is_faster(op):
         return None
     if overlapped:
         narrow = q.shape[3] <= _NARROW_HEAD and q.shape[1] == k.shape[1]
