@@ -23,10 +23,15 @@ from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.merge import group_extent
 from accel.backends.loops.phases import Phase, Place, Planner, Reduce, Store
 from accel.backends.loops.survey import Survey
+from accel.backends.triton import gemv_streamed
 from accel.backends.triton.addresses import Group, size_text
 from accel.backends.triton.emitter import Emitter
+from accel.backends.triton.gemv_streamed import StreamedGemvTile, StreamedGemvWriter
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
+from accel.backends.triton.maps import Matrix
+from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.packed import Packed, PackedSums, packed
+from accel.backends.triton.product_plan import Plan
 from accel.backends.triton.program import Pass, ProgramWriter
 from accel.backends.triton.reductions import Reduction, Tile
 from accel.backends.triton.text import Block, Expr
@@ -55,6 +60,9 @@ class GemvTile:
     warps: int
     stages: int = 1
     ahead: int = 1
+
+
+AnyTile = GemvTile | StreamedGemvTile
 
 
 def reason(op: Op) -> str | None:
@@ -97,7 +105,14 @@ def choose_packed(depth: int) -> GemvTile:
     return GemvTile(8, columns if columns >= 1024 else min(next_power(depth), 4096), 4)
 
 
-def candidates(kernel: Op, sms: int) -> list[GemvTile]:
+def choose_for(kernel: Op, sms: int, capability: int) -> StreamedGemvTile | None:
+    """The tile of an `accel.kernel` op where TMA brings its weight; else `choose` does."""
+    if capability != StreamedGemvTile.capability:
+        return None
+    return gemv_streamed.choose(kernel, sms)
+
+
+def candidates(kernel: Op, sms: int) -> list[AnyTile]:
     """Tiles worth timing for a kernel: 8 to 128 elements of the weight a thread at once."""
     op = next(op for op in kernel.regions[0].ops if op.name == "linear")
     span = next_power(int(op.operands[0].shape[-1]))
@@ -110,7 +125,12 @@ def candidates(kernel: Op, sms: int) -> list[GemvTile]:
         if 32 <= rows * min(columns, span) * ahead // (32 * warps) <= 128
         and (ahead == 1 or ahead * columns <= span)
     }
-    return sorted(found, key=lambda t: (t.ahead, -t.columns, t.rows, t.warps))
+    made: list[AnyTile] = []
+    made += sorted(found, key=lambda t: (t.ahead, -t.columns, t.rows, t.warps))
+    best = gemv_streamed.choose(kernel, sms)
+    if best is not None:
+        made += [best, replace(best, rows=max(1, best.rows // 2), stages=2 * best.stages)]
+    return made
 
 
 # -- the region ------------------------------------------------------------------------------
@@ -342,10 +362,15 @@ def max_extent(columns: Iterable[Columns]) -> int:
 class GemvGenerator(Generator):
     """A gemv kernel: one launch."""
 
-    tile: GemvTile | None = None
+    tile: AnyTile | None = None
     packed: Mapping[Op, Packed] = {}
 
     def run(self) -> KernelCode:
+        if isinstance(self.tile, StreamedGemvTile):
+            made = gemv_streamed.plan_of(self.planner)
+            if made is not None:
+                return self._streamed(made, self.tile)
+            self.tile = None
         self.packed = expand(self.region)
         phase = plan(self.planner)
         self.kind = index_kind(self.region, [])
@@ -358,6 +383,18 @@ class GemvGenerator(Generator):
         self._launch(program, reads, list(dict.fromkeys(targets)), [])
         return KernelCode(self.name, self.launches, [])
 
+    def _streamed(self, made: tuple[Plan, list[Matrix]], tile: StreamedGemvTile) -> KernelCode:
+        self.kind = index_kind(self.region, [])
+        pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
+        emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
+        writes = [Slot("result", i) for i in range(len(made[0].stores))]
+        targets = [w.name for w in writes]
+        program = StreamedGemvWriter(made, emitter, targets, tile, self.sms).write()
+        reads = [Slot("input", self.region.args.index(v)) for v in program.reads]
+        reads.sort(key=lambda s: s.number)
+        self._launch(program, reads, writes, [])
+        return KernelCode(self.name, self.launches, [])
+
     def _stored(self, slot: Slot) -> str:
         """Codes are read in words."""
         words = {w.codes for w in self.packed.values()}
@@ -367,7 +404,7 @@ class GemvGenerator(Generator):
 
 
 def generate(
-    name: str, region: Region, comment: str, sms: int, tile: GemvTile | None = None
+    name: str, region: Region, comment: str, sms: int, tile: AnyTile | None = None
 ) -> KernelCode:
     """The source of a region with linears of few rows, which `expand` rewrites.
 
