@@ -34,7 +34,7 @@ Batch: TypeAlias = Annotated[
 ]
 KvCache: TypeAlias = Annotated[
     str,
-    typer.Option("--kv-cache", help="With --generate: int8, fp8, int4, paged, sinks, or passes."),
+    typer.Option("--kv-cache", help="With --generate: int8, fp8, int4, paged, sinks, h2o."),
 ]
 Undo: TypeAlias = Annotated[
     bool, typer.Option("--undo", help="Take back a lossy pass that is past its bound.")

@@ -85,7 +85,7 @@ def compile_generator(
         extend: also compile @extend, which runs up to so many tokens at once: speculation with n
             tokens needs n + 1, and prompts may then run in pieces.
         cache: what keys and values are kept as: a list of "int8", "fp8", "int4", "paged"
-            ("int8,paged"), or "sinks", or of passes with their options
+            ("int8,paged"), or "sinks" or "h2o", or of passes with their options
             ("quantize_cache{format=int4,group=16}", "page_cache{page=32,pages=100}"): see
             `accel.passes.cache_kinds`.
         target, options: as for `accel.compile`; techniques in `options.passes` apply to both

@@ -22,9 +22,10 @@ KINDS = {
     "int4": "quantize_cache{format=int4}",
     "paged": "page_cache",
     "sinks": "stream_cache",
+    "h2o": "evict_cache",
 }
 # What keeps another set of tokens than all of them leaves nothing for the others to work on.
-_ALONE = ("stream_cache",)
+_ALONE = ("stream_cache", "evict_cache")
 
 
 def cache_passes(text: str) -> tuple[list[Pass], list[Pass]]:

@@ -5,6 +5,9 @@ head, or for each `group` of a head's elements, and decoded in front of the atte
 on @main, so its error is measured on whole texts; `insert_kv_cache`, which comes after it, keeps
 what decoding reads: the codes and their scales (float16).
 
+Four bits want keys of one size: what all keys have in common, which changes no softmax, is taken
+off first (Zhang et al., 2025, SageAttention, do so for 8 bits), then queries and keys are rotated.
+
 Papers: 8 bits a token: Sheng et al., 2023 (FlexGen); 4 bits in groups with zero points: Liu et al.,
 2024 (KIVI); fp8: Micikevicius et al., 2022. Contract: approximate. Before and after
 `quantize_cache`:
@@ -21,6 +24,7 @@ Papers: 8 bits a token: Sheng et al., 2023 (FlexGen); 4 bits in groups with zero
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -29,7 +33,8 @@ from torch import Tensor
 
 from accel.errors import OptionError
 from accel.ir.builder import Builder
-from accel.ir.module import Module, Op, Value
+from accel.ir.interpret import interpret
+from accel.ir.module import Function, Module, Op, SymbolInfo, Value
 from accel.passes.base import Context, Contract, Pass, approximate, register_pass
 from accel.passes.weights import check_option
 
@@ -52,7 +57,10 @@ class QuantizeCache(Pass):
         group: elements of a head that share a scale; 0: the head (int4: 32).
         rotate: multiply queries and keys by an orthogonal matrix first (Hadamard's), where heads
             have 2^n elements: scores are the same, and no element of a key is much larger than
-            the others, which is what rounding suffers from (Ashkboos et al., 2024, QuaRot).
+            the others, which is what rounding suffers from (Ashkboos et al., 2024, QuaRot). With
+            int4 values too, and results back.
+        center: int4: tokens of random text (or of the calibration) on which the mean of a head's
+            keys is measured, which keys are stored without; 0: they are stored as they are.
         bound: relative error of results to promise; 0: the format's own.
     """
 
@@ -62,21 +70,25 @@ class QuantizeCache(Pass):
     format: Literal["int8", "fp8", "int4"] = "int8"
     group: int = 0
     rotate: bool = True
+    center: int = 256
     bound: float = 0.0
 
     def __post_init__(self) -> None:
         check_option(self, "format", tuple(_LIMITS))
-        if self.group < 0 or self.bound < 0:
-            raise OptionError(f"{self.name}: group = {self.group}, bound = {self.bound}")
+        if self.group < 0 or self.bound < 0 or self.center < 0:
+            raise OptionError(
+                f"{self.name}: group = {self.group}, bound = {self.bound}, center = {self.center}"
+            )
 
     def promise(self) -> Contract:
         return approximate("relative_error", self.bound or _BOUNDS[self.format])
 
     def run(self, module: Module, context: Context) -> None:
         done: dict[Value, Value] = {}
-        for op in list(module.main.ops):
-            if op.name != "attention" or not op.attribute("causal"):
-                continue
+        found = [op for op in module.main.ops if op.name == "attention" and op.attribute("causal")]
+        if self.format == "int4" and self.center:
+            self._center(found, module, context)
+        for op in found:
             if self.rotate and not self._refuse(op.operands[1]):
                 self._rotate(op, module, context)
             for place in (1, 2):
@@ -90,22 +102,56 @@ class QuantizeCache(Pass):
                     op.set_operand(place, done[value])
         context.notes["rounded"] = len(done)
 
+    def _center(self, ops: Sequence[Op], module: Module, context: Context) -> None:
+        """Keys without their mean: every score of a query is less by the same."""
+        shifted = [op for op in ops if not self._refuse(op.operands[1])]
+        for op in [op for op in shifted if op.attribute("softcap") is not None]:
+            context.miss("center", op, "a cap of scores makes shifted scores others")
+            shifted.remove(op)
+        if not shifted:
+            return
+        keys = list(dict.fromkeys(op.operands[1] for op in shifted))
+        means = dict(zip(keys, mean_keys(module, keys, self.center, context.calibration)))
+        made: dict[Value, Value] = {}
+        for op in shifted:
+            key = op.operands[1]
+            if key not in made:
+                if not context.rewrite("center", op):
+                    return
+                name = module.weights.add(f"mean_keys.{len(made)}", means[key].to(key.dtype))
+                b = Builder(before=op, made_by=self.name)
+                made[key] = b.sub(key, b.constant(name, module.weights.type(name)))
+            op.set_operand(1, made[key])
+
     def _rotate(self, op: Op, module: Module, context: Context) -> None:
         """Queries and keys in another basis, in which their products are what they were."""
-        q, k = op.operands[:2]
-        size = q.shape[3]
-        if not isinstance(size, int) or size & (size - 1):
-            context.miss("rotate", op, f"{size} elements of a head are no power of two")
-            return
-        if not context.rewrite("rotate", op):
-            return
-        name = f"hadamard.{size}.{str(q.dtype).removeprefix('torch.')}"
+        q, k, v = op.operands[:3]
+        for turned in ((q, k), (v,)) if self.format == "int4" else ((q, k),):
+            size = turned[0].shape[3]
+            if not isinstance(size, int) or size & (size - 1):
+                context.miss("rotate", op, f"{size} elements of a head are no power of two")
+                continue
+            if not context.rewrite("rotate", op):
+                return
+            b = Builder(before=op, made_by=self.name)
+            matrix = self._matrix(b, module, size, q.dtype)
+            for value in turned:
+                op.set_operand(op.operands.index(value), b.matmul(value, matrix))
+            if turned == (v,):
+                made, uses = op.result, list(op.result.uses)
+                assert op.next is not None
+                b = Builder(before=op.next, location=op.location, made_by=self.name)
+                back = b.matmul(made, self._matrix(b, module, size, q.dtype))
+                for user, place in uses:
+                    user.set_operand(place, back)
+
+    def _matrix(self, b: Builder, module: Module, size: int, dtype: torch.dtype) -> Value:
+        """Hadamard's, which is its own inverse."""
+        name = f"hadamard.{size}.{str(dtype).removeprefix('torch.')}"
         if name not in module.weights:
-            module.weights.add(name, _hadamard(size).to(q.dtype))
-        b = Builder(before=op, made_by=self.name)
-        matrix = b.constant(name, module.weights.type(name))
-        for place, value in enumerate((q, k)):
-            op.set_operand(place, b.matmul(value, matrix))
+            module.weights.add(name, _hadamard(size).to(dtype))
+        made: Value = b.constant(name, module.weights.type(name))
+        return made
 
     def _width(self, value: Value) -> int:
         size = value.shape[3]
@@ -161,6 +207,45 @@ class QuantizeCache(Pass):
         step = b.mul(span, b.scalar(1 / _LIMITS[self.format], span.dtype))
         stored = b.cast(b.maximum(step, b.scalar(_SMALLEST, span.dtype)), dtype=torch.float16)
         return stored, b.cast_to(stored, span.dtype)
+
+
+def mean_keys(
+    module: Module, keys: Sequence[Value], count: int, calibration: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """The mean over tokens of keys [B, G, S, D] of @main, each [G, 1, D]."""
+    copy = module.clone()
+    order = {op: i for i, op in enumerate(module.main.ops)}
+    ops = list(copy.main.ops)
+    b = Builder(before=ops[-1])
+    wanted = []
+    for key in keys:
+        assert key.op is not None
+        twin = ops[order[key.op]].results[key.index]
+        wanted.append(b.mean(twin, axes=(0, 2), keepdim=True))
+    ops[-1].set_operands(wanted)
+    for op in reversed(ops[:-1]):  # what comes after the last key
+        if not any(r.uses for r in op.results):
+            op.erase()
+    inputs = calibration[0] if calibration else _random_text(copy.main, count)
+    made = interpret(copy.main, inputs, copy.weights)
+    return [m[0] for m in made]
+
+
+def _random_text(main: Function, count: int) -> list[Tensor]:
+    """Ids for every argument of @main: few rows of `count` tokens where sizes are symbols."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for argument in main.args:
+        rows = [u.operands[0].shape[0] for u in argument.users if u.name == "embedding"]
+        high = next((r for r in rows if isinstance(r, int)), 2)
+        shape = []
+        for axis, size in enumerate(argument.shape):
+            info = main.symbols.get(str(size), SymbolInfo(1, None))
+            most = count if info.max is None else min(count, info.max)
+            wanted = info.min if axis == 0 else most
+            shape.append(size if isinstance(size, int) else wanted)
+        inputs.append(torch.randint(0, high, shape, generator=generator, dtype=argument.dtype))
+    return inputs
 
 
 def _hadamard(size: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import accel
 from accel.errors import ContractError, OptionError
@@ -57,6 +58,40 @@ def test_rotation_changes_no_score():
     module = rounded("llama", "format=int8")
     assert sum(op.name == "matmul" for op in module.functions["decode"].ops) == 4
     assert check_decode(module, prompts=(4,), batches=(2,), steps=2) <= TOLERANCE
+
+
+class Shifted(nn.Module):
+    """Attention whose keys have a large vector in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.table = nn.Embedding(16, 64)
+        self.shift = nn.Buffer(20 * torch.randn(2, 1, 32, generator=generator))
+        self.head = nn.Linear(64, 16)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.table(input_ids).unflatten(-1, (2, 32)).transpose(1, 2)
+        made = nn.functional.scaled_dot_product_attention(x, x + self.shift, x, is_causal=True)
+        return self.head(made.transpose(1, 2).flatten(2))
+
+
+def test_what_keys_have_in_common_changes_no_score():
+    """Their mean is taken off before they are rounded."""
+    model, errors = Shifted(), []
+    for center in (0, 64):
+        module = captured(model)
+        options = f"quantize_cache{{format=int4,bound=2.0,center={center}}}"
+        errors.append(run_pipeline(module, options, validate=True).rows[0].error)
+        run_pipeline(module, "insert_kv_cache{capacity=12}")
+        assert check_decode(module, prompts=(4,), batches=(2,), steps=2) <= TOLERANCE
+    assert 0 < errors[1] < errors[0] / 2
+
+
+def test_capped_scores_are_not_shifted():
+    module = captured(tiny("gemma2"))
+    ledger = run_pipeline(module, "quantize_cache{format=int4}")
+    assert any("cap of scores" in miss.reason for miss in ledger.misses)
 
 
 def test_the_promise_is_checked():
