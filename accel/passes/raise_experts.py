@@ -103,9 +103,15 @@ def _counted(ends: Value, experts: Dim) -> Value | None:
     fits = same_shape(numbers.shape, (experts,)) and column.type.rank == 2
     if not fits or column.shape[1] != 1 or not _is_iota(numbers):
         return None
-    while column.op is not None and column.op.name == "reshape":
-        column = column.op.operands[0]
+    while (op := column.op) is not None and (op.name == "reshape" or _keeps_numbers(op)):
+        column = op.operands[0]
     return column if column.type.rank == 1 else None
+
+
+def _keeps_numbers(op: Op) -> bool:
+    """Whether this is a conversion between integers with room for every expert's number."""
+    types = (op.operands[0].dtype, op.result.dtype) if op.name == "cast" else ()
+    return bool(types) and all(is_integer(d) and d.itemsize >= 4 for d in types)
 
 
 def _uncast(value: Value) -> Value:
@@ -130,8 +136,7 @@ def _lies_below(value: Value, limit: Dim) -> bool:
             known = isinstance(count, int) and isinstance(limit, int)
             return (known and count <= limit) or same_dim(count, limit)
         keeps = op.has(Trait.VIEW) or op.name == "sort" or op.name == "gather"
-        if op.name == "cast":
-            keeps = is_integer(value.dtype) and value.dtype.itemsize >= 4
+        keeps = keeps or _keeps_numbers(op)
         if not keeps or value is not op.results[0]:
             return False
         value = op.operands[0]

@@ -11,7 +11,7 @@ import torch
 from accel.ir import Module, symbol
 from accel.passes.base import Context
 from accel.passes.manager import run_pipeline
-from tests.passes.helpers import F32, I64, compute, find, program, t
+from tests.passes.helpers import F32, I32, I64, compute, find, program, t
 
 TOKENS, CHOICES, EXPERTS, WIDTH, INNER = 5, 2, 4, 8, 6
 SIZES = (t(TOKENS, WIDTH), t(TOKENS, EXPERTS))
@@ -44,10 +44,14 @@ def gated(b: Any, y: Any) -> Any:
     return b.mul(b.silu(first), b.slice(y, axis=1, start=INNER, stop=2 * INNER))
 
 
-def ends_of(b: Any, numbers: Any, bins: int = EXPERTS) -> Any:
+def ends_of(b: Any, numbers: Any, bins: int = EXPERTS, counts: torch.dtype = F32) -> Any:
+    """As on a CPU, where floats are counted, or (`counts` I32) on a GPU."""
+    if counts == I32:
+        numbers = b.cast_to(numbers, I32)
     column = b.reshape(numbers, shape=(numbers.shape[0], 1))
-    equal = b.eq(column, b.iota(shape=(bins,), axis=0, dtype=I64))
-    return b.cumsum(b.sum(b.cast_to(equal, F32), axes=(0,)), axis=0)
+    equal = b.eq(column, b.iota(shape=(bins,), axis=0, dtype=numbers.dtype))
+    total = b.cast_to(b.sum(b.cast_to(equal, counts), axes=(0,)), counts)
+    return b.cumsum(total, axis=0)
 
 
 def experts_of(b: Any, ends: Any, rows: Any) -> Any:
@@ -58,7 +62,7 @@ def experts_of(b: Any, ends: Any, rows: Any) -> Any:
 
 def in_groups(
     b: Any, x: Any, scores: Any, *, inverse: str = "index_put", reader: str = "",
-    bins: int = EXPERTS, below: bool = True,
+    bins: int = EXPERTS, below: bool = True, counts: torch.dtype = F32,
 ) -> Any:  # fmt: skip
     """As transformers' grouped_mm: sorted, counted, multiplied, put back."""
     up, down = weights(b)
@@ -68,7 +72,7 @@ def in_groups(
     rows = numbers.shape[0]
     ordered, order = b.sort(numbers, axis=0, descending=False)
     states = b.gather(x, b.floor_div(order, b.scalar(CHOICES, I64)), axis=0)
-    experts = experts_of(b, ends_of(b, ordered, bins), rows)
+    experts = experts_of(b, ends_of(b, ordered, bins, counts), rows)
     hidden = gated(b, b.expert_linear(states, up, experts))
     y = b.expert_linear(hidden, down, experts)
     scale = b.reshape(b.gather(values, order, axis=0), shape=(rows, 1))
@@ -108,8 +112,11 @@ def names(module: Module) -> set[str]:
 
 
 @pytest.mark.parametrize("inverse", ["index_put", "sort"])
-def test_groups_lose_their_order(inverse: str) -> None:
-    module, misses = raised(lambda b, x, s: in_groups(b, x, s, inverse=inverse), *SIZES)
+@pytest.mark.parametrize("counts", [F32, I32])
+def test_groups_lose_their_order(inverse: str, counts: torch.dtype) -> None:
+    module, misses = raised(
+        lambda b, x, s: in_groups(b, x, s, inverse=inverse, counts=counts), *SIZES
+    )
     assert not misses and compute(module).count("expert_linear") == 2
     assert not names(module) & {"sort", "gather", "cumsum", "index_put"}
 

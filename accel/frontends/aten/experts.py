@@ -40,7 +40,7 @@ def histc(c: Importer, x: Tensor, bins: int = 100, min: Any = 0, max: Any = 0) -
         return c.fallback(c.call)
     numbers = c.b.iota(shape=(bins,), axis=0, dtype=value.dtype)
     equal = c.b.eq(c.b.reshape(value, shape=(*value.shape, 1)), numbers)
-    return c.b.sum(c.b.cast_to(equal, x.dtype), axes=(0,))
+    return c.b.cast_to(c.b.sum(c.b.cast_to(equal, x.dtype), axes=(0,)), x.dtype)
 
 
 def _whole(value: Value) -> Value | None:
