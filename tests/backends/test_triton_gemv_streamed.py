@@ -9,7 +9,7 @@ import torch
 
 from accel.backends.triton import TritonBackend
 from accel.backends.triton.gemv_streamed import StreamedGemvTile, reason
-from accel.ir import WeightStore, interpret
+from accel.ir import TensorType, WeightStore, interpret
 from tests.backends.kernels import function_of, kernel_of
 from tests.backends.test_triton_gemv import BF16, FP16, Case, halves, inputs_for
 from tests.backends.test_tvm_kernels import typed
@@ -88,7 +88,7 @@ def test_compiles_for_hopper(name: str) -> None:
 
 
 def test_what_it_does_not_take_is_said() -> None:
-    def said(*types: object, name: str = "plain") -> str:
+    def said(*types: TensorType, name: str = "plain") -> str:
         return str(reason(kernel_of(function_of(list(types), CASES[name][1][1]), "gemv")))
 
     assert said(typed(BF16, 1, 1024), typed(BF16, 80, 1024)) == "None"

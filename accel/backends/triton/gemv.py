@@ -125,12 +125,11 @@ def candidates(kernel: Op, sms: int) -> list[AnyTile]:
         if 32 <= rows * min(columns, span) * ahead // (32 * warps) <= 128
         and (ahead == 1 or ahead * columns <= span)
     }
-    made: list[AnyTile] = []
-    made += sorted(found, key=lambda t: (t.ahead, -t.columns, t.rows, t.warps))
+    ordered = sorted(found, key=lambda t: (t.ahead, -t.columns, t.rows, t.warps))
     best = gemv_streamed.choose(kernel, sms)
-    if best is not None:
-        made += [best, replace(best, rows=max(1, best.rows // 2), stages=2 * best.stages)]
-    return made
+    if best is None:
+        return list(ordered)
+    return [*ordered, best, replace(best, rows=max(1, best.rows // 2), stages=2 * best.stages)]
 
 
 # -- the region ------------------------------------------------------------------------------
