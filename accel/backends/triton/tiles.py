@@ -18,7 +18,8 @@ _MOST_HELD = 16384  # columns of a row that stay in registers
 _LOOP_COLUMNS = 2048
 _TILE = 2048  # elements of a tile of several rows
 _ACROSS = 8192  # where memory runs along the rows: several loads of a thread on their way at once
-_ACROSS_ROWS = 32
+_LEAST_ACROSS, _MOST_ACROSS = 32, 128  # rows: whole sectors of 32 bytes, side by side
+_PLAIN_READS = 2  # of a reduction of one tensor: its own, and where the result goes
 _FLAT = 1024
 _SYMBOLIC_SIZE = 4096  # what an unknown size is taken for: a number of rows
 
@@ -145,7 +146,9 @@ def choose_rows(
     across = _runs_across(groups, columns, reads)
     rows, most, looped = 1, _MOST_HELD, _LOOP_COLUMNS
     if across is not None:
-        rows = min(_ACROSS_ROWS, next_power(_known(group_extent(across))))
+        longest = max(next_power(_known(one.extent)) for one in columns.values())
+        rows = min(max(_ACROSS // longest, _LEAST_ACROSS), _MOST_ACROSS)
+        rows = min(rows, next_power(_known(group_extent(across))))
         most = looped = _ACROSS // rows
     for one in columns.values():
         extent = one.extent
@@ -159,6 +162,8 @@ def choose_rows(
         rows = min(_TILE // 2 // widest or 1, 1 << (room.bit_length() - 1), next_power(count))
         rows = min(tile.scaled(max(rows, 1)), next_power(count))
     elements = rows * widest
+    if across is not None and len(set(reads)) <= _PLAIN_READS:
+        elements //= 8  # 64 elements a thread fit its registers, and few threads have to meet
     return Shape(rows, widest, tile.warps_for(elements))
 
 
