@@ -10,7 +10,13 @@ import torch
 from accel import __version__
 from accel.backends.triton import CompiledLaunch, TritonBackend, kernel_fingerprint
 from accel.backends.triton.maps import MapCode, MapLayout
-from accel.backends.vendor import CudaAttention, CudnnConv, FlashAttention, TorchLinear
+from accel.backends.vendor import (
+    CudaAttention,
+    CudnnConv,
+    FlashAttention,
+    TorchLinear,
+    UpdatePages,
+)
 from accel.compiler.cache import CompileCache, cache_key
 from accel.compiler.lower import KernelSymbol, Launch
 from accel.compiler.options import Options
@@ -30,6 +36,7 @@ KERNEL_PIPELINE = (
     "select_depthwise",
     "select_products",
     "select_experts",
+    "open_pages",
     "select_cached",
     "flash_masks",
     "select_attention{masks=true}",
@@ -71,7 +78,7 @@ def _torch_allows_tf32() -> bool:
 
 def libraries() -> tuple[Library, ...]:
     """What cuDNN, cuBLAS and PyTorch's attention take, in order of preference."""
-    return (CudaAttention(), FlashAttention(), CudnnConv(), TorchLinear())
+    return (CudaAttention(), FlashAttention(), CudnnConv(), TorchLinear(), UpdatePages())
 
 
 def compile_launches(

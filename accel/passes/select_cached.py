@@ -67,6 +67,7 @@ class SelectCached(Pass):
         if not context.rewrite(self.name, op):
             return
         views = {v for o in ops for v in views_before(o, generator)} - inside
+        views |= _pages_before(op, generator)
         attributes = {"backend": generator.name, "kind": op.name}
         ops += after
         kernel = outline(
@@ -133,6 +134,19 @@ class SelectCached(Pass):
             )
             _insert_early(kernel, group[-1], function, order)
             finish_outline(kernel, group)
+
+
+def _pages_before(op: Op, generator: KernelGenerator) -> set[Op]:
+    """Where the cache is read through a table: the gather and the views around it."""
+    found: set[Op] = set()
+    for value in op.operands[1:3]:
+        chain, made = [], value.op
+        while made is not None and made.has(Trait.VIEW) and generator.supports(made) is None:
+            chain.append(made)
+            made = made.operands[0].op
+        if made is not None and made.name == "gather" and generator.supports(made) is None:
+            found |= {*chain, made, *views_before(made, generator)}
+    return found
 
 
 def _is_pointwise(op: Op, generator: KernelGenerator) -> bool:
