@@ -4,9 +4,11 @@
     python -m benchmarks.generation --rounds 3 --no-compile   # without torch.compile
 
 One process: every system's greedy tokens are compared first, then systems take turns, and between
-them the same number of bytes as the weights have is read by as many threads: the limit of decoding
-one token at a time. A token's time is the median between two tokens of one text, a prefill's the
-time to its first token. Figures go to benchmarks/results/generation.json.
+them the same number of bytes as the weights have is read by as many threads, from pages as large
+as those of the weights: the limit of decoding one token at a time, but for what of the weights
+stays in the caches from one token to the next. A token's time is the median between two tokens of
+one text, a prefill's the time to its first token. Figures go to
+benchmarks/results/generation.json.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 
 import accel
 from accel.frontends.checkpoints import find_checkpoint, load_checkpoint, load_tokenizer
+from accel.large_pages import empty_on_large_pages
 from accel.runtime.model import CompiledModel
 from benchmarks.measure import THREADS, machine, store_results
 
@@ -155,7 +158,8 @@ def prompt(words: Any, length: int) -> Tensor:
 def measure(systems: dict[str, Generate], model: Any, words: Any, rounds: int) -> dict[str, Any]:
     """Medians over all rounds, in turns; the memory's limit beside them."""
     count = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    blocks = [torch.ones(count // 8) for _ in range(8)]
+    shape = (count // 8,)
+    blocks = [empty_on_large_pages(shape, torch.float32).fill_(1.0) for _ in range(8)]
     nbytes = sum(b.numel() * b.element_size() for b in blocks)
     tokens: dict[str, list[float]] = {name: [] for name in systems}
     firsts: dict[str, list[float]] = {name: [] for name in systems}

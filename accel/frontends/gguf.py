@@ -62,12 +62,23 @@ class GgufTensor:
 
 @dataclass
 class GgufFile:
-    """What a file's header says, checked."""
+    """What a file's header says, checked.
+
+    Attributes:
+        pairs, table: where each pair of the metadata, and the list of tensors, begins and ends.
+        start: where the tensors' bytes begin, at a multiple of `alignment`.
+        size: the file's.
+    """
 
     path: Path
     version: int
     metadata: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, GgufTensor] = field(default_factory=dict)
+    pairs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    table: tuple[int, int] = (0, 0)
+    start: int = 0
+    alignment: int = 32
+    size: int = 0
 
     def fail(self, what: str) -> InputError:
         return _damaged(self.path, what)
@@ -174,12 +185,16 @@ class _Reader:
             raise self.fail(f"{tensors} tensors and {pairs} values do not fit {self.end} bytes")
         found = GgufFile(self.path, version)
         for _ in range(pairs):
+            begin = self.at
             key = self.string()
             if key in found.metadata:
                 raise self.fail(f"'{key[:80]}' is given twice")
             (code,) = self.unpack("I", 4)
             found.metadata[key] = self.value(code, key)
+            found.pairs[key] = (begin, self.at)
+        begin = self.at
         entries = [self.entry() for _ in range(tensors)]
+        found.table, found.size = (begin, self.at), self.end
         self.place(found, entries)
         return found
 
@@ -231,6 +246,7 @@ class _Reader:
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise self.fail(f"general.alignment is {alignment!r}, not a power of two")
         start = -(-self.at // alignment) * alignment
+        found.start, found.alignment = start, alignment
         for name, shape, code, offset in entries:
             if name in found.tensors:
                 raise self.fail(f"tensor '{name[:80]}' is there twice")

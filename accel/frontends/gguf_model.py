@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from accel.errors import InputError
 from accel.frontends.gguf import GgufFile, decode_tensor, read_gguf
+from accel.frontends.gguf_config import read_config
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _MOST_NAMES = 4
@@ -39,7 +40,7 @@ def load_gguf_model(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.
     _check_plausible(file)
     transformers = importlib.import_module("transformers")
     try:
-        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = read_config(file)
         with torch.device("meta"):
             shell = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # whatever a strange configuration makes of foreign code

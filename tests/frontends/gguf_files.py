@@ -57,12 +57,14 @@ def write_gguf(
     *,
     change: Change | None = None,
     metadata: dict[str, Any] | None = None,
+    architecture: str = "llama",
+    says_vocabulary: bool = True,
 ) -> Path:
     """Writes a model; matrices whose rows fit blocks are stored in `encoding`.
 
     `change` may add, drop and replace tensors, `metadata` sets integers.
     """
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name("tiny")
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
@@ -72,7 +74,8 @@ def write_gguf(
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(VOCABULARY)
+    if says_vocabulary:
+        writer.add_vocab_size(VOCABULARY)
     writer.add_rope_dimension_count(WIDTH // HEADS)
     for key, value in (metadata or {}).items():
         writer.add_uint32(key, value)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from accel.errors import InputError
 from accel.frontends.checkpoints import has_tokenizer, load_checkpoint, load_tokenizer
 from accel.frontends.gguf import decode_tensor, read_gguf
+from accel.frontends.gguf_config import read_config
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -61,6 +62,19 @@ def test_encodings_of_256_values(tmp_path, encoding):
     assert (found.encoding, found.shape) == (encoding, (8, block))
     values = decode_tensor(found, (tmp_path / "k.gguf").read_bytes())
     assert torch.equal(values, torch.from_numpy(gguf.quants.dequantize(raw, kind)))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3", "gpt2", "starcoder2"])
+@pytest.mark.parametrize("says_vocabulary", [True, False])
+def test_configurations_are_those_of_transformers(tmp_path, architecture, says_vocabulary):
+    path = write_gguf(
+        tmp_path / "m.gguf", architecture=architecture, says_vocabulary=says_vocabulary
+    )
+    config = read_config(read_gguf(path))
+    wanted = transformers.AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf")
+    assert config.vocab_size == gguf_files.VOCABULARY
+    assert config.to_dict() == wanted.to_dict()
+    assert config.name_or_path == wanted.name_or_path
 
 
 def test_frequencies_are_divided(tmp_path):
