@@ -13,6 +13,7 @@ from torch import Tensor
 
 from accel.backends.triton import TritonBackend, cached
 from accel.backends.triton.cached import CachedTile, StreamedCachedTile, Tile
+from accel.errors import BackendError
 from accel.ir import Builder, Function, SymbolInfo, TensorType, Value, interpret
 from accel.ir.types import Dim, symbol
 from tests.backends.kernels import function_of, kernel_of
@@ -277,6 +278,33 @@ def test_programs_fill_the_device_at_every_batch_size() -> None:
         tile = cached.choose(pairs, 32768, 128, 2, 132)
         assert 60 < pairs * tile.split <= max(132, pairs)
     assert cached.choose(8, 1024, 128, 2, 132).split == 8  # no program without keys
+
+
+def test_many_heads_are_streamed_on_hopper() -> None:
+    """Few heads, other architectures and operands that TMA or tensor cores cannot take are not."""
+
+    def chosen(case: Case, capability: int = 90) -> object:
+        return cached.choose_for(kernel_of(case.function(), "cached_attention"), 132, capability)
+
+    large = Case(batch=32, heads=32, groups=8, capacity=1152, size=128, width=128,
+                 dtype=torch.bfloat16)  # fmt: skip
+    assert chosen(large) == StreamedCachedTile(64, 1, 3)
+    assert isinstance(chosen(replace(large, batch=12)), StreamedCachedTile)
+    for other in (
+        replace(large, batch=1),
+        replace(large, dtype=torch.float32),
+        replace(large, mask="bool"),
+        replace(large, size=40),
+        replace(large, tokens=2),
+    ):
+        assert chosen(other) is None
+    assert chosen(large, 80) is None and chosen(large, 100) is None
+
+
+def test_a_ring_of_one_slot_is_refused() -> None:
+    backend = TritonBackend(tile=StreamedCachedTile(64, 1, 1))
+    with pytest.raises(BackendError, match="does not fit"):
+        backend.generate([kernel_of(Case(**_STREAMED).function(), "cached_attention")])
 
 
 def test_caches_that_another_kernel_has_written_are_read_after_the_wait() -> None:

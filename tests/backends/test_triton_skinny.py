@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from accel.backends.triton import TritonBackend, anchors
-from accel.backends.triton.skinny import SkinnyTile, Tile, choose
+from accel.backends.triton.skinny import SkinnyTile, Tile, choose, choose_streamed
 from accel.backends.triton.streamed import StreamedTile
 from accel.ir import WeightStore, interpret
 from accel.ir.module import Value
@@ -121,6 +121,21 @@ def test_random_regions(worker: Worker, seed: int) -> None:
 def test_few_results_share_their_sums() -> None:
     assert choose(8, 4096, 14336, 1, 132).split > 1
     assert choose(8, 28672, 4096, 2, 132).split == 1
+
+
+def test_sums_are_shared_where_few_programs_cannot_take_the_weight_in() -> None:
+    """Of a layer of 8 billion parameters at 32 rows: only the product with long sums."""
+    shapes = {"qkv": (6144, 4096, 1), "o": (4096, 4096, 1), "gate and up": (14336, 4096, 2),
+              "down": (4096, 14336, 1), "head": (128256, 4096, 1)}  # fmt: skip
+    tiles = {name: choose_streamed(32, *shape, 132) for name, shape in shapes.items()}
+    assert {n: t.split for n, t in tiles.items() if t is not None} == {
+        "qkv": 1, "o": 1, "gate and up": 1, "down": 2, "head": 1
+    }  # fmt: skip
+    for name, tile in tiles.items():
+        columns, _, sums = shapes[name]
+        assert tile is not None and tile.bytes(32, sums) * min(2, columns // 64 // 132 + 1) < (
+            227 << 10
+        )
 
 
 def test_kinds_by_rows_and_weight() -> None:
