@@ -42,6 +42,7 @@ KERNEL_PIPELINE = (
     "select_attention{masks=true}",
     "select_batched",
     "select_scans",
+    "select_topk",
     "flash_layout",
     "select_libraries",
     "decompose",

@@ -115,8 +115,8 @@ def _keeps_numbers(op: Op) -> bool:
 
 
 def _uncast(value: Value) -> Value:
-    """A count before it was converted: whole numbers are the same in any dtype."""
-    while value.op is not None and value.op.name == "cast":
+    """A count before it was converted; 4 bytes hold it in any dtype."""
+    while value.op is not None and value.op.name == "cast" and value.dtype.itemsize >= 4:
         value = value.op.operands[0]
     return value
 

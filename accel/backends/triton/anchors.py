@@ -23,6 +23,7 @@ from accel.backends.triton import (
     pooling,
     scan,
     skinny,
+    topk,
     updates,
 )
 from accel.backends.triton.kernel import KernelCode, generate
@@ -99,6 +100,7 @@ ANCHORS: dict[str, Anchor] = {
         ),
     ),
     "scan": Anchor(scan.OPS, scan.reason, scan.generate),
+    "topk": Anchor(topk.OPS, topk.reason, topk.generate),
     "depthwise": Anchor(
         ("conv",),
         depthwise.reason,
