@@ -76,6 +76,16 @@ def deferred_reshape(weights: WeightStore, name: str, shape: Sequence[int]) -> D
     return Deferred(lambda: weights.tensor(name).detach().reshape(tuple(shape)))
 
 
+def deferred_channels(weights: WeightStore, name: str, missing: int) -> Deferred:
+    """The named weight [O, C, ...] with `missing` more channels of zeros."""
+
+    def compute() -> Tensor:
+        weight = weights.tensor(name).detach()
+        return F.pad(weight, (*(0,) * (2 * weight.dim() - 4), 0, missing))
+
+    return Deferred(compute)
+
+
 def deferred_permute(
     weights: WeightStore, name: str, axes: Sequence[int], shape: Sequence[int]
 ) -> Deferred:

@@ -30,11 +30,12 @@ from accel.ir.op import Trait
 from accel.ir.storage import WeightStore
 from accel.ir.types import product
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
-from accel.passes.deferred import deferred_reshape
+from accel.passes.deferred import deferred_channels, deferred_reshape
 from accel.passes.weights import drop_unused
 
 _TO_LAST = (0, 2, 3, 1)  # result axis i is operand axis _TO_LAST[i]
 _TO_FIRST = (0, 3, 1, 2)
+_VECTOR = 16  # bytes that a thread of a GPU reads at once
 
 
 @register_pass
@@ -51,7 +52,7 @@ class Layout(Pass):
             if any(_is_first(op, on_gpu) for op in function.ops):
                 mover = _Mover(function, module.weights, context, self.name)
                 mover.run()
-                drop_unused(module, list(mover.matrices))
+                drop_unused(module, list(mover.replaced))
 
 
 def _is_first(op: Op, on_gpu: bool) -> bool:
@@ -118,6 +119,14 @@ def _patches(b: Builder, op: Op) -> Value:
     return made
 
 
+def _has_few_channels(op: Op) -> bool:
+    """An image of 16-bit elements whose pixels are less than a vector of 16 bytes: a photograph's.
+    cuDNN takes twice as long, and pads the channels as well, in kernels of its own."""
+    x, channels = op.operands[0], op.operands[0].shape[1]
+    few = isinstance(channels, int) and channels * x.dtype.itemsize < _VECTOR
+    return few and x.dtype.itemsize == 2 and op.attribute("groups") == 1
+
+
 def _adds_bias(op: Op) -> bool:
     """Whether a kernel adds a convolution's bias: cuDNN's with a ReLU, or a generated depthwise
     one. torch adds others in a kernel of their own, which a generated one does with what follows.
@@ -143,7 +152,7 @@ class _Mover:
         self.function, self.context, self.made_by = function, context, made_by
         self.weights = weights
         self.on_gpu = getattr(context.target, "kind", "cpu") == "cuda"
-        self.matrices: dict[str, str] = {}  # 1x1 weights as matrices, by the weight's name
+        self.replaced: dict[str, str] = {}  # weights in another shape, by the weight's name
         self.twins: dict[Value, Value] = {}
 
     def run(self) -> None:
@@ -210,8 +219,10 @@ class _Mover:
             if _is_pointwise(op) and not (self.on_gpu and _fits_one_call(op)):
                 self._finish(op, self._linear(b, operands))
                 return
+            if self.on_gpu and _has_few_channels(op):
+                operands = [*self._whole_vectors(b, operands), rest[1]]
             if self.on_gpu and rest[1] is not None and not _adds_bias(op):
-                made = b.op("conv", [operands[0], rest[0], None], attributes).result
+                made = b.op("conv", [*operands[:2], None], attributes).result
                 self._finish(op, b.add(made, rest[1]))
                 return
         else:
@@ -232,16 +243,30 @@ class _Mover:
         else:
             op.result.replace_all_uses(result)
 
+    def _whole_vectors(self, b: Builder, operands: Sequence[Value | None]) -> list[Value]:
+        """Image and weight with channels of zeros, up to a vector of 16 bytes."""
+        x, weight = operands[:2]
+        assert x is not None and weight is not None
+        name, missing = str(constant_name(weight)), _VECTOR // x.dtype.itemsize - int(x.shape[3])
+        if name not in self.replaced:
+            shape = (weight.shape[0], weight.shape[1] + missing, *weight.shape[2:])
+            store = deferred_channels(self.weights.pick(name), name, missing)
+            type = weight.type.with_shape(shape)
+            self.replaced[name] = self.weights.add_lazy(f"{name}.wide", type, store)
+        wide = b.constant(self.replaced[name], self.weights.type(self.replaced[name]))
+        padded = b.pad(x, low=(0, 0, 0, 0), high=(0, 0, 0, missing), value=0.0)
+        return [padded, wide]
+
     def _linear(self, b: Builder, operands: Sequence[Value | None]) -> Value:
         """A convolution whose windows are x's last axis as a product over it."""
         x, weight, bias = operands
         assert x is not None and weight is not None
         name = str(constant_name(weight))
-        if name not in self.matrices:
+        if name not in self.replaced:
             type = weight.type.with_shape((weight.shape[0], product(weight.shape[1:])))
             store = deferred_reshape(self.weights.pick(name), name, [int(d) for d in type.shape])
-            self.matrices[name] = self.weights.add_lazy(f"{name}.matrix", type, store)
-        matrix = b.constant(self.matrices[name], self.weights.type(self.matrices[name]))
+            self.replaced[name] = self.weights.add_lazy(f"{name}.matrix", type, store)
+        matrix = b.constant(self.replaced[name], self.weights.type(self.replaced[name]))
         result: Value = b.linear(x, matrix, bias)
         return result
 

@@ -330,6 +330,21 @@ def test_a_bias_that_no_call_adds_comes_after_on_gpus(groups: int, apart: bool) 
         assert "add" not in ops(fused)
 
 
+def test_few_channels_are_filled_up_on_gpus() -> None:
+    def make(b, x):
+        weight = b.weight(torch.randn(16, x.shape[1], 3, 3).half())
+        return b.relu(b.conv(x, weight, None, stride=(2, 2), padding=(1, 1), dilation=(1, 1)))
+
+    photograph = program(make, t(2, 3, 8, 8, dtype=torch.float16))
+    run("layout,dce", photograph, on_gpu())
+    (made,) = (op for op in photograph.main.ops if op.name == "conv")
+    assert made.operands[0].shape == (2, 8, 8, 8) and made.operands[1].shape == (16, 8, 3, 3)
+    assert list(photograph.weights.names()) == ["w.wide"]
+    deep = program(make, t(2, 8, 8, 8, dtype=torch.float16))
+    run("layout", deep, on_gpu())
+    assert "pad" not in ops(deep)
+
+
 def shortcut(b, x):
     return b.relu(b.add(conv(b, x, 8, padding=(1, 1)), conv(b, x, 8, kernel=1)))
 

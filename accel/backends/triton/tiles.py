@@ -108,8 +108,9 @@ def choose_flat(
     crossed = _crossed(groups, reads)
     if crossed is not None:
         side = 32 if itemsize > 2 else 64
-        rows = min(side, next_power(_known(group_extent(crossed))))
         columns = min(side, next_power(_known(group_extent(groups[-1]))))
+        rows = max(side, _TILE // columns)  # of narrow tiles more
+        rows = min(rows, next_power(_known(group_extent(crossed))))
         warps = max(1, min(8, tile.scaled(rows * columns // 256)))
         return Shape(rows, columns, warps, crossed)
     total = _known(product(group_extent(g) for g in groups))
