@@ -72,14 +72,20 @@ def worker() -> Iterator[Worker]:
 
 @pytest.mark.parametrize(
     ("name", "options", "rows"),
-    [("Llama", {}, 1), ("Llama", {}, 2), ("Mistral", {"sliding_window": 6}, 1)],
+    [
+        ("Llama", {}, 1),
+        ("Llama", {}, 2),
+        ("Mistral", {"sliding_window": 6}, 1),
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, 1),
+        ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3}, 1),
+    ],
 )
 def test_tokens_and_launches(worker: Worker, name: str, options: dict[str, Any], rows: int) -> None:
     made = worker.pool.submit(generate, name, options, rows).result()
     assert torch.equal(made["got"], made["wanted"])
     decode = [step for step in made["plans"]["decode"] if step[0] != "view"]
     assert {kind for kind, _ in decode} == {"kernel"}
-    if rows == 1:
+    if rows == 1 and not name.startswith(("Mixtral", "Olmoe")):
         assert len(decode) <= 5 * 2 + 6  # a layer is five launches
     assert len(made["plans"]["advance_until"]) <= 6
     token, position, history, running = made["chosen"]
