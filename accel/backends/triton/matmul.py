@@ -59,6 +59,7 @@ class Either:
 
 Tile = MatmulTile | OverlappedTile | Either
 _SYMBOLIC_ROWS = 4096
+_NARROW = 128  # columns: fewer are less than the narrowest tile of an overlapped kernel
 
 
 def reason(op: Op, tf32: bool = False) -> str | None:
@@ -101,6 +102,8 @@ def choose_tile(kernel: Op, sms: int, capability: int) -> Tile | None:
         return None
     given, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
     rows = given if isinstance(given, int) else _SYMBOLIC_ROWS
+    if columns < _NARROW and _streams(rows, columns, depth, x.dtype.itemsize):
+        return None  # wide tiles would be empty for the most part
     tile = choose_overlapped(rows, columns, depth, _rest(ops), sms)
     if not fills(rows, columns, tile, sms):
         return None
