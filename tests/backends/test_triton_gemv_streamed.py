@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from accel.backends.triton import TritonBackend
-from accel.backends.triton.gemv_streamed import StreamedGemvTile, reason
+from accel.backends.triton.gemv_streamed import StreamedGemvTile, choose, reason
 from accel.ir import TensorType, WeightStore, interpret
 from tests.backends.kernels import function_of, kernel_of
 from tests.backends.test_triton_gemv import BF16, FP16, Case, halves, inputs_for
@@ -85,6 +85,19 @@ def test_compiles_for_hopper(name: str) -> None:
     (launch,) = made.launches[made.names[0]]
     assert launch.binary.maps and launch.code.dependent
     assert launch.binary.shared < (114 << 10)
+
+
+def test_two_rings_fit_a_multiprocessor_and_small_weights_take_less() -> None:
+    """Of layers of 1 and 8 billion parameters."""
+    linear = CASES["plain"][1][1]
+    for columns, depth in ((3072, 2048), (2048, 2048), (2048, 8192), (4096, 14336), (128256, 4096)):
+        types = [typed(BF16, 1, depth), typed(BF16, columns, depth)]
+        tile = choose(kernel_of(function_of(types, linear), "gemv"), 132)
+        assert tile is not None and depth % tile.depth == 0
+        ring = tile.stages * tile.rows * tile.depth * 2
+        assert ring <= min(100 << 10, -(-columns * depth // 132) * 2 * 1.04 + (32 << 10))
+    types = [typed(BF16, 1, 2048), typed(BF16, 100, 2048)]
+    assert choose(kernel_of(function_of(types, linear), "gemv"), 132) is None  # too few rows
 
 
 def test_what_it_does_not_take_is_said() -> None:

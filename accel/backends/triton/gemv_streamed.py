@@ -96,7 +96,8 @@ def choose(kernel: Op, sms: int) -> StreamedGemvTile | None:
         rows //= 2
     if columns < rows * sms or depth > _LARGEST_DEPTH:
         return None
-    return StreamedGemvTile(rows, part, _RING // (rows * part * sums * 2))
+    steps = -(-columns // (rows * sms)) * (depth // part)
+    return StreamedGemvTile(rows, part, min(steps, _RING // (rows * part * sums * 2)))
 
 
 def plan_of(planner: Planner) -> tuple[Plan, list[Matrix]] | None:
