@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from accel.backends.triton import TritonBackend
-from accel.backends.triton.attention_tiles import AttentionTile
+from accel.backends.triton.attention_tiles import AttentionTile, choose_loop
 from accel.errors import BackendError
 from accel.ir import Function, TensorType, WeightStore, interpret
 from tests.backends.kernels import f32, function_of, kernel_of, sym
@@ -142,6 +142,52 @@ REGIONS: Regions = {
 def test_views_and_masks_around_it(worker: Worker, name: str) -> None:
     types, build, size = REGIONS[name]
     check(worker, function_of(types, build), inputs_of(types, size))
+
+
+def texts(b: Any, q: Any, k: Any, v: Any, number: Any, **attributes: Any) -> Any:
+    """Texts packed into one row: a query sees keys of its own text."""
+    length = q.shape[2]
+    rows, columns = (b.reshape(number, shape=(length, 1)), b.reshape(number, shape=(1, length)))
+    return b.attention(q, k, v, b.eq(rows, columns), scale=0.2, **attributes)
+
+
+@pytest.mark.parametrize(
+    "attributes", [{}, {"causal": True}, {"causal": True, "window": 20}], ids=str
+)
+@pytest.mark.parametrize("length", [128, 150])
+def test_hidden_blocks_are_left_out(
+    worker: Worker, length: int, attributes: dict[str, Any]
+) -> None:
+    """The values of blocks that nobody sees are never read: they are NaN for one program's rows."""
+    types = [*[typed(BF16, 1, 2, length, 32)] * 3, typed(torch.int64, length)]
+    function = function_of(types, lambda b, *x: texts(b, *x, **attributes))
+    inputs = inputs_of(types[:3], 0)
+    number = torch.arange(length) // 40
+    number[-30:] = 0  # a text in two pieces
+    source = check(worker, function, [*inputs, number], AttentionTile(16, 32, 4, 2, listed=True))
+    assert "listed" in source
+    poisoned = [x.clone() for x in inputs]
+    for x in poisoned[1:]:
+        x[:, :, 64:96] = float("nan")  # of texts 1 and 2, a whole block
+    tile = AttentionTile(16, 32, 4, 2, listed=True)
+    runner = InterpretedKernels([function], worker, ["attention"], TritonBackend(tile=tile))
+    (got,) = runner(0, [*poisoned, number])
+    clean = (number[:16] == 0).nonzero().flatten()
+    assert got[:, :, clean].isfinite().all() and not got[:, :, 70].isfinite().all()
+
+
+def test_masks_that_compare_texts_are_taken_for_sparse() -> None:
+    def chosen(length: int, build: Callable[..., Any], *more: TensorType) -> bool:
+        types = [*[typed(BF16, 1, 2, length, 64)] * 3, *more]
+        op = next(o for o in function_of(types, build).ops if o.name == "attention")
+        return choose_loop(op).listed
+
+    assert chosen(2048, texts, typed(torch.int64, 2048))
+    assert not chosen(256, texts, typed(torch.int64, 256)), "too few blocks"
+    padded = lambda b, q, k, v, keys: b.attention(  # noqa: E731
+        q, k, v, b.reshape(keys, shape=(1, 1, 1, 2048)), scale=1.0
+    )
+    assert not chosen(2048, padded, typed(BOOL, 2048))
 
 
 def random_case(seed: int) -> tuple[Case, AttentionTile]:

@@ -10,6 +10,7 @@ import torch
 
 from accel.backends.loops.phases import Planner
 from accel.backends.triton import head_tiles
+from accel.backends.triton.attention_listed import ListedAttention
 from accel.backends.triton.attention_loop import AttentionWriter, plan
 from accel.backends.triton.attention_overlapped import OverlappedAttention
 from accel.backends.triton.attention_tiles import (
@@ -23,6 +24,7 @@ from accel.backends.triton.attention_tiles import (
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, kind_of
 from accel.backends.triton.operands import StoredOperands
 from accel.ir.module import Op, Region
+from accel.ir.types import product
 
 __all__ = ["candidates", "choose", "generate", "library_reason", "reason"]
 
@@ -86,16 +88,22 @@ class AttentionGenerator(Generator):
         emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
         write = Slot("result", 0)
         tile = self.tile or choose_loop(made.op)
-        writer = (
-            OverlappedAttention(made, emitter, self.region, write.name, tile, self.sms)
-            if isinstance(tile, OverlappedTile)
-            else AttentionWriter(made, emitter, write.name, tile)
-        )
+        writer: AttentionWriter
+        writes = [write]
+        if isinstance(tile, OverlappedTile):
+            writer = OverlappedAttention(made, emitter, self.region, write.name, tile, self.sms)
+        elif tile.listed:
+            writes.append(Slot("scratch", 0))
+            listed = ListedAttention(made, emitter, write.name, tile, writes[1].name)
+            self.scratch = [("int32", product((listed.size, 4)))]
+            writer = listed
+        else:
+            writer = AttentionWriter(made, emitter, write.name, tile)
         program = writer.write()
         reads = [Slot("input", self.region.args.index(v)) for v in program.reads]
         reads.sort(key=lambda s: (s.kind, s.number))
-        self._launch(program, reads, [write], [])
-        return KernelCode(self.name, self.launches, [])
+        self._launch(program, reads, writes, [])
+        return KernelCode(self.name, self.launches, [size for _, size in self.scratch])
 
 
 def generate(

@@ -341,15 +341,20 @@ class AttentionWriter:
 
     def _scores(self, body: Block, span: Span, inside: str) -> None:
         """Scale, cap, mask; `inside` is a condition of its own, or ""."""
-        keep = [k for k in (self._scale_and_bias(body), inside) if k]
+        keep = [k for k in (self._scale_and_bias(body), *self._cuts(body, span, inside)) if k]
+        if keep:
+            body.line(f'score = tl.where({" & ".join(keep)}, score, float("-inf"))')
+
+    def _cuts(self, body: Block, span: Span, inside: str) -> list[str]:
+        """What the ends, the diagonal and the window leave of a block."""
+        keep = [inside] if inside else []
         if span.cut and (self.causal or self.window is not None):
             body.line(f"distance = key - row - {size_text(self.offset)}")
         if span.cut and self.causal:
             keep.append("(distance <= 0)")
         if span.cut and self.window is not None:
             keep.append(f"(distance > -{self.window})")
-        if keep:
-            body.line(f'score = tl.where({" & ".join(keep)}, score, float("-inf"))')
+        return keep
 
     def _softmax(self, body: Block, span: Span) -> None:
         """Moves the running maximum; scores become weights, sums and results are rescaled."""

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from accel.backends.triton.tiles import next_power
-from accel.ir.module import Op
-from accel.ir.types import Dim, product
+from accel.ir.module import Op, Value
+from accel.ir.types import Dim, product, same_dim
 
 _SYMBOLIC_LENGTH = 2048
 _SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
 _CACHE_BYTES = 28e6  # half of the second-level cache, and a bit
 _NARROW_HEAD, _SHORT = 64, 1024
+_LONG, _MOST_OPS = 1024, 40  # keys from which sparse masks pay, and ops of a mask
 _LEAST_OVERLAPPED = 256  # queries: with fewer, setting the warps up costs more than it gains
 
 
@@ -24,6 +27,7 @@ class AttentionTile:
 
     `across`: the last queries of all heads come first, then those before, so that programs end
     together under a causal mask; else one head comes after the other, which reads less memory.
+    `listed`: blocks that a boolean mask hides are left out (`attention_listed`).
     """
 
     rows: int
@@ -31,6 +35,7 @@ class AttentionTile:
     warps: int
     stages: int = 2
     across: bool = False
+    listed: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,15 @@ def choose_loop(op: Op) -> AttentionTile:
     columns = min(best.columns, max(16, next_power(keys)))
     warps = min(best.warps, 4) if rows < best.rows else best.warps
     across = size <= _NARROW_HEAD and bool(op.attribute("causal")) and _fits_cache(op)
-    return AttentionTile(rows, columns, warps, best.stages, across)
+    return AttentionTile(rows, columns, warps, best.stages, across, compares_texts(op))
 
 
 def choose_overlapped(op: Op) -> OverlappedTile | None:
     """The tile of a kernel by `attention_overlapped`; None where the loop is faster."""
     q, k, v, *_ = op.arguments()
     if min(_known(q.shape[2]), _known(k.shape[2])) < _LEAST_OVERLAPPED or _loop_is_faster(op):
+        return None
+    if compares_texts(op):
         return None
     wide = max(int(q.shape[3]), int(v.shape[3])) > 128
     # A cap takes registers: with 128 columns, scores and results do not fit them.
@@ -124,6 +131,45 @@ def _fits_cache(op: Op) -> bool:
     rows = product((*k.shape[:2], _known(k.shape[2])))
     bytes_ = product((rows, k.shape[3] + v.shape[3], k.dtype.itemsize))
     return isinstance(bytes_, int) and bytes_ <= _CACHE_BYTES
+
+
+def compares_texts(op: Op) -> bool:
+    """Whether a boolean mask compares what it reads of queries with what it reads of keys (texts in
+    one row, say), so that most blocks are hidden; where there are blocks enough to gain."""
+    mask = op.arguments()[3] if op.name == "attention" else None
+    if mask is None or mask.dtype != torch.bool or _known(op.operands[1].shape[2]) < _LONG:
+        return False
+    pending, found = [mask], set()
+    while pending:
+        made = pending.pop().op
+        if made is None or made in found or len(found) > _MOST_OPS:
+            continue
+        found.add(made)
+        if made.name == "eq" and made.result.type.rank >= 2:
+            sides = [_along(v, made.result.type.rank) for v in made.operands if _is_read(v)]
+            if sorted(sides) == ["columns", "rows"]:
+                return True
+        pending.extend(made.operands)
+    return False
+
+
+def _along(value: Value, rank: int) -> str:
+    """Whether a side of a comparison varies along the rows or the columns of pairs."""
+    shape = (1,) * (rank - value.type.rank) + value.shape
+    return {(False, True): "rows", (True, False): "columns"}.get(
+        (same_dim(shape[-2], 1), same_dim(shape[-1], 1)), "both"
+    )
+
+
+def _is_read(value: Value) -> bool:
+    """Whether a value is read from memory, and no mere position."""
+    pending, count = [value], 0
+    while pending and count < _MOST_OPS:
+        made, count = pending.pop().op, count + 1
+        if made is None or made.name in ("constant", "gather", "index", "embedding"):
+            return True
+        pending.extend(made.operands)
+    return False
 
 
 def candidates(kernel: Op, sms: int) -> list[Tile]:
