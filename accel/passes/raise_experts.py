@@ -63,14 +63,25 @@ class ExpertNumbers(Rule):
         if ends is None:
             return None
         counted = _counted(ends, weight.shape[0])
-        made = None if counted is None else counted.op
-        if counted is None or made is None or made.name != "sort" or counted is not made.results[0]:
+        made = None if counted is None else _sorted_by(counted)
+        if counted is None or made is None:
             context.miss(self.name, op, "group sizes that are not counted from sorted numbers")
             return None
         if made.attribute("descending") or not _lies_below(counted, weight.shape[0]):
             context.miss(self.name, op, "numbers that may not name an expert")
             return None
         return b.op("expert_linear", [x, weight, counted, bias]).result
+
+
+def _sorted_by(value: Value) -> Op | None:
+    """The sort whose values these are, or whose operand they are, read in its order."""
+    op = value.op
+    if op is not None and op.name == "sort":
+        return op if value is op.results[0] else None
+    sort = None if op is None or op.name != "gather" else op.operands[1].op
+    if op is None or sort is None or sort.name != "sort" or op.operands[1] is not sort.results[1]:
+        return None
+    return sort if op.operands[0] is sort.operands[0] and value.type.rank == 1 else None
 
 
 def _group_ends(experts: Value) -> Value | None:

@@ -62,20 +62,21 @@ def experts_of(b: Any, ends: Any, rows: Any) -> Any:
 
 def in_groups(
     b: Any, x: Any, scores: Any, *, inverse: str = "index_put", reader: str = "",
-    bins: int = EXPERTS, below: bool = True, counts: torch.dtype = F32,
+    bins: int = EXPERTS, below: bool = True, counts: torch.dtype = F32, values: bool = True,
 ) -> Any:  # fmt: skip
     """As transformers' grouped_mm: sorted, counted, multiplied, put back."""
     up, down = weights(b)
-    values, numbers = chosen(b, scores)
+    factors, numbers = chosen(b, scores)
     if not below:
         numbers = b.add(numbers, b.scalar(0, I64))
     rows = numbers.shape[0]
     ordered, order = b.sort(numbers, axis=0, descending=False)
+    ordered = ordered if values else b.gather(numbers, order, axis=0)
     states = b.gather(x, b.floor_div(order, b.scalar(CHOICES, I64)), axis=0)
     experts = experts_of(b, ends_of(b, ordered, bins, counts), rows)
     hidden = gated(b, b.expert_linear(states, up, experts))
     y = b.expert_linear(hidden, down, experts)
-    scale = b.reshape(b.gather(values, order, axis=0), shape=(rows, 1))
+    scale = b.reshape(b.gather(factors, order, axis=0), shape=(rows, 1))
     y = b.mul(y, scale)
     counting = b.iota(shape=(rows,), axis=0, dtype=I64)
     if inverse == "index_put":
@@ -111,12 +112,14 @@ def names(module: Module) -> set[str]:
     return set(compute(module))
 
 
+@pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("inverse", ["index_put", "sort"])
 @pytest.mark.parametrize("counts", [F32, I32])
-def test_groups_lose_their_order(inverse: str, counts: torch.dtype) -> None:
-    module, misses = raised(
-        lambda b, x, s: in_groups(b, x, s, inverse=inverse, counts=counts), *SIZES
-    )
+def test_groups_lose_their_order(inverse: str, counts: torch.dtype, values: bool) -> None:
+    def make(b: Any, x: Any, s: Any) -> Any:
+        return in_groups(b, x, s, inverse=inverse, counts=counts, values=values)
+
+    module, misses = raised(make, *SIZES)
     assert not misses and compute(module).count("expert_linear") == 2
     assert not names(module) & {"sort", "gather", "cumsum", "index_put"}
 
