@@ -139,7 +139,8 @@ def compares_texts(op: Op) -> bool:
     mask = op.arguments()[3] if op.name == "attention" else None
     if mask is None or mask.dtype != torch.bool or _known(op.operands[1].shape[2]) < _LONG:
         return False
-    pending, found = [mask], set()
+    pending: list[Value] = [mask]
+    found: set[Op] = set()
     while pending:
         made = pending.pop().op
         if made is None or made in found or len(found) > _MOST_OPS:
