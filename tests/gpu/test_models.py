@@ -180,7 +180,8 @@ def test_convolutions_with_what_follows(dtype: torch.dtype) -> None:
     model, x = Resident().to(dtype).eval(), torch.randn(2, 3, 20, 24, dtype=dtype)
     fast = accel.compile(model, inputs=(x,), target=target())
     (plan,) = fast.program.plans.values()
-    assert [s.name for s in plan.steps if s.kind == "library"] == ["cudnn.conv"] * 4
+    calls = [s.name for s in plan.steps if s.kind == "library"]
+    assert calls == ["cudnn.conv", "cudnn.conv", "torch.linear"]  # the last is a generated kernel
     model, x = model.cuda(), x.cuda()
     with torch.no_grad():
         for _ in range(3):

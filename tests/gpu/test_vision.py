@@ -46,3 +46,25 @@ def test_mobilenet() -> None:
     torch.manual_seed(0)
     model = with_statistics(MobileNetV3Large()).half().eval()
     check(model, torch.randn(2, 3, 96, 96).half(), 3e-2)
+
+
+class Stem(nn.Module):
+    """A photograph's first layers: few channels, a max pool, a shortcut, and patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 7, 2, 3)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.main, self.short = nn.Conv2d(32, 48, 3, padding=1), nn.Conv2d(32, 48, 1)
+        self.patches, self.gate = nn.Conv2d(48, 64, 4, 4), nn.Hardswish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(torch.relu(self.first(x)))
+        return self.gate(self.patches(torch.relu(self.main(x) + self.short(x))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_first_layers(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Stem().to(dtype).eval(), torch.randn(2, 3, 64, 96, dtype=dtype)
+    check(model, x, {torch.bfloat16: 4e-2, torch.float16: 1e-2, torch.float32: 5e-3}[dtype])
