@@ -36,7 +36,8 @@ def test_products_are_of_codes(per: str, weights: str, dtype: torch.dtype) -> No
     (want,) = interpret(module.main, inputs, module.weights, oracle=True)
     passes = f"quantize{{format=fp8,per={weights}}},quantize_activations{{per={per}}},cse,dce"
     ledger = run_pipeline(module, passes, Context(), validate=True)
-    assert 0 < ledger.rows[1].error < 0.15
+    error = ledger.rows[1].error
+    assert error is not None and 0 < error < 0.15
     (got,) = interpret(module.main, inputs, module.weights)
     assert got.dtype == dtype
     assert float((got.double() - want).norm() / want.norm()) < 0.1
