@@ -271,11 +271,13 @@ def _flops(op: Op, sizes: Mapping[str, int]) -> int:
 
 def _contraction_flops(op: Op, made: int, sizes: Mapping[str, int]) -> int:
     x = op.operands[0]
-    if op.name in ("attention", "cached_attention"):
-        q, k, v = op.operands[:3]
+    if op.name in ("attention", "cached_attention", "flash_attention", "flash_attention_backward"):
+        backward = op.name == "flash_attention_backward"
+        q, k, v = op.operands[1:4] if backward else op.operands[:3]
         rows = _size(product(q.shape[:-1]), sizes)
         width = _size(q.shape[3], sizes) + _size(v.shape[3], sizes)
-        return 2 * rows * _size(k.shape[2], sizes) * width
+        forward = 2 * rows * _size(k.shape[2], sizes) * width
+        return forward * 5 // 2 if backward else forward  # five products, not two
     if op.name == "conv":
         weight = op.operands[1]
         return 2 * made * _size(product(weight.shape[1:]), sizes)
