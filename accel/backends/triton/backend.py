@@ -11,7 +11,8 @@ import torch
 
 from accel.backends.loops import trace
 from accel.backends.loops.phases import REDUCTIONS
-from accel.backends.triton import anchors, batched, dependent, dtypes, float8, matmul, scalar
+from accel.backends.loops.reasons import type_reason
+from accel.backends.triton import anchors, batched, dependent, float8, matmul, scalar
 from accel.backends.triton.addresses import size_name
 from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot, size_limits
 from accel.backends.triton.product_loop import FULL_PRECISION, TF32_PRECISION
@@ -22,9 +23,7 @@ from accel.ir.fingerprint import region_fingerprint
 from accel.ir.module import Op, Region, clone_region_into
 from accel.ir.op import Trait
 from accel.ir.printer import print_op
-from accel.ir.types import SUB_BYTE_BITS, Dim, is_float, symbol
-
-_LARGEST_SUPPORTED_RANK = 12
+from accel.ir.types import Dim, is_float, symbol
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class TritonBackend:
 
     def supports(self, op: Op) -> str | None:
         """None if a kernel region may hold this op, else the reason why not."""
-        reason = _type_reason(op)
+        reason = type_reason(op)
         if reason is not None:
             return reason
         if op.name in trace.INDEX_OPS:
@@ -136,7 +135,7 @@ class TritonBackend:
         return self.supports_anchor(op, "gemv") and self.supports_anchor(op, "matmul")
 
     def supports_neighbour(self, op: Op, neighbour: Op) -> str | None:
-        return _type_reason(neighbour) or anchors.neighbour_reason(op, neighbour)
+        return type_reason(neighbour) or anchors.neighbour_reason(op, neighbour)
 
     def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:
         if op.name == "matmul":
@@ -147,7 +146,7 @@ class TritonBackend:
         return kind, None
 
     def supports_anchor(self, op: Op, kind: str) -> str | None:
-        reason = _type_reason(op) or anchors.reason(op, kind, self.tf32)
+        reason = type_reason(op) or anchors.reason(op, kind, self.tf32)
         if reason is None and not self.measures:
             return anchors.library_reason(op, kind, capability(self.arch))
         return reason
@@ -155,7 +154,7 @@ class TritonBackend:
     def supports_decoding(self, op: Op) -> str | None:
         if op.definition.decompose is None:
             return self.supports(op)
-        return _type_reason(op)  # composites are decomposed inside the kernel
+        return type_reason(op)  # composites are decomposed inside the kernel
 
     def matmul_columns(self, op: Op) -> int:
         raise BackendError(f"accel.{op.name} has no generated code on GPUs")
@@ -290,20 +289,6 @@ def _has_own_code(op: Op) -> bool:
     if op.name in trace.INDEX_OPS or op.name in REDUCTIONS:
         return True
     return op.has(Trait.ELEMENTWISE) and scalar.supports(op) is None
-
-
-def _type_reason(op: Op) -> str | None:
-    for value in (*op.operands, *op.results):
-        if not dtypes.is_known(value.dtype):
-            return f"dtype {value.dtype}"
-        if value.type.rank > _LARGEST_SUPPORTED_RANK:
-            return f"rank {value.type.rank}"
-    for value in op.operands:
-        if value.dtype in SUB_BYTE_BITS and not (value.op is None or value.op.name == "constant"):
-            return "a sub-byte operand that is not a stored weight"
-    if any(r.dtype in SUB_BYTE_BITS for r in op.results):
-        return "a result of less than a byte an element"
-    return None
 
 
 def _index_reason(op: Op) -> str | None:

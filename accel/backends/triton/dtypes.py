@@ -10,22 +10,14 @@ from __future__ import annotations
 
 import torch
 
+from accel.backends.loops.dtypes import compute as compute
+from accel.backends.loops.dtypes import is_known as is_known
+from accel.backends.loops.dtypes import is_signed as is_signed
+from accel.backends.loops.dtypes import storage_type
 from accel.backends.triton import float8
 from accel.backends.triton.text import Block, Expr, element_type, number, solid
 from accel.ir.types import SUB_BYTE_BITS
 
-_PLAIN = {
-    torch.float64: "float64",
-    torch.float32: "float32",
-    torch.int8: "int8",
-    torch.int16: "int16",
-    torch.int32: "int32",
-    torch.int64: "int64",
-    torch.uint8: "uint8",
-    torch.uint16: "uint16",
-    torch.uint32: "uint32",
-    torch.uint64: "uint64",
-}
 _STORED_AS = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
@@ -40,30 +32,9 @@ _POINTERS = {
 }  # fmt: skip
 
 
-def is_known(dtype: torch.dtype) -> bool:
-    if dtype in SUB_BYTE_BITS:
-        return SUB_BYTE_BITS[dtype] in (1, 2, 4)
-    return dtype in _PLAIN or dtype in _STORED_AS
-
-
-def is_signed(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or not str(dtype).startswith("torch.uint")
-
-
 def storage(dtype: torch.dtype) -> str:
     """Element type in memory, as Triton names it (without "tl.")."""
-    if dtype in SUB_BYTE_BITS:
-        return "uint8"
-    return _PLAIN.get(dtype) or _STORED_AS[dtype]
-
-
-def compute(dtype: torch.dtype) -> str:
-    """What a scalar is computed in."""
-    if dtype == torch.bool:
-        return "bool"
-    if dtype in SUB_BYTE_BITS:
-        return "int8" if is_signed(dtype) else "uint8"
-    return _PLAIN.get(dtype) or "float32"
+    return storage_type(dtype, _STORED_AS)
 
 
 def pointer(stored: str) -> str:

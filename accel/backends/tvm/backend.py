@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from accel.backends.loops import trace
 from accel.backends.loops.phases import REDUCTIONS, region_symbols
+from accel.backends.loops.reasons import is_stored, type_reason
 from accel.backends.tvm import anchors, blocked, contract, dtypes, scalar
 from accel.backends.tvm.kernel import KernelCode, generate
 from accel.backends.tvm.shim import c_source
@@ -14,11 +15,9 @@ from accel.backends.tvm.toolchain import build, version
 from accel.errors import BackendError
 from accel.ir.builder import Builder
 from accel.ir.fingerprint import region_fingerprint
-from accel.ir.module import Op, Region, Value, clone_region_into
+from accel.ir.module import Op, Region, clone_region_into
 from accel.ir.op import Trait
 from accel.ir.types import SUB_BYTE_BITS, Dim, is_float, product, symbol
-
-_LARGEST_SUPPORTED_RANK = 12
 
 
 @dataclass
@@ -51,7 +50,7 @@ class TvmBackend:
 
     def supports(self, op: Op) -> str | None:
         """None if a kernel region may hold this op, else the reason why not."""
-        reason = _type_reason(op)
+        reason = type_reason(op)
         if reason is not None:
             return reason
         if op.name in trace.INDEX_OPS:
@@ -64,7 +63,7 @@ class TvmBackend:
 
     def supports_product(self, op: Op) -> str | None:
         """None if a kernel of kind "gemv" may hold this contraction, else the reason why not."""
-        reason = _type_reason(op) or contract.reason(op)
+        reason = type_reason(op) or contract.reason(op)
         if reason is None and product(op.operands[0].shape[:-1]) != 1:
             source = op.operands[1].op
             if source is not None and source.name == "constant":
@@ -74,7 +73,7 @@ class TvmBackend:
     def supports_neighbour(self, op: Op, neighbour: Op) -> str | None:
         for anchor in anchors.ANCHORS.values():
             if op.name in anchor.ops and neighbour.name in anchor.neighbours:
-                return _type_reason(neighbour) or anchor.neighbours[neighbour.name](neighbour)
+                return type_reason(neighbour) or anchor.neighbours[neighbour.name](neighbour)
         return "a product's kernel takes elementwise ops after it only"
 
     def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:
@@ -84,11 +83,11 @@ class TvmBackend:
         """None if a kernel of kind "gemv" may decode its weight with this op."""
         if op.definition.decompose is None:
             return self.supports(op)
-        return _type_reason(op)  # composites are decomposed inside the kernel
+        return type_reason(op)  # composites are decomposed inside the kernel
 
     def supports_anchor(self, op: Op, kind: str) -> str | None:
         """None if a kernel of this kind may be built around the op, else the reason why not."""
-        return _type_reason(op) or anchors.reason(op, kind)
+        return type_reason(op) or anchors.reason(op, kind)
 
     def matmul_columns(self, op: Op) -> int:
         """Columns of one block of such a linear's weight [blocks, K, columns]."""
@@ -177,32 +176,13 @@ class TvmBackend:
 
 def _is_whole(op: Op, kind: str) -> bool:
     """Whether the kernel is built around this op, which so stays whole."""
-    return kind in anchors.ANCHORS and _type_reason(op) is None and anchors.reason(op, kind) is None
+    return kind in anchors.ANCHORS and type_reason(op) is None and anchors.reason(op, kind) is None
 
 
 def _has_own_code(op: Op) -> bool:
     if op.name in trace.INDEX_OPS or op.name in REDUCTIONS:
         return True
     return op.has(Trait.ELEMENTWISE) and scalar.supports(op) is None
-
-
-def _type_reason(op: Op) -> str | None:
-    for value in (*op.operands, *op.results):
-        if not dtypes.is_known(value.dtype):
-            return f"dtype {value.dtype}"
-        if value.type.rank > _LARGEST_SUPPORTED_RANK:
-            return f"rank {value.type.rank}"
-    for value in op.operands:
-        if value.dtype in SUB_BYTE_BITS and not _is_stored(value):
-            return "a sub-byte operand that is not a stored weight"
-    if any(r.dtype in SUB_BYTE_BITS for r in op.results):
-        return "a result of less than a byte an element"
-    return None
-
-
-def _is_stored(value: Value) -> bool:
-    """Whether kernels get the value packed: weights are, and region arguments stand for them."""
-    return value.op is None or value.op.name == "constant"
 
 
 def _index_reason(op: Op) -> str | None:
@@ -231,7 +211,7 @@ def _reduction_reason(op: Op) -> str | None:
 
 def _check_packed(kernel: Op) -> None:
     for value in kernel.operands:
-        if value.dtype in SUB_BYTE_BITS and not _is_stored(value):
+        if value.dtype in SUB_BYTE_BITS and not is_stored(value):
             raise BackendError(
                 f"a kernel reads a computed {value.dtype} tensor", where=str(kernel.location or "")
             )

@@ -12,22 +12,14 @@ import math
 
 import torch
 
+from accel.backends.loops.dtypes import compute as compute
+from accel.backends.loops.dtypes import is_known as is_known
+from accel.backends.loops.dtypes import is_signed as is_signed
+from accel.backends.loops.dtypes import storage_type
 from accel.backends.tvm import tir
 from accel.backends.tvm.tir import Block, Expr, bits, cast, const, intrinsic, select
 from accel.ir.types import SUB_BYTE_BITS
 
-_PLAIN = {
-    torch.float64: "float64",
-    torch.float32: "float32",
-    torch.int8: "int8",
-    torch.int16: "int16",
-    torch.int32: "int32",
-    torch.int64: "int64",
-    torch.uint8: "uint8",
-    torch.uint16: "uint16",
-    torch.uint32: "uint32",
-    torch.uint64: "uint64",
-}
 _STORED_AS = {
     torch.float16: "float16",
     torch.bfloat16: "uint16",
@@ -38,30 +30,9 @@ _STORED_AS = {
 READ_ONLY = {torch.float8_e4m3fn, torch.float8_e5m2, *SUB_BYTE_BITS}
 
 
-def is_known(dtype: torch.dtype) -> bool:
-    if dtype in SUB_BYTE_BITS:
-        return SUB_BYTE_BITS[dtype] in (1, 2, 4)
-    return dtype in _PLAIN or dtype in _STORED_AS
-
-
-def is_signed(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or not str(dtype).startswith("torch.uint")
-
-
 def storage(dtype: torch.dtype) -> str:
     """Element type of a buffer."""
-    if dtype in SUB_BYTE_BITS:
-        return "uint8"
-    return _PLAIN.get(dtype) or _STORED_AS[dtype]
-
-
-def compute(dtype: torch.dtype) -> str:
-    """Type of a scalar while it is computed with."""
-    if dtype == torch.bool:
-        return "bool"
-    if dtype in SUB_BYTE_BITS:
-        return "int8" if is_signed(dtype) else "uint8"
-    return _PLAIN.get(dtype) or "float32"
+    return storage_type(dtype, _STORED_AS)
 
 
 def is_rounded(dtype: torch.dtype) -> bool:
