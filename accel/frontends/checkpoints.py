@@ -105,9 +105,19 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.
             f"'{path}' is neither a GGUF file nor a folder with a config.json",
             advice="name a checkpoint on this machine; nothing is downloaded",
         )
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # whatever a damaged file makes of foreign code
+        raise InputError(f"config.json does not load: {error}", where=str(path)) from error
     architecture = (config.architectures or ["AutoModel"])[0]
-    model = _pretrained(getattr(transformers, architecture), path, dtype)
+    loader = getattr(transformers, architecture, None)
+    if loader is None:
+        raise InputError(
+            f"config.json names the architecture '{architecture}', which this transformers "
+            "does not have",
+            where=str(path),
+        )
+    model = _pretrained(loader, path, dtype)
     if architecture.endswith("ForCausalLM"):
         return LanguageModel(model).eval()
     vision = getattr(model, "main_input_name", "input_ids") == "pixel_values"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 from pathlib import Path
@@ -240,4 +241,24 @@ def test_safetensors_folders(tmp_path):
             load_checkpoint(tmp_path)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: "{",
+        lambda facts: json.dumps({**facts, "hidden_size": -3}),
+        lambda facts: json.dumps({**facts, "architectures": ["NoSuchModel"]}),
+    ],
+)
+def test_damaged_configurations(tmp_path, change):
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=48,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(change(json.loads(file.read_text())))
+    with pytest.raises(InputError, match=r"config\.json"):
         load_checkpoint(tmp_path)
