@@ -57,9 +57,9 @@ def _computed(mask: Any) -> list[fx.Node]:
     pending, ranges = [mask], False
     while pending:
         node = pending.pop()
-        if node in inside or node.op == "placeholder":
-            if "tangents" in node.name:
-                return []
+        if "tangents" in node.name:
+            return []
+        if node in inside or node.op == "placeholder" or _is_size(node):
             continue
         if not _is_plain(node) or len(inside) >= _MOST:
             return []
@@ -67,6 +67,10 @@ def _computed(mask: Any) -> list[fx.Node]:
         ranges |= node.target in _RANGES
         pending += node.all_input_nodes
     return [n for n in mask.graph.nodes if n in inside] if ranges else []
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat))
 
 
 def _is_plain(node: fx.Node) -> bool:

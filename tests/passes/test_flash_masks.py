@@ -134,6 +134,34 @@ class Windowed(nn.Module):
         return self.out(y.transpose(1, 2).reshape(batch, length, 32)).sum()
 
 
+def test_a_symbolic_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of positions are computed in both halves whatever the length is."""
+    backward: list[Module] = []
+    whole = dynamo.import_aten_graph
+
+    def importing(*args: Any, **options: Any) -> Any:
+        made = whole(*args, **options)
+        if not options.get("may_fix", True):
+            backward.append(made.module)
+            mask = find(made.module, "flash_attention_backward").arguments()[-1]
+            assert mask is not None and mask.op is not None, "it is no argument"
+        return made
+
+    monkeypatch.setattr(dynamo, "import_aten_graph", importing)
+    torch._dynamo.reset()
+    model, exact = Windowed(), Windowed()
+    exact.load_state_dict(model.state_dict())
+    call = torch.compile(model, backend="accel", fullgraph=True, dynamic=True)
+    for length in (9, 14):
+        x = torch.randn(2, length, 32)
+        for one, run in ((exact, exact), (model, call)):
+            one.zero_grad()
+            run(x).backward()
+        got, want = model.project.weight.grad, exact.project.weight.grad
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert len(backward) == 1
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_both_halves_compute_their_mask(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing with an element for each pair is kept, and both halves read the window."""
