@@ -8,6 +8,7 @@ with a symbol for it: they are captured at three lengths, their loops rolled up,
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ _LENGTHS = (11, 13, 17)
 
 
 def capture_text(model: Any, capacity: int, batch: int = 1) -> Module:
-    """@main: ids -> logits [B, S, V], with symbols for S, the source's length, and B unless it is 1.
+    """@main: ids -> logits [B, S, V]; S, the source's length, and B unless it is 1 are symbols.
 
     Args:
         model: a module or callable as `compile_generator` takes it.
@@ -86,7 +87,25 @@ def plain_forward(model: Any) -> nn.Module:
         if getattr(model.config, "is_encoder_decoder", False):
             return EncoderDecoder(model).eval()
         return LanguageModel(model).eval()
+    _check_arguments(model)
     return Logits(model).eval()
+
+
+def _check_arguments(model: Any) -> None:
+    """Raises CaptureError for a forward that wants more than token ids."""
+    forward = model.forward if isinstance(model, nn.Module) else model
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):  # written in another language
+        return
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    more = [p.name for p in parameters[1:] if p.default is p.empty and p.kind in plain]
+    if more:
+        raise CaptureError(
+            "a generator is derived from a forward over token ids alone; this one also wants "
+            f"{', '.join(more)}",
+            advice="wrap the model in a forward(input_ids) that returns logits, without a cache",
+        )
 
 
 class EncoderDecoder(nn.Module):
@@ -111,5 +130,10 @@ class Logits(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         out = self.model(input_ids)
-        logits: Tensor = out if isinstance(out, Tensor) else out.logits
+        logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"the forward returns a {type(out).__name__}, and a generator is derived from the "
+                "logits alone, without a cache"
+            )
         return logits
