@@ -59,8 +59,8 @@ class QuantizeCache(Pass):
             have 2^n elements: scores are the same, and no element of a key is much larger than
             the others, which is what rounding suffers from (Ashkboos et al., 2024, QuaRot). With
             int4 values too, and results back.
-        center: int4: tokens of random text (or of the calibration) on which the mean of a head's
-            keys is measured, which keys are stored without; 0: they are stored as they are.
+        center: int4: tokens of random text on which the mean of a head's keys is measured, which
+            keys are stored without; 0: they are stored as they are.
         bound: relative error of results to promise; 0: the format's own.
     """
 
@@ -111,7 +111,7 @@ class QuantizeCache(Pass):
         if not shifted:
             return
         keys = list(dict.fromkeys(op.operands[1] for op in shifted))
-        means = dict(zip(keys, mean_keys(module, keys, self.center, context.calibration)))
+        means = dict(zip(keys, mean_keys(module, keys, self.center)))
         made: dict[Value, Value] = {}
         for op in shifted:
             key = op.operands[1]
@@ -209,10 +209,8 @@ class QuantizeCache(Pass):
         return stored, b.cast_to(stored, span.dtype)
 
 
-def mean_keys(
-    module: Module, keys: Sequence[Value], count: int, calibration: Sequence[Sequence[Tensor]]
-) -> list[Tensor]:
-    """The mean over tokens of keys [B, G, S, D] of @main, each [G, 1, D]."""
+def mean_keys(module: Module, keys: Sequence[Value], count: int) -> list[Tensor]:
+    """The mean over `count` random tokens of keys [B, G, S, D] of @main, each [G, 1, D]."""
     copy = module.clone()
     order = {op: i for i, op in enumerate(module.main.ops)}
     ops = list(copy.main.ops)
@@ -226,8 +224,7 @@ def mean_keys(
     for op in reversed(ops[:-1]):  # what comes after the last key
         if not any(r.uses for r in op.results):
             op.erase()
-    inputs = calibration[0] if calibration else _random_text(copy.main, count)
-    made = interpret(copy.main, inputs, copy.weights)
+    made = interpret(copy.main, _random_text(copy.main, count), copy.weights)
     return [m[0] for m in made]
 
 

@@ -59,8 +59,9 @@ class SelectCached(Pass):
         if reason is not None:
             context.miss(self.name, op, reason)
             return
-        updates = _updates_of(op, context, generator, order)
-        inside = {op, *updates}
+        decoding = _decoding(op, generator)
+        updates = _updates_of(op, decoding, context, generator, order)
+        inside = {op, *updates, *decoding}
         inside |= self._before(inside, op, generator)
         ops = sorted(inside, key=order.__getitem__)
         after = views_after(op, generator)
@@ -86,7 +87,7 @@ class SelectCached(Pass):
     def _before(self, inside: set[Op], op: Op, generator: KernelGenerator) -> set[Op]:
         """Pointwise ops that nothing but the kernel needs: they compute its query and new rows."""
         found: set[Op] = set()
-        values = [op.operands[0], *(u.operands[1] for u in inside if u is not op)]
+        values = [op.operands[0], *(u.operands[1] for u in inside if u.has(Trait.UPDATE))]
         pending = [v.op for v in values]
         while pending and len(found) < self.most:
             made = pending.pop()
@@ -149,6 +150,31 @@ def _pages_before(op: Op, generator: KernelGenerator) -> set[Op]:
     return found
 
 
+def _decoding(op: Op, generator: KernelGenerator) -> set[Op]:
+    """What computes keys and values from the caches, element by element, and nothing else needs."""
+    found: set[Op] = set()
+    first = [v.op for v in op.operands[1:3]]
+    if any(o is None or generator.supports_neighbour(op, o) is not None for o in first):
+        return found
+    pending = list(first)
+    while pending:
+        made = pending.pop()
+        if made is None or made in found or made.has(Trait.UPDATE):
+            continue
+        if not _decodes(made, generator) or any(
+            user is not op and user not in found for user in made.result.users
+        ):
+            continue
+        found.add(made)
+        pending.extend(v.op for v in made.operands)
+    return found
+
+
+def _decodes(op: Op, generator: KernelGenerator) -> bool:
+    known = op.has(Trait.DECODE) or _is_pointwise(op, generator)
+    return known and generator.supports_decoding(op) is None and len(op.results) == 1
+
+
 def _is_pointwise(op: Op, generator: KernelGenerator) -> bool:
     if op.name == "rope":  # decomposed inside of the kernel
         return generator.supports_decoding(op) is None
@@ -157,16 +183,23 @@ def _is_pointwise(op: Op, generator: KernelGenerator) -> bool:
 
 
 def _updates_of(
-    op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
+    op: Op,
+    decoding: set[Op],
+    context: Context,
+    generator: KernelGenerator,
+    order: dict[Op, int],
 ) -> list[Op]:
-    """The updates of its keys and values, if the kernel takes both."""
-    found = [v.op for v in op.operands[1:3]]
+    """The updates of its keys and values, or of what they are computed from, if it takes all."""
+    read = [*op.operands[1:3], *(v for o in decoding for v in o.operands)]
+    found = dict.fromkeys(v.op for v in read)
     updates = [u for u in found if u is not None and u.name == "dynamic_update"]
-    if len(set(updates)) != 2:
+    updates.sort(key=order.__getitem__)
+    if len(updates) < 2:
         return []
     for update in updates:
         reason = generator.supports_neighbour(op, update)
-        if reason is None and any(_is_early(u, op, order) for u in update.result.users):
+        others = [u for u in update.result.users if u not in decoding]
+        if reason is None and any(_is_early(u, op, order) for u in others):
             reason = "the updated cache is read before"
         if reason is not None:
             context.miss("select_cached", update, reason)

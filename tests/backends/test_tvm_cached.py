@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from accel.backends.tvm import cached
+from accel.compiler.language import compile_generator
 from accel.errors import ExecutionError
 from accel.ir import Function, TensorType, WeightStore, interpret
 from tests.backends.kernels import Runner, f32, function_of
+from tests.passes.causal_models import tiny
 
 I64 = TensorType((), torch.int64)
 
@@ -178,3 +180,21 @@ def test_a_position_outside_of_the_cache_is_an_error(each: bool) -> None:
     position = torch.tensor([3, 16]) if each else torch.tensor(16)
     with pytest.raises(ExecutionError):
         Runner([function], ["cached_attention"])(0, [*inputs, position])
+
+
+@pytest.mark.parametrize("cache", ["int8", "stream_cache{sinks=2,window=20}"])
+def test_keys_are_computed_inside_of_the_kernel(cache: str) -> None:
+    """Codes are decoded, and keys turned, a block at a time; the cache is written there, too."""
+    fast = compile_generator(tiny("llama"), capacity=64, cache=cache)
+    steps = fast.entry_points["decode"].function.plan.steps
+    assert not [step.name for step in steps if step.kind in ("library", "aten")]
+    ids = torch.randint(0, 128, (1, 40))
+    one, several = (fast.generator.logits(ids, count) for count in (1, 30))
+    torch.testing.assert_close(one[-1], several[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_codes_of_four_bits_are_decoded_once() -> None:
+    fast = compile_generator(tiny("llama"), capacity=32, cache="int4")
+    ids = torch.randint(0, 128, (1, 20))
+    one, several = (fast.generator.logits(ids, count) for count in (1, 9))
+    torch.testing.assert_close(one[-1], several[-1], rtol=1e-3, atol=1e-3)

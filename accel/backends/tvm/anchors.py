@@ -21,6 +21,7 @@ class Anchor:
         plan: adds the phases of a region with this op.
         phase, nest: the phase that computes the op, and what emits it.
         neighbours: ops that stay whole in such a kernel, and the reason why one does not.
+        sources: ops that may compute what the anchor reads, and the reason why one may not.
     """
 
     ops: tuple[str, ...]
@@ -29,6 +30,7 @@ class Anchor:
     phase: type[Phase]
     nest: Callable[..., Any]
     neighbours: Mapping[str, Callable[[Op], str | None]] = field(default_factory=dict)
+    sources: Mapping[str, Callable[[Op], str | None]] = field(default_factory=dict)
 
 
 ANCHORS: dict[str, Anchor] = {
@@ -46,6 +48,7 @@ ANCHORS: dict[str, Anchor] = {
         cached.CachedPhase,
         cached.CachedNest,
         {"dynamic_update": updates.reason},
+        {"dequantize": cached.computed_reason, "rope": cached.computed_reason},
     ),
     "matmul": Anchor(
         ("linear", "conv"),

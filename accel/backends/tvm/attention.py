@@ -356,10 +356,8 @@ class AttentionNest:
 
     def _weighted_sum(self) -> None:
         """results[m] += weights[m] . values of the block."""
-        emitter = self.emitter
-        head = self._flat(self.values, self.batch, self._group(), Affine(), Affine())
-        width = tir.i64(self.width)
-        start = emitter.block.let(emitter.addresses.code(head) + self.base * width, "start")
+        emitter, width = self.emitter, tir.i64(self.width)
+        source, start = self._block_of(self.values, self.width)
         piece = _piece(self.width)
         for offset in range(0, self.width, piece):
             key, lane = tir.var("key"), tir.var("lane")
@@ -368,12 +366,19 @@ class AttentionNest:
                 outer.let(tir.load(self.scores[m], key), "weight") for m in range(self.queries)
             ]
             place = start + key * width + lane + tir.i64(offset)
-            value = inner.let(tir.load(emitter.buffers[self.values], place), "value")
+            value = inner.let(tir.load(source, place), "value")
             for m, weight in enumerate(weights):
                 at = lane + tir.i64(offset)
                 inner.store(self.results[m], tir.load(self.results[m], at) + weight * value, at)
             outer.loop(lane, tir.i64(piece), inner)
             emitter.block.loop(key, self._keys_seen(), outer)
+
+    def _block_of(self, value: Value, size: int) -> tuple[Buffer, Expr]:
+        """The memory of a block of values, and where it begins."""
+        emitter = self.emitter
+        head = self._flat(value, self.batch, self._group(), Affine(), Affine())
+        start = emitter.addresses.code(head) + self.base * tir.i64(size)
+        return emitter.buffers[value], emitter.block.let(start, "start")
 
     def _store(self, m: int) -> None:
         emitter, block = self.emitter, self.emitter.block

@@ -72,8 +72,9 @@ class TvmBackend:
 
     def supports_neighbour(self, op: Op, neighbour: Op) -> str | None:
         for anchor in anchors.ANCHORS.values():
-            if op.name in anchor.ops and neighbour.name in anchor.neighbours:
-                return type_reason(neighbour) or anchor.neighbours[neighbour.name](neighbour)
+            rules = {**anchor.sources, **anchor.neighbours}
+            if op.name in anchor.ops and neighbour.name in rules:
+                return type_reason(neighbour) or rules[neighbour.name](neighbour)
         return "a product's kernel takes elementwise ops after it only"
 
     def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:

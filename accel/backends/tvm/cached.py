@@ -3,6 +3,8 @@
 A task is one query of one head. It walks the cache up to its own position, which is data, in
 blocks of 64 keys with a running maximum and sum (see `attention`). Keys are read as they lie, a
 product of a query and a key at a time; what the cache holds behind the position is never touched.
+Keys and values that are computed from caches, such as those of a quantized cache, are computed for
+a block at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from functools import partial
 
 import torch
 
-from accel.backends.loops.index import Affine
 from accel.backends.loops.phases import Planner
 from accel.backends.tvm import tir, updates
 from accel.backends.tvm.attention import (
@@ -25,7 +26,7 @@ from accel.backends.tvm.attention import reason as attention_reason
 from accel.backends.tvm.code import Emitter
 from accel.backends.tvm.tir import Block, Buffer, Expr
 from accel.errors import BackendError
-from accel.ir.module import Op
+from accel.ir.module import Op, Value
 from accel.ir.op import Trait
 
 _LANES = 16
@@ -36,11 +37,28 @@ def reason(op: Op) -> str | None:
     q, k, v, *_ = op.arguments()
     if any(x.dtype != torch.float32 for x in (q, k, v)):
         return f"attention over a cache of {k.dtype}"
-    if any(x.op is not None and x.op.has(Trait.VIEW) for x in (k, v)):
+    if any(map(_is_view_of_a_cache, (k, v))):
         return "attention over a view of a cache"
     if op.attribute("ring"):
         return "attention over a ring with room for more than one token"
     return attention_reason(op, least_queries=0)
+
+
+def _is_view_of_a_cache(value: Value) -> bool:
+    op = value.op
+    while op is not None and op.has(Trait.VIEW):
+        op = op.operands[0].op
+    return op is not value.op and (op is None or op.has(Trait.UPDATE))
+
+
+def computed_reason(op: Op) -> str | None:
+    """None if a kernel may compute its keys or values with this op, else the reason why not."""
+    if op.result.dtype != torch.float32:
+        return f"keys of {op.result.dtype}"
+    if op.name == "dequantize" and op.operands[0].dtype != torch.int8:
+        # Every query head of a group decodes for itself: codes of 4 bits take too long for that.
+        return "codes of less than 8 bits are decoded once, before the kernel"
+    return None
 
 
 class CachedPhase(AttentionPhase):
@@ -59,7 +77,7 @@ def plan(planner: Planner, op: Op) -> None:
             updated[result] = number
     held = {*planner.region.args, *updated}
     others = [i for i, r in enumerate(planner.region.results) if r not in updated]
-    if k not in held or v not in held or len(others) != 1:
+    if len(others) != 1 or any(x not in held and x.op is None for x in (k, v)):
         raise BackendError("a cache is an argument of its kernel", where=str(op.location or ""))
     axes, place = find_place(planner, op, others[0])
     phase = CachedPhase(axes, [], [], op=op, keys=k, values=v, result=others[0])
@@ -100,19 +118,36 @@ class CachedNest(AttentionNest):
         self.steps = block.let(
             tir.tirx.min(tir.i64(KEYS), self.end - self.base) + self.sizes.zero, "steps"
         )
-        head = self._flat(self.keys, self.batch, self._group(), Affine(), Affine())
-        start = block.let(emitter.addresses.code(head) + self.base * tir.i64(self.depth), "start")
+        source, start = self._block_of(self.keys, self.depth)
         key, outer = tir.var("key"), Block()
         row = outer.let(start + key * tir.i64(self.depth), "row")
         total: Expr = None
         for piece in range(0, self.depth, _LANES):
             factor = tir.vector(self.scaled[0], tir.i64(piece), _LANES)
-            keys = tir.vector(emitter.buffers[self.keys], row + tir.i64(piece), _LANES)
+            keys = tir.vector(source, row + tir.i64(piece), _LANES)
             total = factor * keys if total is None else total + factor * keys
         # Vectors by hand: LLVM would take 16 keys at a time and gather their elements.
         total = tir.sum_of_lanes(outer, total, _LANES)
         outer.store(self.scores[0], total, key)
         block.loop(key, self.steps, outer)
+
+    def _block_of(self, value: Value, size: int) -> tuple[Buffer, Expr]:
+        """Where a block of keys or values lies: in its cache, or computed, in an array."""
+        emitter = self.emitter
+        if value in emitter.buffers:
+            return super()._block_of(value, size)
+        tile = tir.local_array("tile", KEYS * size, "float32")
+        emitter.block.allocate(tile)
+        element = emitter.indexer.axis("element", size)
+        key, lane = (emitter.indexer.of(a) for a in (self.keys_axis, element))
+        with (
+            emitter.loop((self.keys_axis,), self.steps, self.base),
+            emitter.loop((element,), tir.i64(size)),
+        ):
+            made = emitter.element(value, (self.batch, self._group(), key, lane))
+            row = emitter.addresses.code(key) - self.base
+            emitter.block.store(tile, made, row * tir.i64(size) + emitter.addresses.code(lane))
+        return tile, tir.i64(0)
 
     def _mask_scores(self) -> None:
         if not self._masks():
