@@ -43,7 +43,7 @@ _LIMITS = {"int8": 127.0, "fp8": 448.0, "int4": 15.0}
 # Relative error of logits to promise by default: about twice that of SmolLM2-135M.
 _BOUNDS = {"int8": 0.05, "fp8": 0.1, "int4": 0.5}
 _SMALLEST = 6e-8  # a scale that float16 still holds
-_INT4_GROUP = 32
+_INT4_GROUP = 16
 
 
 @register_pass
@@ -54,7 +54,7 @@ class QuantizeCache(Pass):
     Options:
         format: "int8" (around zero), "fp8" (float8_e4m3fn), or "int4" (with zero points, two codes
             a byte).
-        group: elements of a head that share a scale; 0: the head (int4: 32).
+        group: elements of a head that share a scale; 0: the head (int4: 16).
         rotate: multiply queries and keys by an orthogonal matrix first (Hadamard's), where heads
             have 2^n elements: scores are the same, and no element of a key is much larger than
             the others, which is what rounding suffers from (Ashkboos et al., 2024, QuaRot). With
