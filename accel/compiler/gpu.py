@@ -13,6 +13,7 @@ from accel.backends.triton.maps import MapCode, MapLayout
 from accel.backends.vendor import (
     CudaAttention,
     CudnnConv,
+    ExpertLinear,
     FlashAttention,
     TorchLinear,
     UpdatePages,
@@ -79,7 +80,14 @@ def _torch_allows_tf32() -> bool:
 
 def libraries() -> tuple[Library, ...]:
     """What cuDNN, cuBLAS and PyTorch's attention take, in order of preference."""
-    return (CudaAttention(), FlashAttention(), CudnnConv(), TorchLinear(), UpdatePages())
+    return (
+        CudaAttention(),
+        FlashAttention(),
+        CudnnConv(),
+        TorchLinear(),
+        ExpertLinear(few=16),
+        UpdatePages(),
+    )
 
 
 def compile_launches(

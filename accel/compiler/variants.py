@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accel.backends.triton import TritonBackend, anchors
+from accel.backends.triton import TritonBackend
 from accel.backends.triton.anchors import ANCHORS
 from accel.compiler import gpu
 from accel.compiler.kernel_jobs import Job, module_of, with_tile
@@ -64,14 +64,16 @@ class Trial:
 
 def has_library_variant(kernel: Op) -> bool:
     """Whether ops of the kernel might as well be given to a library."""
-    return str(kernel.attribute("kind")) in ANCHORS
+    kind = str(kernel.attribute("kind"))
+    return kind in ANCHORS and kind != "experts"  # whose decomposition copies weights
 
 
 def model_choice(kernel: Op, backend: TritonBackend) -> str:
     """What the cost model takes: its kernel, or a library."""
     region, kind = kernel.regions[0], str(kernel.attribute("kind"))
     plain = TritonBackend(backend.arch, backend.sms, tf32=backend.tf32)
-    op = next((o for o in region.ops if anchors.is_whole(o, kind)), None)
+    names = ANCHORS[kind].ops if kind in ANCHORS else ()
+    op = next((o for o in region.ops if o.name in names), None)
     if op is None:
         return KERNEL
     if op.name != "linear":

@@ -237,6 +237,9 @@ def _read(value: Value, sizes: Mapping[str, int]) -> int:
 def _read_by(op: Op, value: Value, sizes: Mapping[str, int]) -> int:
     """Bytes that one op reads of one of its operands."""
     total = _nbytes(value.type, sizes)
+    if op.name == "expert_linear" and value is op.operands[1]:  # of the experts that are asked for
+        rows, experts = _numel(op.operands[2].type, sizes), _size(value.shape[0], sizes)
+        return min(total, rows * total // max(experts, 1))
     if value is not op.operands[0]:
         return total
     if op.has(Trait.UPDATE):

@@ -100,7 +100,7 @@ ANCHORS: dict[str, Anchor] = {
         ),
     ),
     "scan": Anchor(scan.OPS, scan.reason, scan.generate),
-    "topk": Anchor(topk.OPS, topk.reason, topk.generate),
+    "topk": Anchor(("topk",), topk.reason, topk.generate),
     "depthwise": Anchor(
         ("conv",),
         depthwise.reason,
@@ -171,7 +171,7 @@ def product_kind(op: Op) -> str:
 
 def is_whole(op: Op, kind: str) -> bool:
     """Whether the kernel's own generator takes this op, which so stays whole."""
-    if kind == "gemv" and op.name == "dequantize":
+    if (kind, op.name) in (("gemv", "dequantize"), ("topk", "softmax")):
         return True
     return kind in ANCHORS and op.name in ANCHORS[kind].ops
 

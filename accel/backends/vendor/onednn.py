@@ -8,6 +8,7 @@ from accel.backends.vendor.epilogue import match_epilogue
 from accel.ir.capability import LibraryMatch
 from accel.ir.module import Op, constant_name
 from accel.ir.op import Trait
+from accel.ir.types import product
 
 
 class OneDnnLinear:
@@ -42,13 +43,22 @@ class TorchLinear:
 class ExpertLinear:
     """`experts.linear`: a mixture's products, one linear an expert that has rows.
 
-    The call reads the experts' numbers on the host, so it is none for a CUDA graph.
+    The call reads the experts' numbers on the host, so it is none for a CUDA graph: up to `few`
+    rows are left to the op's decomposition, which copies their weights.
     """
 
     name = "experts.linear"
 
+    def __init__(self, few: int = 0) -> None:
+        self.few = few
+
     def match(self, op: Op) -> LibraryMatch | None:
-        return LibraryMatch(self.name, [op]) if op.name == "expert_linear" else None
+        if op.name != "expert_linear":
+            return None
+        rows = product(op.operands[2].shape)
+        if isinstance(rows, int) and rows <= self.few:
+            return None
+        return LibraryMatch(self.name, [op])
 
 
 class OneDnnConv:
