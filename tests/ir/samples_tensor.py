@@ -261,6 +261,11 @@ def _(d: Sizes, dtype: torch.dtype) -> Cases:
     late = t(I64, kind="index:40")
     yield sample([t(dtype, d.b, 5), t(dtype, d.b, 3), late], axis=1, ring=True)
     yield sample([t(dtype, d.b, 3), t(dtype, d.b, 8), late], axis=1, ring=True)
+    each = t(I64, d.b, kind="index:6")
+    yield sample([t(dtype, d.b, 2, 8), t(dtype, d.b, 2, 3), each], axis=2)
+    yield sample(
+        [t(dtype, d.b, 5), t(dtype, d.b, 3), t(I32, d.b, kind="index:40")], axis=1, ring=True
+    )
 
 
 @samples("gather_pages", dtypes=MOVABLE)

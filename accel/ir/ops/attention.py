@@ -233,7 +233,8 @@ class CachedAttention:
                 if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
                     own = mask[row : row + 1]
                 made.append(evaluate(*one, place, own, sinks, **attributes))
-            return torch.cat(made)
+            empty = q.new_empty(0, *q.shape[1:3], v.shape[3])
+            return torch.cat([empty, *made])
         first, rows = int(position), q.shape[2]
         seen = min(max(first + rows, 0), k.shape[2])
         if ring:

@@ -317,10 +317,10 @@ class DynamicUpdate:
     ) -> Tensor:
         if start.dim():
             axis = axis % x.dim() - 1
-            rows = [
-                DynamicUpdate.evaluate(*row, axis=axis, ring=ring) for row in zip(x, source, start)
-            ]
-            return torch.stack(rows)
+            result = x.clone()
+            for row, given in enumerate(zip(x, source, start)):
+                result[row] = DynamicUpdate.evaluate(*given, axis=axis, ring=ring)
+            return result
         result = x.clone()
         first, count = int(start), source.shape[axis]
         if not ring:
