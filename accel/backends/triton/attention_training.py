@@ -252,7 +252,9 @@ def choose_backward(op: Op) -> BackwardTile:
     size = int(q.shape[3])
     if q.dtype.itemsize > 2:
         return BackwardTile(32, 32, 4, 1) if size <= 64 else BackwardTile(16, 32, 4, 1)
-    return BackwardTile(64, 64, 4, 2) if size <= 128 else BackwardTile(64, 32, 8, 1)
+    if size <= 128:
+        return BackwardTile(64, 64, 4, 3 if size <= 64 else 2)
+    return BackwardTile(64, 32, 8, 1)
 
 
 def candidates(kernel: Op, sms: int) -> list[AttentionTile | BackwardTile]:

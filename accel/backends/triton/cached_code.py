@@ -15,7 +15,7 @@ from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import decompose, size_text
 from accel.backends.triton.cached_plan import Plan, through_views
-from accel.backends.triton.cached_tiles import Span, Tiles, is_stored
+from accel.backends.triton.cached_tiles import Span, Tiles, is_paged, is_stored
 from accel.backends.triton.dependent import WAIT
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.program import Program
@@ -62,6 +62,9 @@ class CachedWriter:
         self._place()
         self._read_position()
         self._columns()
+        if is_paged(self.k):
+            self.emitter.wrong = "bad"  # whether a page was none: stored once, at the end
+            line("bad = tl.zeros([KEYS, 1], tl.int1)")
         ahead = self._load("low", self.top.block)
         # Caches and position are older than the kernel before this one (`CachedGenerator.early`).
         line(f"{WAIT}()")
@@ -78,6 +81,9 @@ class CachedWriter:
         self._attend_block("start", self._load("start", body), body)
         stages = f", num_stages={self.tile.stages}"
         self.top.block.nest(f"for start in tl.range(low + KEYS, high, KEYS{stages}):", body)
+        if self.emitter.wrong:
+            line("tl.store(status + bad.to(tl.int32) * 0, 1, mask=bad)")
+            self.emitter.wrong = ""
         self._finish()
         pairs = product((self.q.shape[0], self.k.shape[1]))
         programs = product((pairs, self.tile.split))
@@ -275,13 +281,12 @@ class CachedWriter:
         block.line(f"{key} = {self.unit} + ({shift})")
         other = "" if self.new == "at" else f" & ({key} != slot)"
         block.line(f"{inside} = ({self.unit} < high) & ({key} >= first){other}")
-        made = []
-        for value, width in ((self.k, "DEPTH"), (self.v, "WIDTH")):
-            axis = emitter.indexer.axis("t", self.capacity)
-            span = Span((axis,), key, ROW, "KEYS", inside)
-            write = plan.writes.get(value)
-            source = value if write is None else write.cache
-            with self._bound(span, block=block):
+        axis = emitter.indexer.axis("t", self.capacity)
+        span, made = Span((axis,), key, ROW, "KEYS", inside), []
+        with self._bound(span, block=block):  # a key's page is looked up once
+            for value, width in ((self.k, "DEPTH"), (self.v, "WIDTH")):
+                write = plan.writes.get(value)
+                source = value if write is None else write.cache
                 made.append(self._tile(source, (*plan.lead, emitter.indexer.of(axis)), span, width))
         return made[0], made[1]
 

@@ -22,7 +22,7 @@ from accel.backends.loops.phases import Planner
 from accel.backends.triton import dtypes
 from accel.backends.triton.cached_code import LOG2_E, CachedWriter
 from accel.backends.triton.cached_plan import Plan
-from accel.backends.triton.cached_tiles import Span, Tiles
+from accel.backends.triton.cached_tiles import Span, Tiles, is_paged
 from accel.backends.triton.dependent import WAIT
 from accel.backends.triton.maps import MapCode
 from accel.backends.triton.overlapped import _TMA_NAMES, SHARED_BYTES
@@ -70,6 +70,8 @@ def reason(op: Op) -> str | None:
     rows = product(k.shape[:3])
     if isinstance(rows, int) and rows > _LARGEST_ROW:
         return f"{rows} rows of a cache"
+    if is_paged(k) or is_paged(v):
+        return "a cache in pages"
     return "a ring" if op.attribute("ring") else None
 
 

@@ -4,18 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from accel.backends.loops.index import Axis
+from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.trace import Index
 from accel.backends.triton.emitter import Emitter
 from accel.backends.triton.text import Expr
 from accel.ir.module import Value
 from accel.ir.op import Trait
+from accel.ir.types import Dim
 
 
 class Tiles(Emitter):
     """Loads the operands of products as they are stored, zeros outside; other values as ever."""
 
     raw = False
+    wrong = ""  # where given, what gathers the failures of lookups: a store in a loop is costly
+
+    def lookup(
+        self, value: Value, index: Index, low: Dim, high: Dim, *, wrap: Dim, clamp: bool
+    ) -> Affine:
+        raw, self.raw = self.raw, False
+        try:
+            return super().lookup(value, index, low, high, wrap=wrap, clamp=clamp)
+        finally:
+            self.raw = raw
+
+    def _checked(self, place: Expr, first: str, last: str, axes: frozenset[Axis]) -> Expr:
+        if not self.wrong:
+            return super()._checked(place, first, last, axes)
+        self.checks = True
+        text = f"({place} < {first}) | ({place} > {last})"
+        wrong = self.block.let(text, "bool", place.dims, "wrong")
+        mask = self.mask(axes)
+        self.block.line(f"{self.wrong} = {self.wrong} | ({wrong}{f' & {mask}' if mask else ''})")
+        return self.block.let(f"tl.where({wrong}, {first}, {place})", "int64", place.dims, "place")
 
     def load(self, value: Value, index: Index) -> Expr:
         if not self.raw:
@@ -42,7 +63,15 @@ class Span:
 
 
 def is_stored(value: Value) -> bool:
-    """Whether an element is one load, as it is stored: an argument, behind views or not."""
-    while value.op is not None and value.op.has(Trait.VIEW):
+    """Whether an element is one load, as it is stored: an argument, behind views and pages or
+    not."""
+    while value.op is not None and (value.op.has(Trait.VIEW) or value.op.name == "gather"):
         value = value.op.operands[0]
     return value.op is None
+
+
+def is_paged(value: Value) -> bool:
+    """Whether a cache is read through a table of its pages."""
+    while value.op is not None and value.op.has(Trait.VIEW):
+        value = value.op.operands[0]
+    return value.op is not None and value.op.name == "gather"
