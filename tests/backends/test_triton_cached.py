@@ -278,6 +278,7 @@ def test_programs_fill_the_device_at_every_batch_size() -> None:
         tile = cached.choose(pairs, 32768, 128, 2, 132)
         assert 60 < pairs * tile.split <= max(132, pairs)
     assert cached.choose(8, 1024, 128, 2, 132).split == 8  # no program without keys
+    assert cached.choose(8, 1152, 64, 2, 132) == CachedTile(64, 16)
 
 
 def test_many_heads_are_streamed_on_hopper() -> None:
