@@ -53,7 +53,7 @@ class _FlashMask(Rule):
         q, k = operands[:2] if op.name == _OPS[0] else operands[1:3]
         rows, columns = q.shape[2], k.shape[2]
         parts = self.reader.additive(mask, rows, columns)
-        if parts.band.is_everything:
+        if parts.band.is_everything and (parts.rest or parts.bias):
             return None
         safe = not parts.rest and parts.band.every_row_sees_something(rows, columns)
         if not safe and not _hides_wholly(mask):

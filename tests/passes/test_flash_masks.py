@@ -88,6 +88,15 @@ def test_a_bias_beside_the_band_stays() -> None:
     assert op.attribute("causal") and op.arguments()[3] is module.main.args[3]
 
 
+def test_a_mask_that_hides_nothing_goes() -> None:
+    def mask(b: Any) -> Value:
+        keep = b.full_of((12, 12), True, BOOL)
+        return hidden_unless(b, keep, INF)
+
+    _, op, _ = masked(mask)
+    assert op.arguments()[3] is None and not op.attribute("causal")
+
+
 def test_kernels_and_calls() -> None:
     """A window is a kernel, with the views around it; plain attention is the library's."""
 
