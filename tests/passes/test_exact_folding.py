@@ -338,11 +338,22 @@ def test_few_channels_are_filled_up_on_gpus() -> None:
     photograph = program(make, t(2, 3, 8, 8, dtype=torch.float16))
     run("layout,dce", photograph, on_gpu())
     (made,) = (op for op in photograph.main.ops if op.name == "conv")
-    assert made.operands[0].shape == (2, 8, 8, 8) and made.operands[1].shape == (16, 8, 3, 3)
+    assert made.operands[0].shape == (2, 8, 8, 4) and made.operands[1].shape == (16, 4, 3, 3)
     assert list(photograph.weights.names()) == ["w.wide"]
     deep = program(make, t(2, 8, 8, 8, dtype=torch.float16))
     run("layout", deep, on_gpu())
     assert "pad" not in ops(deep)
+
+
+@pytest.mark.parametrize(("channels", "linear"), [(24, True), (512, False)])
+def test_thin_pointwise_convolutions_are_linears_on_gpus(channels: int, linear: bool) -> None:
+    def make(b, x):
+        weight = b.weight(torch.randn(channels, channels, 1, 1).half())
+        return b.relu(b.conv(x, weight, None, **GEOMETRY))
+
+    module = program(make, t(2, channels, 8, 8, dtype=torch.float16))
+    run("layout", module, on_gpu())
+    assert ("linear" in ops(module)) == linear
 
 
 def shortcut(b, x):
