@@ -63,7 +63,7 @@ class Anchor:
 
 
 ANCHORS: dict[str, Anchor] = {
-    "gemv": Anchor(("linear",), gemv.reason, gemv.generate, gemv.candidates),
+    "gemv": Anchor(("linear",), gemv.reason, gemv.generate, gemv.candidates, gemv.choose_for),
     "matmul": Anchor(
         ("linear",),
         matmul.reason,
@@ -78,7 +78,7 @@ ANCHORS: dict[str, Anchor] = {
     "batched": Anchor(("matmul",), batched.reason, batched.generate, batched.candidates),
     "experts": Anchor(("expert_linear",), experts.reason, experts.generate, experts.candidates),
     "cached_attention": Anchor(
-        ("cached_attention",), cached.reason, cached.generate, cached.candidates, cached.choose_for
+        ("cached_attention",), cached.reason, cached.generate, cached.candidates
     ),
     "update": Anchor(("dynamic_update",), updates.reason, updates.generate),
     "attention": Anchor(

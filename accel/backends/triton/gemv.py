@@ -129,7 +129,7 @@ def candidates(kernel: Op, sms: int) -> list[AnyTile]:
     best = gemv_streamed.choose(kernel, sms)
     if best is None:
         return list(ordered)
-    return [*ordered, best, replace(best, rows=max(1, best.rows // 2), stages=2 * best.stages)]
+    return [*ordered, best, replace(best, stages=best.stages // 2)]
 
 
 # -- the region ------------------------------------------------------------------------------
