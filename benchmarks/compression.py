@@ -61,11 +61,11 @@ METHODS: dict[str, str] = {
 }
 
 
-def windows(count: int) -> list[Tensor]:
-    """The first `count` windows of the text, each [1, 1024]."""
+def windows(count: int, size: int = WINDOW) -> list[Tensor]:
+    """The first `count` windows of the text, each [1, size]."""
     text = "\n\n".join(topics.topics[key] for key in sorted(topics.topics))
     ids = load_tokenizer(find_checkpoint(MODEL))(text, return_tensors="pt").input_ids
-    return [ids[:, i * WINDOW : (i + 1) * WINDOW] for i in range(count)]
+    return [ids[:, i * size : (i + 1) * size] for i in range(count)]
 
 
 def perplexity(module: Module, tokens: Sequence[Tensor]) -> float:

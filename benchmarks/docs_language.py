@@ -33,33 +33,66 @@ def equality_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
     ]
 
 
+def cells(row: dict[str, Any], full: dict[str, Any]) -> list[str]:
+    """A row's figures as text, for this table and for docs/benchmarks.md."""
+    change = row["perplexity"] / row.get("reference", full["perplexity"]) - 1
+    rate = row.get("tokens_per_second")
+    return [
+        str(row["bytes"]),
+        f"{2 * row['bytes'] / full['bytes']:.3f}",
+        "" if row["error"] is None else f"{row['error']:.1e}",
+        f"{row['perplexity']:.3f}",
+        f"{change:+.2%}",
+        "" if rate is None else f"{rate:.1f}",
+    ]
+
+
 def cache_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
-    """Bytes and perplexity of each kind of cache."""
+    """Bytes, perplexity and speed of each kind of cache; texts longer than a cache."""
     rows = data["rows"]
     full = rows["float32"]
-    lines = []
-    for name, row in rows.items():
-        share, change = row["bytes"] / full["bytes"], row["perplexity"] / full["perplexity"] - 1
-        lines.append(
-            [
-                name,
-                f"`{row['pipeline']}`" if row["pipeline"] else "",
-                str(row["bytes"]),
-                f"{share:.3f}",
-                f"{2 * share:.3f}",
-                f"{row['error']:.1e}",
-                f"{row['perplexity']:.3f}",
-                f"{change:+.2%}",
-            ]
-        )
-    head = ["cache", "passes", "bytes a token", "of float32", "of 16 bits"]
-    head += ["error of logits", "perplexity", "change"]
+    lines = [
+        [name, f"`{row['pipeline']}`" if row["pipeline"] else "", *cells(row, full)]
+        for name, row in rows.items()
+    ]
+    head = ["cache", "passes", "bytes a token", "of 16 bits", "error of logits", "perplexity"]
+    streamed = max((row.get("windows", 0) for row in rows.values()), default=0)
     return [
         "## Kinds of key/value cache, SmolLM2-135M",
         "",
         f"Perplexity on {data['windows']} windows of {data['window']} tokens of CPython's own",
-        "`pydoc_data.topics`; scales and zero points are counted. Queries and keys are rotated by",
-        "a Hadamard matrix first, except where the row says so.",
+        "`pydoc_data.topics`, as a change from float32; scales, zero points and sums are counted,",
+        f"at {data['window']} tokens. Keys are rotated by a Hadamard matrix, except where",
+        "the row says so. Kinds without an error of logits are measured token by token, on",
+        f"{streamed} windows. Tokens a second: decoding after 512 tokens, float32 weights.",
+        "",
+        *markdown([*head, "change", "tokens/s"], lines),
+        "",
+        *_long_lines(data, markdown),
+    ]
+
+
+def _long_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
+    """A text eight times as long as the cache."""
+    rows = data.get("long", {})
+    if "full" not in rows:
+        return []
+    titles = {"full": "all tokens", "window": "the last 1024", "sinks": "4 sinks and the last 1020"}
+    lines = [
+        [
+            titles[name],
+            f"`{row['pipeline']}`" if row["pipeline"] else "",
+            f"{row['bytes'] / 2**20:.1f} MiB",
+            f"{row['perplexity']:.2f}",
+            f"{row['perplexity'] / rows['full']['perplexity'] - 1:+.1%}",
+            ", ".join(f"{p:.1f}" for p in row["eighths"]),
+        ]
+        for name, row in rows.items()
+    ]
+    head = ["tokens kept", "passes", "state", "perplexity", "change", "by eighths of the text"]
+    return [
+        "8192 tokens in a row, one after the other. The same tokens in windows, each read from its",
+        f"own beginning, are the row float32 above: {data['rows']['float32']['perplexity']:.2f}.",
         "",
         *markdown(head, lines),
         "",

@@ -1,24 +1,32 @@
-"""Bytes and perplexity of SmolLM2-135M with each kind of key/value cache.
+"""Bytes, perplexity and speed of SmolLM2-135M with each kind of key/value cache.
 
     python -m benchmarks.kv_cache --windows 8
-    python -m benchmarks.kv_cache --windows 2 --method int8
+    python -m benchmarks.kv_cache --method int8 --method paged
+    python -m benchmarks.kv_cache --speed          # tokens a second of every kind
+    python -m benchmarks.kv_cache --long sinks     # 8192 tokens, one after the other
 
 What attention reads is encoded and decoded on whole texts, which gives every token the logits that
 decoding it from such a cache gives: `insert_kv_cache` keeps exactly what decoding reads, and its
-contract is checked. Perplexity is on CPython's own `pydoc_data.topics`, in windows of 1024 tokens.
+contract is checked. Caches that keep other tokens (`STREAMED`) are measured token by token, on the
+first windows. Perplexity is on CPython's own `pydoc_data.topics`, in windows of 1024 tokens.
 Results go to `benchmarks/results/kv_cache.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from accel.compiler.language import compile_generator
 from accel.frontends.checkpoints import find_checkpoint, load_checkpoint
 from accel.frontends.export import capture
 from accel.ir import Module, Value
@@ -26,7 +34,10 @@ from accel.passes.base import Context
 from accel.passes.manager import run_pipeline
 from accel.passes.narrow import stored
 from accel.passes.pipelines import CLEAN_PIPELINE
+from accel.runtime.model import CompiledModel
+from accel.runtime.pages import PagedLoop
 from benchmarks.compression import MODEL, WINDOW, perplexity, windows
+from benchmarks.docs_language import cells
 from benchmarks.measure import THREADS, load_results, machine, store_results
 
 METHODS: dict[str, str] = {
@@ -36,9 +47,32 @@ METHODS: dict[str, str] = {
     "fp8": "quantize_cache{format=fp8}",
     "fp8, not rotated": "quantize_cache{format=fp8,rotate=false}",
     "int4-g32": "quantize_cache{format=int4,group=32}",
-    "int4-g32, not rotated": "quantize_cache{format=int4,group=32,rotate=false}",
+    "int4-g32, as it is": "quantize_cache{format=int4,group=32,rotate=false,center=0}",
     "int4-g16": "quantize_cache{format=int4,group=16}",
 }
+# Kinds whose perplexity is measured by decoding, with the passes that `cache=` takes.
+STREAMED: dict[str, str] = {
+    "paged": "page_cache",
+    "heavy 256, recent 256": "evict_cache{heavy=256,recent=256}",
+    "heavy 128, recent 128": "evict_cache{heavy=128,recent=128}",
+    "recent 256": "stream_cache{sinks=0,window=256}",
+    "sinks 4, recent 252": "stream_cache{sinks=4,window=252}",
+}
+# Kinds whose speed is measured by itself: the others' is that of their tokens.
+SPEED: dict[str, str] = {
+    "float32": "",
+    "int8": "int8",
+    "fp8": "fp8",
+    "int4-g16": METHODS["int4-g16"],
+}
+LONG_TEXT = 8192
+LONG: dict[str, str] = {
+    "full": "",
+    "window": "stream_cache{sinks=0,window=1024}",
+    "sinks": "stream_cache{sinks=4,window=1020}",
+}
+_STREAMED_WINDOWS = 2
+_CONTEXT, _STEPS = 512, 64
 
 
 def token_bytes(module: Module) -> int:
@@ -66,55 +100,159 @@ def measure(base: Module, method: str, tokens: Sequence[torch.Tensor]) -> dict[s
     }
 
 
-def table_of(rows: dict[str, dict[str, Any]], count: int) -> Table:
-    title = f"SmolLM2-135M, {count} windows of {WINDOW} tokens"
-    table = Table("cache", "pipeline", title=title)
-    for name in (
-        "bytes a token",
-        "of float32",
-        "of 16 bits",
-        "logits' error",
-        "perplexity",
-        "change",
-    ):
+def streamed(name: str, tokens: Sequence[torch.Tensor], rows: dict[str, Any]) -> dict[str, Any]:
+    """One row of a kind that is measured token by token, beside float32 on the same tokens."""
+    capacity = tokens[0].shape[1]
+    fast = compile_generator(_model(), capacity=capacity, cache=STREAMED[name])
+    losses, times = [], []
+    for window in tokens:
+        last = time.perf_counter()
+        for loss in token_losses(fast, window):
+            now = time.perf_counter()
+            losses.append(loss)
+            times.append(now - last)
+            last = now
+    reference = rows["float32"]["first_windows"]
+    return {
+        "pipeline": STREAMED[name],
+        "bytes": state_bytes(fast) // capacity,
+        "error": None,
+        "promise": "approximate" if name != "paged" else "exact",
+        "perplexity": math.exp(statistics.fmean(losses)),
+        "reference": reference,
+        "tokens_per_second": 1 / statistics.median(times),
+        "windows": len(tokens),
+    }
+
+
+def token_losses(fast: CompiledModel, ids: torch.Tensor, piece: int = 1) -> Iterator[float]:
+    """The negative log likelihood of each token of a text [1, n] given those before it."""
+    loop = fast.generator.loop
+    with torch.no_grad():
+        logits, state = loop.prefill(ids[:, :1], loop.empty(1))
+        yield float(F.cross_entropy(logits, ids[:, 1]))
+        at, last = 1, ids.shape[1] - 1
+        while at < last:
+            count = min(piece, last - at)
+            position = torch.tensor(at)
+            if piece > 1:
+                logits, state = loop.extend(ids[:, at : at + count], position, state)
+                logits = logits[0]
+            else:
+                logits, state = loop.decode(ids[:, at], position, state)
+            wanted = ids[0, at + 1 : at + count + 1]
+            yield from F.cross_entropy(logits, wanted, reduction="none").tolist()
+            at += count
+
+
+def state_bytes(fast: CompiledModel) -> int:
+    """Bytes of the state of one text as long as the capacity; of a pool, all its pages."""
+    loop = fast.generator.loop
+    if isinstance(loop, PagedLoop):
+        return loop.pool.nbytes()
+    return sum(t.nbytes for t in loop.empty(1))
+
+
+def speed(cache: str) -> dict[str, float]:
+    """Decoding at a context of 512 tokens: the median step, as tokens a second."""
+    fast = compile_generator(_model(), capacity=1024, cache=cache)
+    loop = fast.generator.loop
+    ids = torch.randint(0, 1000, (1, _CONTEXT), generator=torch.Generator().manual_seed(0))
+    times = []
+    with torch.no_grad():
+        logits, state = loop.prefill(ids, loop.empty(1))
+        for at in range(_CONTEXT, _CONTEXT + _STEPS):
+            start = time.perf_counter()
+            logits, state = loop.decode(logits.argmax(-1), torch.tensor(at), state)
+            times.append(time.perf_counter() - start)
+    return {"tokens_per_second": 1 / statistics.median(times[8:])}
+
+
+def long_text(name: str) -> dict[str, Any]:
+    """Perplexity of 8192 tokens in a row, whole and in eighths."""
+    (ids,) = windows(1, LONG_TEXT)
+    piece = 128 if not LONG[name] else 1
+    fast = compile_generator(
+        _model(), capacity=LONG_TEXT, cache=LONG[name], extend=piece if piece > 1 else 0
+    )
+    losses = torch.tensor(list(token_losses(fast, ids, piece)), dtype=torch.float64)
+    return {
+        "pipeline": LONG[name],
+        "bytes": state_bytes(fast),
+        "perplexity": float(losses.mean().exp()),
+        "eighths": [float(part.mean().exp()) for part in losses.chunk(8)],
+    }
+
+
+def _model() -> Any:
+    return load_checkpoint(find_checkpoint(MODEL))
+
+
+def table_of(data: dict[str, Any]) -> Table:
+    title = f"SmolLM2-135M, {data['windows']} windows of {WINDOW} tokens"
+    names = ("bytes a token", "of 16 bits", "logits' error", "perplexity", "change", "tokens/s")
+    table = Table("cache", "passes", title=title)
+    for name in names:
         table.add_column(name, justify="right")
-    full = rows["float32"]
-    for name, row in rows.items():
-        share = row["bytes"] / full["bytes"]
-        change = row["perplexity"] / full["perplexity"] - 1
-        table.add_row(
-            name,
-            row["pipeline"],
-            str(row["bytes"]),
-            f"{share:.3f}",
-            f"{share * 2:.3f}",
-            f"{row['error']:.1e}",
-            f"{row['perplexity']:.3f}",
-            f"{change:+.2%}",
-        )
+    for name, row in data["rows"].items():
+        table.add_row(name, row["pipeline"], *cells(row, data["rows"]["float32"]))
     return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Bytes and perplexity of caches.")
+    parser = argparse.ArgumentParser(description="Bytes, perplexity and speed of caches.")
     parser.add_argument("--windows", type=int, default=8, help="windows of 1024 tokens")
-    parser.add_argument("--method", action="append", choices=sorted(METHODS), help="repeatable")
+    known = sorted([*METHODS, *STREAMED])
+    parser.add_argument("--method", action="append", choices=known, help="repeatable")
+    parser.add_argument("--speed", action="store_true", help="only tokens a second")
+    parser.add_argument("--long", action="append", choices=sorted(LONG), help="only 8192 tokens")
     given = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
-    tokens = windows(given.windows)
-    model = load_checkpoint(find_checkpoint(MODEL))
-    base = capture(model, (tokens[0],))
-    run_pipeline(base, list(CLEAN_PIPELINE))
-    before = load_results("kv_cache")
-    rows = before.get("rows", {}) if before.get("windows") == given.windows else {}
-    wanted = given.method or list(METHODS)
-    # Every row is compared with the first.
-    for name in wanted if "float32" in rows else dict.fromkeys(["float32", *wanted]):
-        rows[name] = measure(base, name, tokens)
-        ordered = {n: rows[n] for n in METHODS if n in rows}
-        result = {"machine": machine(), "windows": given.windows, "window": WINDOW}
-        store_results("kv_cache", {**result, "rows": ordered})
-    Console().print(table_of({n: rows[n] for n in METHODS if n in rows}, given.windows))
+    data = load_results("kv_cache")
+    if data.get("windows") != given.windows:
+        data = {"windows": given.windows, "window": WINDOW, "rows": {}}
+    data["machine"] = machine()
+    if given.speed:
+        measure_speed(data)
+    for name in given.long or ():
+        data.setdefault("long", {})[name] = long_text(name)
+        store(data)
+    if not given.speed and not given.long:
+        measure_rows(data, given.method or [*METHODS, *STREAMED])
+    Console().print(table_of(data))
+
+
+def measure_rows(data: dict[str, Any], wanted: Sequence[str]) -> None:
+    """Perplexity; every row is compared with the first."""
+    tokens, rows = windows(data["windows"]), data["rows"]
+    whole = [n for n in wanted if n in METHODS]
+    if "float32" not in rows or "first_windows" not in rows["float32"]:
+        whole = list(dict.fromkeys(["float32", *whole]))
+    if whole:
+        base = capture(_model(), (tokens[0],))
+        run_pipeline(base, list(CLEAN_PIPELINE))
+        for name in whole:
+            rows[name] = {**rows.get(name, {}), **measure(base, name, tokens)}
+            if name == "float32":
+                rows[name]["first_windows"] = perplexity(base, tokens[:_STREAMED_WINDOWS])
+            store(data)
+        del base
+    for name in [n for n in wanted if n in STREAMED]:
+        rows[name] = {**rows.get(name, {}), **streamed(name, tokens[:_STREAMED_WINDOWS], rows)}
+        store(data)
+
+
+def measure_speed(data: dict[str, Any]) -> None:
+    for name, cache in SPEED.items():
+        if name in data["rows"]:
+            data["rows"][name] |= speed(cache)
+            store(data)
+
+
+def store(data: dict[str, Any]) -> None:
+    names = [*METHODS, *STREAMED]
+    rows = {n: data["rows"][n] for n in names if n in data["rows"]}
+    store_results("kv_cache", {**data, "rows": rows})
 
 
 if __name__ == "__main__":
