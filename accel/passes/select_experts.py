@@ -57,9 +57,9 @@ class SelectExperts(Pass):
             context.miss(self.name, op, reason)
             return
         x, weight, experts, _ = op.arguments()
-        decoding = decoding_of(weight) or []
+        decoding = _decoding(weight)
         for step in decoding:
-            reason = generator.supports_decoding(step)
+            reason = None if step.has(Trait.VIEW) else generator.supports_decoding(step)
             if reason is not None:
                 context.miss(self.name, op, f"accel.{step.name}: {reason}")
                 return
@@ -70,12 +70,19 @@ class SelectExperts(Pass):
         if not context.rewrite(self.name, op):
             return
         attributes = {"backend": generator.name, "kind": KIND}
-        around = [*_views(x), *_views(weight), *_views(experts), *decoding]
+        around = [*_views(x), *_views(experts), *decoding]
         kernel = outline(ops, "kernel", attributes, self.name, duplicate=around, inline=is_full)
         last = ops[-1]
         function.body.insert_before(kernel, last)
         order[kernel] = order[last]
         finish_outline(kernel, ops)
+
+
+def _decoding(weight: Value) -> list[Op]:
+    """The views that a weight is read through, and the ops that decode it, if constants do."""
+    views = _views(weight)
+    base = views[-1].operands[0] if views else weight
+    return [*views, *(decoding_of(base) or [])]
 
 
 def _views(value: Value) -> list[Op]:

@@ -41,6 +41,7 @@ from accel.passes.base import Context, Contract, Pass
 # A contraction without a row here is never touched, and is reported as a near miss.
 _CONTRACTED: dict[tuple[str, int], Callable[[int], tuple[int, ...]]] = {
     ("linear", 1): lambda rank: (1,),
+    ("expert_linear", 1): lambda rank: (2,),
     ("matmul", 0): lambda rank: (rank - 1,),
     ("matmul", 1): lambda rank: (rank - 2,),
     ("conv", 1): lambda rank: tuple(range(1, rank)),

@@ -119,6 +119,20 @@ COUNTS = {"plain": 5, "bias, sizes that fit no tile": 3, "float32": 6, "tokens, 
           "weights of rows": 4, "two axes": 4, "weights the other way round": 4}  # fmt: skip
 
 
+def encoded(b: Any, x: Value, q: Value, s: Value, e: Value) -> Value:
+    """Codes of all experts as one matrix, as the quantizing passes leave them."""
+    w = b.reshape(b.dequantize(q, s, axis=1), shape=(6, 24, 48))
+    return b.silu(b.expert_linear(x, w, e))
+
+
+@pytest.mark.parametrize("rows", [12, 100])
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn])
+def test_encoded_weights(worker: Worker, rows: int, codes: torch.dtype) -> None:
+    torch.manual_seed(4)
+    types = [typed(BF16, rows, 48), typed(codes, 144, 48), typed(BF16, 144, 1), typed(I64, rows)]
+    check(worker, (types, encoded), 6, FEW if rows < 64 else MANY)
+
+
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("name", COUNTS)
 def test_few_rows(worker: Worker, name: str, split: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from accel.backends.triton import TritonBackend
@@ -11,7 +12,7 @@ from accel.backends.tvm import TvmBackend
 from accel.ir import Module, interpret
 from accel.ir.op import Trait
 from accel.passes.base import Context
-from accel.passes.manager import PassManager
+from accel.passes.manager import PassManager, run_pipeline
 from accel.passes.registry import load_passes
 from tests.backends.test_triton_experts import down, gate_up
 from tests.passes.helpers import BF16, F64, I64, program, t
@@ -69,6 +70,20 @@ def test_encoded_weights_are_decoded_inside() -> None:
 
     made, _ = selected(program(make, t(5, 8, dtype=BF16), t(5, dtype=I64)))
     assert made == [["dequantize", "expert_linear"]]
+
+
+@pytest.mark.parametrize("options", ["bits=8", "bits=4,group=2", "format=fp8"])
+def test_quantized_experts_are_read_as_codes(options: str) -> None:
+    module = program(mixture, *TYPES)
+    inputs = [torch.randn(5, 8).to(BF16), torch.randint(0, 4, (5, 2)), torch.rand(10).to(BF16)]
+    (want,) = interpret(module.main, inputs, module.weights, oracle=True)
+    run_pipeline(module, f"quantize{{{options},bound=1}},canonicalize,cse,dce",
+                 Context())  # fmt: skip
+    made, misses = selected(module)
+    assert not misses and [kernel.count("dequantize") for kernel in made] == [1, 1]
+    assert not [op for op in module.main.ops if op.name == "dequantize"]
+    (got,) = interpret(module.main, inputs, module.weights)
+    assert 0 < float((got.double() - want).norm() / want.norm()) < 0.3
 
 
 def test_what_stays() -> None:
