@@ -29,7 +29,8 @@ def models(family: str) -> tuple[Any, Any, Any]:
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.data.normal_(0, 0.3)  # texts that vary
-    return tuple(accel.compile_generator(model, capacity=32, batch=n) for n in (1, 0, 3))
+    one, many, three = (accel.compile_generator(model, capacity=32, batch=n) for n in (1, 0, 3))
+    return one, many, three
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "gpt2"])
