@@ -49,7 +49,8 @@ KERNEL_TESTS := $(addprefix tests/gpu/test_, kernels.py attention.py attention_t
 
 sanitize: $(STAMP)
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-		--target-processes application-only $(BIN)/python -m pytest -q -m gpu $(KERNEL_TESTS)
+		--target-processes application-only --launch-timeout 300 --report-api-errors no \
+		$(BIN)/python -m pytest -q -m gpu $(KERNEL_TESTS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

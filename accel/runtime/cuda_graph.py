@@ -67,6 +67,8 @@ class GraphRunner:
         record: False leaves the steps as they are.
         pool: memory for what the steps allocate, shared by runners that never run at the same time:
             nothing in it outlives a call, since results are copied out.
+
+    `after_recording` is called when there is one more recording.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class GraphRunner:
     ) -> None:
         self._steps, self._device, self._check, self._name = steps, device, check, name
         self._donates, self._record, self._pool = dict(donates), record, pool
+        self.after_recording: Callable[[], None] = lambda: None
         self._calls = 0
         self._wanted = 2  # the call that is recorded
         self.reason = "" if record else "recording is switched off"
@@ -185,6 +188,7 @@ class GraphRunner:
             if share(self._results[result], self._inputs[argument])
         }
         self._graph = graph
+        self.after_recording()
 
 
 def leave_recording(device: torch.device, pool: Any) -> None:

@@ -243,7 +243,6 @@ class CompiledFunction:
                     ) from error
         lane.bound.move_to_end(key)
         lane.current = bound
-        lane.limit.enforce(b.graph for b in lane.bound.values())
         return bound
 
     def _check_gradients(self, inputs: Sequence[Tensor]) -> None:
@@ -292,6 +291,9 @@ class _Lane:
         self.current, self.pool = None, None
         self.arena = torch.empty(0, dtype=torch.uint8)
 
+    def _bound_recordings(self) -> None:
+        self.limit.enforce(bound.graph for bound in self.bound.values())
+
     def add(
         self, key: tuple[int, ...], parts: Parts, binding: Binding, inputs: Sequence[Tensor]
     ) -> Bound:
@@ -307,6 +309,7 @@ class _Lane:
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
             bound.graph = self.function.graph_runner(bound.run_steps, self.pool)
+            bound.graph.after_recording = self._bound_recordings
         if len(self.bound) > _MAX_BOUND:
             _, oldest = self.bound.popitem(last=False)
             oldest.drop()

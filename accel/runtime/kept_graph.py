@@ -182,6 +182,7 @@ class KeptGraphRunner(GraphRunner):
         storages = [results[i].untyped_storage() for i in sorted(self._keep)]
         made.handed = [(s, _references(s)) for s in storages]
         self._recordings.append(made)
+        self.after_recording()
         return made
 
 

@@ -42,14 +42,13 @@ class Case:
             types.append(TensorType((self.q[1],), self.dtype))
         return types
 
-    def function(self) -> Function:
+    def build(self, b: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
         attributes = {"scale": self.q[3] ** -0.5, **self.attributes}
+        mask = rest[0] if self.mask is not None else None
+        return b.attention(q, k, v, mask, rest[-1] if self.sinks else None, **attributes)
 
-        def build(b: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
-            mask = rest[0] if self.mask is not None else None
-            return b.attention(q, k, v, mask, rest[-1] if self.sinks else None, **attributes)
-
-        return function_of(self.types(), build)
+    def function(self) -> Function:
+        return function_of(self.types(), self.build)
 
 
 CASES: dict[str, Case] = {

@@ -52,14 +52,13 @@ def large() -> dict[str, Job]:
 
 def random_loop(seed: int) -> Job:
     case, tile = loop.random_case(seed)
-    depth = {"scale": case.q[3] ** -0.5, **case.attributes}
-    return case.types(), lambda b, *x: b.attention(*x, **depth), 0, tile
+    return case.types(), case.build, 0, tile
 
 
 def jobs(arch: str) -> dict[tuple[str, str], Job]:
     made: dict[tuple[str, str], Job] = {("large", n): job for n, job in large().items()}
     for name, case in loop.CASES.items():
-        made["loop", name] = (case.types(), _attention(case), case.size, None)
+        made["loop", name] = (case.types(), case.build, case.size, None)
     for name, (types, build, size) in loop.REGIONS.items():
         made["loop", name] = (types, build, size, None)
     made |= {("random", str(seed)): random_loop(seed) for seed in range(RANDOM)}
@@ -70,11 +69,6 @@ def jobs(arch: str) -> dict[tuple[str, str], Job]:
             types, build, tile = overlapped.random_case(seed)
             made["random overlapped", str(seed)] = (types, build, 0, tile)
     return made
-
-
-def _attention(case: loop.Case) -> Callable[..., Any]:
-    attributes = {"scale": case.q[3] ** -0.5, **case.attributes}
-    return lambda b, *x: b.attention(*x, **attributes)
 
 
 def keys_of(kind: str) -> list[tuple[str, str]]:

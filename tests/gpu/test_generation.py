@@ -260,7 +260,7 @@ def test_a_window_shorter_than_the_text() -> None:
         place = int(differ[0])
         with torch.no_grad():
             logits = model(wanted[None, :place]).logits[0, -1].double()
-        assert place > 25 + 16 and float(logits[wanted[place]] - logits[got[place]]) < 1e-5
+        assert place > 30 and float(logits[wanted[place]] - logits[got[place]]) < 1e-5
 
 
 def test_bfloat16_is_as_near_to_float32_as_eager() -> None:

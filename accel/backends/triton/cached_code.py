@@ -210,7 +210,8 @@ class CachedWriter:
             else:
                 made = dtypes.to_storage(made, value.dtype, block)
             emitter.raw = False
-            if made.dims != _BOTH:
+            masked = {d for m, d in ((rows.mask, ROW), (columns.mask, COL)) if m in masks}
+            if made.dims | masked != _BOTH:  # else the mask spreads it (Gluon has no broadcast_to)
                 text = f"tl.broadcast_to({made}, [{rows.size}, {size}])"
                 made = block.let(text, "stored", _BOTH, "tile")
             if masks:
