@@ -60,6 +60,7 @@ class Either:
 Tile = MatmulTile | OverlappedTile | Either
 _SYMBOLIC_ROWS = 4096
 _NARROW = 128  # columns: fewer are less than the narrowest tile of an overlapped kernel
+_ONE_STEP = 128  # the depth that is brought at once, where memory is the limit
 
 
 def reason(op: Op, tf32: bool = False) -> str | None:
@@ -70,6 +71,10 @@ def reason(op: Op, tf32: bool = False) -> str | None:
 def choose(rows: Dim, columns: int, depth: int, tiles: int, sms: int) -> MatmulTile:
     """The tile for `rows` x `columns` results, `tiles` accumulators each."""
     count = rows if isinstance(rows, int) else _SYMBOLIC_ROWS
+    many = tiles == 1 and count >= 64 * sms
+    if many and depth <= _ONE_STEP and _streams(count, columns, depth, 2):
+        wide = min(128, max(16, next_power(columns)))
+        return MatmulTile(64, wide, max(16, next_power(depth)), 4, 2)
     if tiles == 1 and columns <= 128 and count >= 128 * sms:
         best = MatmulTile(128, max(16, next_power(columns)), 64, 4, 3)
     elif count <= _FEW_ROWS:
@@ -102,8 +107,9 @@ def choose_tile(kernel: Op, sms: int, capability: int) -> Tile | None:
         return None
     given, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
     rows = given if isinstance(given, int) else _SYMBOLIC_ROWS
-    if columns < _NARROW and _streams(rows, columns, depth, x.dtype.itemsize):
-        return None  # wide tiles would be empty for the most part
+    narrow = columns < _NARROW or depth <= _ONE_STEP  # wide tiles would be idle for the most part
+    if narrow and _streams(rows, columns, depth, x.dtype.itemsize):
+        return None
     tile = choose_overlapped(rows, columns, depth, _rest(ops), sms)
     if not fills(rows, columns, tile, sms):
         return None
@@ -236,6 +242,8 @@ def _loop_saves(
         return "an unknown number of rows"
     if streams:
         return None
+    if scaled:
+        return "a product of what is scaled that multiplies more than it reads"
     width = x.dtype.itemsize
     flops = width * rows * columns * depth  # tf32 has half the rate of 16 bits
     lost = (flops / _OWN_RATE - flops / _LIBRARY_RATE) * _DEFAULT_SMS / sms
@@ -244,15 +252,13 @@ def _loop_saves(
         saved += LAUNCH + 2 * rows * columns * width / BANDWIDTH
     if decoded:
         saved += LAUNCH + 2 * columns * depth * width / BANDWIDTH
-    if scaled:
-        saved += LAUNCH + 2 * rows * depth * width / BANDWIDTH
     if lost >= saved:
         return f"cuBLAS saves {1e6 * lost:.1f} us, one kernel {1e6 * saved:.1f} us"
     halves = _halves(members)
     results = columns // halves
     tile = choose(rows, results, depth, halves, sms)
     count = -(-rows // tile.rows) * -(-results // tile.columns)
-    if count > sms and not decoded and not scaled:
+    if count > sms and not decoded:
         return f"{count} tiles on {sms} multiprocessors"
     return None
 
