@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accel.errors import ArtifactError, MissingDependencyError
+from accel.errors import ArtifactError, ExecutionError, MissingDependencyError
 from accel.runtime.interfaces import Operand
 from accel.runtime.libraries import get
 
@@ -62,3 +62,18 @@ def test_unknown_and_malformed_calls() -> None:
         get("onednn.linear").prepare({}, [operand(torch.randn(3, 4), False)])
     with pytest.raises(ArtifactError, match="unary"):
         get("onednn.linear").prepare({"unary": "cube"}, [])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts(bias: bool) -> None:
+    """Rows in no order, an expert without rows, strided weights."""
+    x, weight = torch.randn(3, 4, DEPTH), torch.randn(5, DEPTH, COLUMNS).transpose(1, 2)
+    chosen, own = torch.tensor([[4, 0, 0, 2], [2, 2, 4, 0], [3, 3, 0, 4]]), torch.randn(5, COLUMNS)
+    operands = [operand(x, False), operand(weight, False), operand(chosen, False)]
+    call = get("experts.linear").prepare({}, [*operands, operand(own if bias else None, True)])
+    wanted = torch.einsum("abk,abnk->abn", x, weight[chosen]) + (own[chosen] if bias else 0)
+    torch.testing.assert_close(call(x, weight, chosen), wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ExecutionError, match="expert 5 of 5"):
+        call(x, weight, chosen + 1)
+    with pytest.raises(ArtifactError, match=r"experts\.linear takes"):
+        get("experts.linear").prepare({}, operands)
