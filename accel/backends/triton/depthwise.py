@@ -33,6 +33,7 @@ from accel.ir.module import Op, Region, Value
 from accel.ir.types import Dim, Shape, product
 
 _LARGEST_WINDOW = 49
+_SMALL_WINDOW = 9
 _MAX_ROUNDS = 8
 _FEW_ROWS = 3  # of a window: the weights of more take too many registers to be read ahead
 _VECTOR = 16  # bytes that a thread moves at once
@@ -79,11 +80,15 @@ def candidates(kernel: Op, sms: int) -> list[DepthwiseTile]:
     ]
 
 
-def choose(shape: Shape) -> DepthwiseTile:
-    """The tile that nobody has measured: as many neighbours of a row as divide it, up to 7."""
-    width = shape[2]
-    divisors = (n for n in (4, 7, 5, 3, 2) if isinstance(width, int) and width % n == 0)
-    return DepthwiseTile(1, next(divisors, 1), 128)
+def choose(shape: Shape, taps: int) -> DepthwiseTile:
+    """The tile that nobody has measured. Of small windows a square of neighbours shares most, of
+    large ones a piece of a row, whose sums need fewer rows of the window at a time."""
+    _, height, width, _ = shape
+    if not isinstance(height, int) or not isinstance(width, int):
+        return DepthwiseTile(1, 1, 128)
+    if taps <= _SMALL_WINDOW and height % 2 == 0 and width % 2 == 0:
+        return DepthwiseTile(2, 2, 128)
+    return DepthwiseTile(1, next((n for n in (7, 4, 5, 3, 2) if width % n == 0), 1), 128)
 
 
 def generate(
@@ -95,7 +100,8 @@ def generate(
     strides, dilations = op.attribute("stride"), op.attribute("dilation")
     generator.step, generator.dilation = int(strides[0]), int(dilations[0])
     generator.shape = op.result.shape
-    generator.tile = tile or choose(op.result.shape)
+    window = op.operands[1].shape[2:]
+    generator.tile = tile or choose(op.result.shape, int(window[0] * window[1]))
     total, generator.sums = _taps(Builder(before=op), op)
     op.replace_with([total])
     return generator.run()

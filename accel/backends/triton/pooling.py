@@ -43,7 +43,8 @@ def generate(
     generator.dilation = int(op.attribute("dilation")[0])
     batch, channels, height, width = op.result.shape
     generator.shape, generator.axes = (batch, height, width, channels), (0, 3, 1, 2)
-    generator.tile = tile or choose(generator.shape)
+    kernel = op.attribute("kernel")
+    generator.tile = tile or choose(generator.shape, kernel[0] * kernel[1])
     total, generator.sums = _windows(Builder(before=op), op)
     op.replace_with([total])
     return generator.run()

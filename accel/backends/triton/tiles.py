@@ -19,6 +19,7 @@ _LOOP_COLUMNS = 2048
 _TILE = 2048  # elements of a tile of several rows
 _ACROSS = 8192  # where memory runs along the rows: several loads of a thread on their way at once
 _LEAST_ACROSS, _MOST_ACROSS = 32, 128  # rows: whole sectors of 32 bytes, side by side
+_MANY_ROWS, _FEW_READS = 16, 6  # rows for each multiprocessor; a norm's, with a residual
 _PLAIN_READS = 2  # of a reduction of one tensor: its own, and where the result goes
 _FLAT = 1024
 _SYMBOLIC_SIZE = 4096  # what an unknown size is taken for: a number of rows
@@ -145,7 +146,7 @@ def choose_rows(
     """The tile of a phase with reductions; sets the columns' sizes."""
     count = _known(product(group_extent(g) for g in groups))
     across = _runs_across(groups, columns, reads)
-    rows, most, looped = 1, _MOST_HELD, _LOOP_COLUMNS
+    rows, most, looped, many = 1, _MOST_HELD, _LOOP_COLUMNS, False
     if across is not None:
         longest = max(next_power(_known(one.extent)) for one in columns.values())
         rows = min(max(_ACROSS // longest, _LEAST_ACROSS), _MOST_ACROSS)
@@ -161,10 +162,15 @@ def choose_rows(
         # Short rows share a program, as long as there are programs for every multiprocessor.
         room = max(1, count // (4 * sms))
         rows = min(_TILE // 2 // widest or 1, 1 << (room.bit_length() - 1), next_power(count))
+        many = count >= _MANY_ROWS * sms and len(set(reads)) <= _FEW_READS
+        rows = max(rows, _TILE // widest) if many else rows
         rows = min(tile.scaled(max(rows, 1)), next_power(count))
     elements = rows * widest
+    if many:
+        elements //= 4  # a warp or two a row: less to add up between warps, more loads on their way
     if across is not None and len(set(reads)) <= _PLAIN_READS:
-        elements //= 8  # 64 elements a thread fit its registers, and few threads have to meet
+        # Many elements a thread, as far as registers go: fewer threads have to meet.
+        elements //= 16 if all(one.held for one in columns.values()) else 8
     return Shape(rows, widest, tile.warps_for(elements))
 
 
