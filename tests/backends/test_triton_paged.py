@@ -162,3 +162,11 @@ def test_compiles_without_a_gpu(arch: str) -> None:
     made = TritonBackend(arch).compile([kernel_of(opened(case), "cached_attention")])
     (launch,) = made.launches[made.names[0]]
     assert launch.binary.cubin
+
+
+def test_many_heads_are_read_through_the_table_too() -> None:
+    """Where contiguous caches are streamed by TMA, pages are not."""
+    case = Case(batch=32, heads=32, groups=8, dtype=torch.bfloat16, size=128, count=64)
+    names, made = TritonBackend("sm_90").generate([kernel_of(opened(case), "cached_attention")])
+    (launch,) = made[names[0]].launches
+    assert not launch.gluon and "bad = bad |" in launch.source
