@@ -9,8 +9,6 @@ from functools import partial
 from itertools import groupby
 from typing import TypeAlias
 
-import torch
-
 from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.phases import Phase, Reduce
 from accel.backends.loops.survey import index_axes, shared_costly
@@ -20,15 +18,15 @@ from accel.backends.tvm.accumulate import Accumulator, accumulator
 from accel.backends.tvm.code import Emitter, Kept
 from accel.backends.tvm.nests import Nest, Pass, group_extent, kept_kind, parts_of
 from accel.backends.tvm.tir import Buffer, Expr
-from accel.ir.types import Dim, product
+from accel.ir.types import SUB_BYTE_BITS, Dim, product
 
 _LANES = 64
 _MOST_LANES = 256  # of all partial results together: half of the vector registers
 _KEPT_ELEMENTS = 4096  # of a row kept on the stack
 _MOST_BESIDE = 8  # rows of x that share one read of a weight
 _MOST_UNROLLED = 4
-_LARGE = 1 << 20  # elements: more than caches hold
-_AHEAD, _LINE = 2048, 16  # float32 elements: how far prefetches go, and what one fetches
+_LARGE = 1 << 18  # bytes: more than stays in the caches from one call to the next
+_AHEAD, _LINE = 8192, 64  # bytes: how far prefetches go, and what one fetches
 
 # Loops that are written out: the step at which a piece of code is.
 At: TypeAlias = tuple[tuple[tuple[Axis, ...], int], ...]
@@ -289,14 +287,14 @@ class RowNest(Nest):
         emitter = self.emitter
         emitter.addresses.bind(group, base)
         for value, index in one.survey.costly:
-            count = value.type.numel()
-            large = isinstance(count, int) and count >= _LARGE and value in emitter.buffers
-            if not large or value.dtype != torch.float32:
+            count, size = value.type.numel(), value.dtype.itemsize
+            large = isinstance(count, int) and count * size >= _LARGE
+            if not large or value not in emitter.buffers or value.dtype in SUB_BYTE_BITS:
                 continue
             read = emitter.indexer.flatten(index, value.shape)
             if read.coefficient(group[-1]) == 1 and read.axes - set(group):
-                place = emitter.addresses.code(read) + tir.i64(_AHEAD)
-                for line in range(0, width, _LINE):
+                place = emitter.addresses.code(read) + tir.i64(_AHEAD // size)
+                for line in range(0, width, _LINE // size):
                     at = place + tir.i64(line)
                     tir.prefetch(emitter.block, emitter.buffers[value], at, once=True)
         emitter.addresses.unbind(group)
