@@ -18,11 +18,10 @@ from dataclasses import dataclass, replace
 from accel.backends.triton.cooperative import CooperativeTile, CooperativeWriter
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.maps import MULTIPLE
-from accel.backends.triton.operands import StoredOperands
+from accel.backends.triton.operands import StoredOperands, TileEmitter
 from accel.backends.triton.overlapped import (
     OverlappedTile,
     OverlappedWriter,
-    TileEmitter,
     operands_of,
 )
 from accel.backends.triton.product_costs import (
@@ -142,7 +141,9 @@ def candidates(kernel: Op, sms: int) -> list[Tile]:
 
 # rows, columns, stages, group
 _OVERLAPPED = ((128, 128, 5, 8), (128, 128, 5, 16), (64, 128, 6, 8), (64, 256, 3, 8))
-_COOPERATIVE = [CooperativeTile(group=16), CooperativeTile(group=8)]
+_COOPERATIVE = [
+    CooperativeTile(group=16), CooperativeTile(group=16, early=True), CooperativeTile(group=8),
+]  # fmt: skip
 # rows, columns, depth, warps, stages
 _WORTH_TIMING = (
     (128, 256, 64, 8, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4),
@@ -181,6 +182,8 @@ def saves(op: Op, members: Sequence[Op], sms: int, capability: int) -> str | Non
     """
     if codes_of(op) is not None:
         return None  # the library would multiply in float32
+    if any(m.name == "rope" for m in members):
+        return "an epilogue with the rotary embedding is taken where tuning finds it faster"
     x, weight, _ = op.arguments()
     rows, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
     rest = [m for m in members if m is not op and m.name != "slice"]

@@ -58,7 +58,8 @@ class OverlappedTile:
     (as many as there is room for, at most).
 
     `columns` are shared by the accumulators of gate and up. `capability`: the instructions are
-    those of one architecture, Hopper's.
+    those of one architecture, Hopper's. `early`: the weight's first tiles come before the kernel
+    waits for its predecessor.
     """
 
     capability: ClassVar[int] = 90
@@ -68,6 +69,7 @@ class OverlappedTile:
     depth: int = 64
     stages: int = 4
     group: int = 8
+    early: bool = False
 
 
 def operands_of(plan: Plan, indexer: Indexer) -> tuple[Matrix, list[Matrix]] | None:
@@ -423,6 +425,7 @@ class OverlappedWriter(MatmulWriter):
             "    mbarrier.init(turn.index(i), count=1)",
             "    mbarrier.init(arrived.index(i), count=1)",
             "fence_async_shared()",
+            *([] if self.overlapped.early else [f"{WAIT}()"]),
             f"tl.warp_specialize([  {WAIT_AFTER}{weights}",
             *(f"    (multiply, ({i}, left, right, {self._out(i)}, ready, free, turn, "
               f"arrived.index({i}), {shared}))," for i in range(GROUPS)),
