@@ -170,7 +170,7 @@ _FEW_ROWS = 32  # tiles no taller than this: the weight's stream is the limit
 # FLOP/s of 16-bit products in the plain loop, and the library's beside it, measured on an H200.
 _LIBRARY_RATE, _OWN_RATE = 580e12, 380e12
 _DEFAULT_SMS = 132
-_TOKENS = (512, 1024, 2048, 4096)  # what an unknown number of rows may be
+_TOKENS = (512, 4096)  # what an unknown number of rows may be
 _SLACK = 1.3  # arithmetic and memory overlap: up to here the epilogue saves more than it costs
 
 
@@ -190,7 +190,7 @@ def saves(op: Op, members: Sequence[Op], sms: int, capability: int) -> str | Non
     scaled = any(m.result is x for m in members)  # which TMA cannot bring
     if rest and not scaled and capability == OverlappedTile.capability and _may_overlap(x, weight):
         many = (rows,) if isinstance(rows, int) else _TOKENS
-        if _overlapped_pays(many, columns, depth, x, members, sms):
+        if all(_overlapped_pays(n, columns, depth, x, members, sms) for n in many):
             return None
     return _loop_saves(op, members, rows, columns, depth, sms)
 
@@ -203,17 +203,14 @@ def _may_overlap(x: Value, weight: Value) -> bool:
 
 
 def _overlapped_pays(
-    many: Sequence[int], columns: int, depth: int, x: Value, members: Sequence[Op], sms: int
+    rows: int, columns: int, depth: int, x: Value, members: Sequence[Op], sms: int
 ) -> bool:
-    """Whether the kernels are faster for all these numbers of rows together."""
     rest, halves = _rest(members), _halves(members)
-    own = library = 0.0
-    for rows in many:
-        tile = choose_overlapped(rows, columns, depth, rest, sms)
-        own += overlapped_seconds(rows, columns, depth, tile, rest, sms)
-        library += library_seconds(rows, columns, depth, sms)
-        library += rest_seconds(rows, columns, halves, x.dtype.itemsize, rest)
-    return fills(many[-1], columns, tile, sms) and MARGIN * own < library
+    tile = choose_overlapped(rows, columns, depth, rest, sms)
+    own = overlapped_seconds(rows, columns, depth, tile, rest, sms)
+    apart = rest_seconds(rows, columns, halves, x.dtype.itemsize, rest)
+    library = library_seconds(rows, columns, depth, sms) + apart
+    return fills(rows, columns, tile, sms) and MARGIN * own < library
 
 
 def _rest(ops: Sequence[Op]) -> list[Op]:
