@@ -45,10 +45,15 @@ def reason(op: Op) -> str | None:
 
 
 def _is_view_of_a_cache(value: Value) -> bool:
+    """Or of anything else that lies in memory: what a kernel does not compute itself."""
     op = value.op
     while op is not None and op.has(Trait.VIEW):
         op = op.operands[0].op
-    return op is not value.op and (op is None or op.has(Trait.UPDATE))
+    if op is value.op:
+        return False
+    if op is None or len(op.result.users) > 1:
+        return True
+    return not (op.has(Trait.DECODE) or op.has(Trait.ELEMENTWISE) or op.name == "rope")
 
 
 def computed_reason(op: Op) -> str | None:
