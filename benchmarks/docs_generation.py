@@ -29,6 +29,8 @@ def text_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
         ]
         for name, s in systems.items()
     ]
+    late = data.get("not_ready_in_seconds", {})
+    lines += [[_TITLES[n], f"not compiled in {s:.0f} s", "", ""] for n, s in late.items()]
     decode = min(p["token_seconds"] for p in peers) / own["token_seconds"]
     prefill = min(p["prefill_seconds"] for p in peers) / own["prefill_seconds"]
     rate = data["weight_bytes"] / limit / 1e9

@@ -198,3 +198,15 @@ def test_codes_of_four_bits_are_decoded_once() -> None:
     ids = torch.randint(0, 128, (1, 20))
     one, several = (fast.generator.logits(ids, count) for count in (1, 9))
     torch.testing.assert_close(one[-1], several[-1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_view_of_what_lies_in_memory_is_refused() -> None:
+    """Such as values cut from one product with the keys: the kernel does not compute that."""
+
+    def make(b: Any, q: Any, k: Any, x: Any, weight: Any, at: Any) -> Any:
+        made = b.slice(b.linear(x, weight), axis=2, start=16, stop=32)
+        return b.cached_attention(q, k, b.reshape(made, shape=(1, 1, 70, 16)), at, scale=0.3)
+
+    types = [f32(1, 2, 1, 16), f32(1, 1, 70, 16), f32(1, 70, 8), f32(32, 8), I64]
+    op = next(op for op in function_of(types, make).ops if op.name == "cached_attention")
+    assert "view" in str(cached.reason(op))
