@@ -11,7 +11,7 @@ import typer
 
 import accel
 from accel.cli.calls import Dtype, Tune
-from accel.cli.capture import load_example
+from accel.cli.capture import Example, load_example
 from accel.cli.explain import tuning_parts
 from accel.cli.inputs import parse_dtype
 from accel.cli.inspect import counts, describe
@@ -107,12 +107,19 @@ def compile(
     }
     if generate:
         sizes = {"capacity": generate, "extend": extend, "batch": batch, "cache": kv_cache}
-        return _generator(model, path, sizes, target, options, as_json, cast)
+        _generator(model, path, sizes, target, options, as_json, cast)
+        return
     if extend or kv_cache or batch != 1:
         name = "--extend" if extend else "--kv-cache" if kv_cache else "--batch"
         raise OptionError(f"{name} has no effect without --generate")
     with progress(f"loading {model}", as_json):
         example = load_example(model, inputs or [], seed, cast)
+    _package(example, path, target, options, as_json)
+
+
+def _package(
+    example: Example, path: Path, target: str, options: dict[str, Any], as_json: bool
+) -> None:
     start = time.perf_counter()
     with progress(f"compiling {example.name}", as_json):
         accel.package(
@@ -124,7 +131,7 @@ def compile(
             dynamic_shapes=example.dynamic,
             options=options,
         )
-    return report(path, time.perf_counter() - start, as_json)
+    report(path, time.perf_counter() - start, as_json)
 
 
 def _generator(

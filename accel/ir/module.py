@@ -228,25 +228,20 @@ class Region:
         self.size = 0
         self.parent: Op | Function | None = None
 
-    def add_arg(self, type: TensorType, name: str = "") -> Value:
-        value = Value(type, self, len(self.args), name)
-        self.args.append(value)
-        return value
-
-    def insert_arg(self, index: int, type: TensorType, name: str = "") -> Value:
-        """A new argument in front of the one at `index`."""
-        made = Value(type, self, index, name)
-        self.args.insert(index, made)
-        for i, value in enumerate(self.args):
-            value.index = i
+    def add_arg(self, type: TensorType, name: str = "", index: int | None = None) -> Value:
+        """A new argument: the last one, or in front of the one at `index`."""
+        place = len(self.args) if index is None else index
+        for value in self.args[place:]:
+            value.index += 1
+        self.args.insert(place, made := Value(type, self, place, name))
         return made
 
     def remove_arg(self, index: int) -> None:
         if self.args[index].uses:
             raise VerifyError(f"cannot remove argument {index}: it has users")
+        for value in self.args[index:]:
+            value.index -= 1
         del self.args[index]
-        for i, value in enumerate(self.args):
-            value.index = i
 
     @property
     def ops(self) -> Iterator[Op]:
@@ -405,16 +400,14 @@ class Module:
     def clone(self) -> Module:
         """A deep copy of the program; weight tensors are shared (they are never written)."""
         copy = Module(weights=self.weights.copy(), metadata=dict(self.metadata))
-        for function in self.functions.values():
-            copy.add(clone_function(function))
+        copy.functions = {name: clone_function(f) for name, f in self.functions.items()}
         return copy
 
 
 def clone_function(function: Function, name: str | None = None) -> Function:
     new = Function(name or function.name, [a.type for a in function.args])
     new.symbols = {k: SymbolInfo(v.min, v.max) for k, v in function.symbols.items()}
-    new.donates = dict(function.donates)
-    new.metadata = dict(function.metadata)
+    new.donates, new.metadata = dict(function.donates), dict(function.metadata)
     clone_region_into(function.body, new.body, {})
     return new
 

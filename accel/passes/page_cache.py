@@ -118,7 +118,7 @@ class _Paging:
         first = len(function.args) - count
         self.caches = function.args[first:]
         rows = self.caches[0].shape[0]
-        self.table = function.body.insert_arg(first, TensorType((rows, pages), torch.int32), TABLE)
+        self.table = function.body.add_arg(TensorType((rows, pages), torch.int32), TABLE, first)
         function.donates = {r: a + (a >= first) for r, a in function.donates.items()}
         function.metadata["arguments"].insert(first, {"name": TABLE, "kind": "input"})
         function.symbols[_PAGES.name] = SymbolInfo(1, None)

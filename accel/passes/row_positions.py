@@ -93,7 +93,7 @@ class _Lift:
 
     def run(self) -> None:
         old, ops, body = self.position, list(self.function.ops), self.function.body
-        each = body.insert_arg(old.index + 1, TensorType((self.rows,), old.dtype), old.name)
+        each = body.add_arg(TensorType((self.rows,), old.dtype), old.name, old.index + 1)
         self.lifted[old] = each
         dead: list[Op] = []
         for op in ops:
