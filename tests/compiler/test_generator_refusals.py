@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 
 
 class _Wrapped(nn.Module):
+    keys: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.model = tiny("llama")
