@@ -292,6 +292,8 @@ class RowNest(Nest):
             if not large or value not in emitter.buffers or value.dtype in SUB_BYTE_BITS:
                 continue
             read = emitter.indexer.flatten(index, value.shape)
+            if not all(isinstance(atom, Axis) for atom, _ in read.terms):
+                continue  # a row of a table, say: where it lies is data
             if read.coefficient(group[-1]) == 1 and read.axes - set(group):
                 place = emitter.addresses.code(read) + tir.i64(_AHEAD // size)
                 for line in range(0, width, _LINE // size):
