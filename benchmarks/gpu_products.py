@@ -43,7 +43,7 @@ MOST_SHARED = 227 << 10
 _SMS = 132
 
 
-Tile = gemv.GemvTile | skinny.Tile | matmul.Tile
+Tile = gemv.AnyTile | skinny.Tile | matmul.Tile
 
 
 def tiles(case: Case) -> list[Tile]:
