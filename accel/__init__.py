@@ -13,8 +13,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from accel.runtime.memory import collection_paused
-
 if TYPE_CHECKING:
     from accel.compiler.api import Compiled as Compiled
     from accel.compiler.api import compile as compile
@@ -54,7 +52,8 @@ __all__ = [*sorted(_WHERE), "__version__"]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'accel' has no attribute '{name}'")
-    with collection_paused():  # modules are no garbage
+    memory = importlib.import_module("accel.runtime.memory")
+    with memory.collection_paused():  # modules are no garbage
         value = getattr(importlib.import_module(_WHERE[name]), name)
     globals()[name] = value
     return value

@@ -19,6 +19,7 @@ Contract: exact, with stored constants. Before and after:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -45,18 +46,21 @@ class FoldBatchNorm(Pass):
 
     def run(self, module: Module, context: Context) -> None:
         freed: list[str] = []
+        exact: dict[str, Tensor] = {}  # new biases before they were rounded
         for function in module.functions.values():
             for op in function.ops:
                 if op.name in _CARRIERS:
-                    freed.extend(self._fold(op, module, context))
+                    freed.extend(self._fold(op, module, context, exact))
             for op in function.ops:
                 if op.name == "batch_norm":
                     freed.extend(self._spell_out(op, module, context))
                 elif op.name == "conv":
-                    freed.extend(self._join_biases(op, module, context))
+                    freed.extend(self._join_biases(op, module, context, exact))
         drop_unused(module, freed)
 
-    def _fold(self, carrier: Op, module: Module, context: Context) -> list[str]:
+    def _fold(
+        self, carrier: Op, module: Module, context: Context, exact: dict[str, Tensor]
+    ) -> list[str]:
         """Folds the run after one carrier; returns the weights that it no longer uses."""
         run = _run_after(carrier, module, context)
         if not run.ops:
@@ -75,6 +79,7 @@ class FoldBatchNorm(Pass):
         new_bias = None
         if bias is not None or bool(shift.any()):
             new_bias = _store(b, module, context, f"{name}.bias", shift, arguments[1].dtype)
+            exact[str(constant_name(new_bias))] = shift
         new_weight = arguments[1]
         if not torch.equal(run.scale, torch.ones_like(run.scale)):
             wide = weight.double() * run.scale.reshape(_weight_shape(carrier, weight))
@@ -86,7 +91,9 @@ class FoldBatchNorm(Pass):
             op.erase()
         return freed
 
-    def _join_biases(self, first: Op, module: Module, context: Context) -> list[str]:
+    def _join_biases(
+        self, first: Op, module: Module, context: Context, exact: Mapping[str, Tensor]
+    ) -> list[str]:
         """conv(x, w, b) + conv(y, v, c) is conv(x, w, b + c) + conv(y, v)."""
         user = first.result.single_user
         if user is None or user.name != "add":
@@ -101,9 +108,9 @@ class FoldBatchNorm(Pass):
         if stored[0] is None or stored[1] is None or not context.rewrite("join_biases", user):
             return []
         names = [str(constant_name(v)) for v in biases if v is not None]
+        terms = [exact.get(n, t).double() for n, t in zip(names, stored) if t is not None]
         b = Builder(before=first, location=first.location, made_by=self.name)
-        both = stored[0].double() + stored[1].double()
-        bias = _store(b, module, context, f"{names[0]}.both", both, stored[0].dtype)
+        bias = _store(b, module, context, f"{names[0]}.both", terms[0] + terms[1], stored[0].dtype)
         for op, own in ((first, bias), (second, None)):
             b = Builder(before=op, location=op.location, made_by=self.name)
             x, weight, _ = op.arguments()

@@ -81,7 +81,7 @@ def test_what_keys_have_in_common_changes_no_score():
     model, errors = Shifted(), []
     for center in (0, 64):
         module = captured(model)
-        options = f"quantize_cache{{format=int4,bound=2.0,center={center}}}"
+        options = f"quantize_cache{{format=int4,group=32,bound=2.0,center={center}}}"
         errors.append(run_pipeline(module, options, validate=True).rows[0].error)
         run_pipeline(module, "insert_kv_cache{capacity=12}")
         assert check_decode(module, prompts=(4,), batches=(2,), steps=2) <= TOLERANCE
