@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from accel.ir.capability import KernelGenerator
-from accel.ir.module import Function, Module, Op, Value
+from accel.ir.module import Op, Value
 from accel.ir.op import Trait
 from accel.ir.types import same_dim
-from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
-from accel.passes.outline import finish_outline, outline
+from accel.passes.anchored import AnchoredPass
+from accel.passes.base import EXACT, Context, Contract, register_pass
 
 # Ops that have a kind of kernel of their own name.
 KINDS = ("attention", "cached_attention", "flash_attention", "flash_attention_backward")
@@ -34,30 +34,17 @@ _RANK = 4  # of queries, keys, values and results
 
 @register_pass
 @dataclass
-class SelectAttention(Pass):
+class SelectAttention(AnchoredPass):
     """Outlines attention and its views into kernels; with `masks`, what computes the mask too."""
 
     name: ClassVar[str] = "select_attention"
     contract: ClassVar[Contract] = EXACT
+    anchors: ClassVar[tuple[str, ...]] = KINDS
 
     masks: bool = False
 
-    def run(self, module: Module, context: Context) -> None:
-        if context.generator is None:
-            return
-        for function in module.functions.values():
-            order = {op: i for i, op in enumerate(function.ops)}
-            for op in function.ops:
-                if op.name in KINDS:
-                    self._select(op, function, context, context.generator, order)
-
     def _select(
-        self,
-        op: Op,
-        function: Function,
-        context: Context,
-        generator: KernelGenerator,
-        order: dict[Op, int],
+        self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
         reason = generator.supports_anchor(op, op.name)
         if reason is not None:
@@ -70,13 +57,9 @@ class SelectAttention(Pass):
         if self.masks:
             before |= mask_before(op, generator)
         views = sorted(before, key=order.__getitem__)
-        attributes = {"backend": generator.name, "kind": op.name}
-        kernel = outline(ops, "kernel", attributes, self.name, duplicate=views)
         # Where it has several results, somebody may read one before the last view of another.
         place = ops[-1] if len(op.results) == 1 else op
-        function.body.insert_before(kernel, place)
-        order[kernel] = order[place]
-        finish_outline(kernel, ops)
+        self._outline(ops, op.name, generator, order, duplicate=views, place=place, constants=False)
 
 
 def _is_view(op: Op | None, generator: KernelGenerator) -> bool:

@@ -16,40 +16,28 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from accel.ir.capability import KernelGenerator
-from accel.ir.module import Function, Module, Op, Value
+from accel.ir.module import Op, Value
 from accel.ir.op import Trait
-from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
-from accel.passes.outline import elementwise_epilogue, finish_outline, is_full, outline
+from accel.passes.anchored import AnchoredPass
+from accel.passes.base import EXACT, Context, Contract, register_pass
+from accel.passes.outline import elementwise_epilogue
 
 KIND = "batched"
 
 
 @register_pass
 @dataclass
-class SelectBatched(Pass):
+class SelectBatched(AnchoredPass):
     """Outlines matmul. `max_epilogue` bounds the ops taken along after one."""
 
     name: ClassVar[str] = "select_batched"
     contract: ClassVar[Contract] = EXACT
+    anchors: ClassVar[tuple[str, ...]] = ("matmul",)
 
     max_epilogue: int = 6
 
-    def run(self, module: Module, context: Context) -> None:
-        if context.generator is None:
-            return
-        for function in module.functions.values():
-            order = {op: i for i, op in enumerate(function.ops)}
-            for op in function.ops:
-                if op.name == "matmul":
-                    self._select(op, function, context, context.generator, order)
-
     def _select(
-        self,
-        op: Op,
-        function: Function,
-        context: Context,
-        generator: KernelGenerator,
-        order: dict[Op, int],
+        self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
         reason = generator.supports_anchor(op, KIND)
         if reason is not None:
@@ -64,12 +52,7 @@ class SelectBatched(Pass):
             return
         if not context.rewrite(self.name, op):
             return
-        attributes = {"backend": generator.name, "kind": kind}
-        kernel = outline(ops, "kernel", attributes, self.name, duplicate=before, inline=is_full)
-        last = ops[-1]
-        function.body.insert_before(kernel, last)
-        order[kernel] = order[last]
-        finish_outline(kernel, ops)
+        self._outline(ops, kind, generator, order, duplicate=before)
 
 
 def _maps(value: Value, generator: KernelGenerator) -> list[Op]:

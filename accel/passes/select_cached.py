@@ -20,40 +20,27 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from accel.ir.capability import KernelGenerator
-from accel.ir.module import Function, Module, Op, Value
+from accel.ir.module import Function, Op, Value
 from accel.ir.op import Trait
-from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
+from accel.passes.anchored import AnchoredPass
+from accel.passes.base import EXACT, Context, Contract, register_pass
 from accel.passes.outline import finish_outline, is_full, outline
 from accel.passes.select_attention import views_after, views_before
 
 
 @register_pass
 @dataclass
-class SelectCached(Pass):
+class SelectCached(AnchoredPass):
     """Outlines attention over caches, and updates. `most` bounds the ops computed before it."""
 
     name: ClassVar[str] = "select_cached"
     contract: ClassVar[Contract] = EXACT
+    anchors: ClassVar[tuple[str, ...]] = ("cached_attention",)
 
     most: int = 16
 
-    def run(self, module: Module, context: Context) -> None:
-        if context.generator is None:
-            return
-        for function in module.functions.values():
-            order = {op: i for i, op in enumerate(function.ops)}
-            for op in function.ops:
-                if op.name == "cached_attention":
-                    self._select(op, function, context, context.generator, order)
-            self._updates(function, context, context.generator, order)
-
     def _select(
-        self,
-        op: Op,
-        function: Function,
-        context: Context,
-        generator: KernelGenerator,
-        order: dict[Op, int],
+        self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
         reason = generator.supports_anchor(op, op.name)
         if reason is not None:
@@ -69,20 +56,8 @@ class SelectCached(Pass):
             return
         views = {v for o in ops for v in views_before(o, generator)} - inside
         views |= _pages_before(op, generator)
-        attributes = {"backend": generator.name, "kind": op.name}
-        ops += after
-        kernel = outline(
-            ops,
-            "kernel",
-            attributes,
-            self.name,
-            duplicate=sorted(views, key=order.__getitem__),
-            inline=is_full,
-        )
-        last = ops[-1]
-        function.body.insert_before(kernel, last)
-        order[kernel] = order[last]
-        finish_outline(kernel, ops)
+        outside = sorted(views, key=order.__getitem__)
+        self._outline([*ops, *after], op.name, generator, order, duplicate=outside)
 
     def _before(self, inside: set[Op], op: Op, generator: KernelGenerator) -> set[Op]:
         """Pointwise ops that nothing but the kernel needs: they compute its query and new rows."""
@@ -101,12 +76,8 @@ class SelectCached(Pass):
             pending.extend(v.op for v in made.operands)
         return found
 
-    def _updates(
-        self,
-        function: Function,
-        context: Context,
-        generator: KernelGenerator,
-        order: dict[Op, int],
+    def _after_anchors(
+        self, function: Function, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
         """Updates that no attention took; two of one shape at one place share a kernel."""
         left: list[Op] = []

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from accel.ir.capability import KernelGenerator
-from accel.ir.module import Function, Module, Op, Value
+from accel.ir.module import Op, Value
 from accel.ir.op import Trait
-from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
-from accel.passes.outline import elementwise_epilogue, finish_outline, is_full, outline
+from accel.passes.anchored import AnchoredPass
+from accel.passes.base import EXACT, Context, Contract, register_pass
+from accel.passes.outline import elementwise_epilogue
 from accel.passes.select_products import decoding_of, halves_of
 
 KIND = "experts"
@@ -27,30 +28,17 @@ KIND = "experts"
 
 @register_pass
 @dataclass
-class SelectExperts(Pass):
+class SelectExperts(AnchoredPass):
     """Outlines expert_linear. `max_epilogue` bounds the ops taken along after one."""
 
     name: ClassVar[str] = "select_experts"
     contract: ClassVar[Contract] = EXACT
+    anchors: ClassVar[tuple[str, ...]] = ("expert_linear",)
 
     max_epilogue: int = 6
 
-    def run(self, module: Module, context: Context) -> None:
-        if context.generator is None:
-            return
-        for function in module.functions.values():
-            order = {op: i for i, op in enumerate(function.ops)}
-            for op in function.ops:
-                if op.name == "expert_linear":
-                    self._select(op, function, context, context.generator, order)
-
     def _select(
-        self,
-        op: Op,
-        function: Function,
-        context: Context,
-        generator: KernelGenerator,
-        order: dict[Op, int],
+        self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
         reason = generator.supports_anchor(op, KIND)
         if reason is not None:
@@ -69,13 +57,8 @@ class SelectExperts(Pass):
         ops.sort(key=order.__getitem__)
         if not context.rewrite(self.name, op):
             return
-        attributes = {"backend": generator.name, "kind": KIND}
         around = [*_views(x), *_views(experts), *decoding]
-        kernel = outline(ops, "kernel", attributes, self.name, duplicate=around, inline=is_full)
-        last = ops[-1]
-        function.body.insert_before(kernel, last)
-        order[kernel] = order[last]
-        finish_outline(kernel, ops)
+        self._outline(ops, KIND, generator, order, duplicate=around)
 
 
 def _decoding(weight: Value) -> list[Op]:

@@ -21,11 +21,12 @@ from typing import ClassVar
 import torch
 
 from accel.ir.capability import KernelGenerator
-from accel.ir.module import Function, Module, Op, Value
+from accel.ir.module import Op, Value
 from accel.ir.op import Trait
 from accel.ir.types import same_shape
-from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
-from accel.passes.outline import elementwise_epilogue, finish_outline, is_full, outline
+from accel.passes.anchored import AnchoredPass
+from accel.passes.base import EXACT, Context, Contract, register_pass
+from accel.passes.outline import elementwise_epilogue
 from accel.passes.rotated import rotation_of
 
 _FEW = 16  # a factor that scales fewer elements is no small thing to read
@@ -33,30 +34,17 @@ _FEW = 16  # a factor that scales fewer elements is no small thing to read
 
 @register_pass
 @dataclass
-class SelectProducts(Pass):
+class SelectProducts(AnchoredPass):
     """Outlines linears of few rows. `max_epilogue` bounds the ops taken along after one."""
 
     name: ClassVar[str] = "select_products"
     contract: ClassVar[Contract] = EXACT
+    anchors: ClassVar[tuple[str, ...]] = ("linear",)
 
     max_epilogue: int = 6
 
-    def run(self, module: Module, context: Context) -> None:
-        if context.generator is None:
-            return
-        for function in module.functions.values():
-            order = {op: i for i, op in enumerate(function.ops)}
-            for op in function.ops:
-                if op.name == "linear":
-                    self._select(op, function, context, context.generator, order)
-
     def _select(
-        self,
-        op: Op,
-        function: Function,
-        context: Context,
-        generator: KernelGenerator,
-        order: dict[Op, int],
+        self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
         reason = generator.supports_product(op)
         if reason is not None:
@@ -88,13 +76,8 @@ class SelectProducts(Pass):
             return
         if not context.rewrite(self.name, op):
             return
-        attributes = {"backend": generator.name, "kind": kind}
         around = [*norm, *decoding, *_widened(op)]
-        kernel = outline(ops, "kernel", attributes, self.name, duplicate=around, inline=is_full)
-        last = ops[-1]
-        function.body.insert_before(kernel, last)
-        order[kernel] = order[last]
-        finish_outline(kernel, ops)
+        self._outline(ops, kind, generator, order, duplicate=around)
 
     def _take_rotation(
         self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
@@ -111,12 +94,7 @@ class SelectProducts(Pass):
         if not context.rewrite(self.name, op):
             return False
         ops = [op, *found.join(self.name)]
-        attributes = {"backend": generator.name, "kind": kind}
-        kernel = outline(ops, "kernel", attributes, self.name, inline=is_full)
-        assert op.parent is not None
-        op.parent.insert_before(kernel, found.first)
-        order[kernel] = order[op]
-        finish_outline(kernel, ops)
+        self._outline(ops, kind, generator, order, place=found.first)
         return True
 
 

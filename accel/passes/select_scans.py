@@ -16,32 +16,26 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from accel.ir.capability import KernelGenerator
-from accel.ir.module import Module, Op
+from accel.ir.module import Op
 from accel.ir.op import Trait
 from accel.ir.types import same_shape
-from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
-from accel.passes.outline import elementwise_epilogue, finish_outline, is_full, outline
+from accel.passes.anchored import AnchoredPass
+from accel.passes.base import EXACT, Context, Contract, register_pass
+from accel.passes.outline import elementwise_epilogue
 
 SCANS = ("cumsum", "cumprod")
 
 
 @register_pass
 @dataclass
-class SelectScans(Pass):
+class SelectScans(AnchoredPass):
     """Outlines scans with at most `most` elementwise ops before and after each."""
 
     name: ClassVar[str] = "select_scans"
     contract: ClassVar[Contract] = EXACT
+    anchors: ClassVar[tuple[str, ...]] = SCANS
 
     most: int = 8
-
-    def run(self, module: Module, context: Context) -> None:
-        if context.generator is None:
-            return
-        for function in module.functions.values():
-            order = {op: i for i, op in enumerate(function.ops)}
-            for op in [o for o in function.ops if o.name in SCANS]:
-                self._select(op, context, context.generator, order)
 
     def _select(
         self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
@@ -54,13 +48,7 @@ class SelectScans(Pass):
             return
         after = elementwise_epilogue(op, generator, self.most)
         ops = sorted((*self._before(op, generator), op, *after), key=order.__getitem__)
-        attributes = {"backend": generator.name, "kind": "scan"}
-        kernel = outline(ops, "kernel", attributes, self.name, inline=is_full)
-        last = ops[-1]
-        assert last.parent is not None
-        last.parent.insert_before(kernel, last)
-        order[kernel] = order[last]
-        finish_outline(kernel, ops)
+        self._outline(ops, "scan", generator, order)
 
     def _before(self, op: Op, generator: KernelGenerator) -> list[Op]:
         """Elementwise ops that nothing but the scan uses."""

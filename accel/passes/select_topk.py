@@ -16,32 +16,25 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from accel.ir.capability import KernelGenerator
-from accel.ir.module import Module, Op, Value
+from accel.ir.module import Op, Value
 from accel.ir.op import Trait
 from accel.ir.types import same_shape
-from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
-from accel.passes.outline import finish_outline, is_full, outline
+from accel.passes.anchored import AnchoredPass
+from accel.passes.base import EXACT, Context, Contract, register_pass
 
 KIND = "topk"
 
 
 @register_pass
 @dataclass
-class SelectTopK(Pass):
+class SelectTopK(AnchoredPass):
     """Outlines top-k with at most `most` elementwise ops before it, and after."""
 
     name: ClassVar[str] = "select_topk"
     contract: ClassVar[Contract] = EXACT
+    anchors: ClassVar[tuple[str, ...]] = (KIND,)
 
     most: int = 4
-
-    def run(self, module: Module, context: Context) -> None:
-        if context.generator is None:
-            return
-        for function in module.functions.values():
-            order = {op: i for i, op in enumerate(function.ops)}
-            for op in [o for o in function.ops if o.name == "topk"]:
-                self._select(op, context, context.generator, order)
 
     def _select(
         self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
@@ -59,12 +52,7 @@ class SelectTopK(Pass):
         if any(u.parent is op.parent and order.get(u, len(order)) < order[last] for u in outside):
             after = []  # something reads the places before the values are done
         ops = sorted((*self._before(op, generator), op, *after), key=order.__getitem__)
-        attributes = {"backend": generator.name, "kind": KIND}
-        kernel = outline(ops, "kernel", attributes, self.name, inline=is_full)
-        assert op.parent is not None
-        op.parent.insert_before(kernel, ops[-1])
-        order[kernel] = order[ops[-1]]
-        finish_outline(kernel, ops)
+        self._outline(ops, KIND, generator, order)
 
     def _before(self, op: Op, generator: KernelGenerator) -> list[Op]:
         """A softmax that only the top-k reads, and a chain of elementwise ops before it."""
