@@ -13,9 +13,11 @@ from accel.passes.outline import finish_outline, is_full, outline
 
 
 class AnchoredPass(Pass):
-    """Goes through the anchors of every function. `order` numbers a function's ops."""
+    """Goes through the anchors of every function. `order` numbers a function's ops; `kind` is the
+    kind of kernel that the generator is asked for ("": the anchor's own name)."""
 
     anchors: ClassVar[tuple[str, ...]]
+    kind: ClassVar[str] = ""
 
     def run(self, module: Module, context: Context) -> None:
         generator = context.generator
@@ -24,15 +26,24 @@ class AnchoredPass(Pass):
         for function in module.functions.values():
             order = {op: i for i, op in enumerate(function.ops)}
             for op in function.ops:
-                if op.name in self.anchors:
+                if op.name not in self.anchors:
+                    continue
+                reason = self._refusal(op, generator)
+                if reason is None:
                     self._select(op, context, generator, order)
+                else:
+                    context.miss(self.name, op, reason)
             self._after_anchors(function, context, generator, order)
+
+    def _refusal(self, op: Op, generator: KernelGenerator) -> str | None:
+        """Why the generator makes no kernel around an anchor; None if it does."""
+        return generator.supports_anchor(op, self.kind or op.name)
 
     @abstractmethod
     def _select(
         self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
-        """Makes a kernel around an anchor, or says why not."""
+        """Makes a kernel around an anchor that the generator takes, or says why not."""
 
     def _after_anchors(
         self, function: Function, context: Context, generator: KernelGenerator, order: dict[Op, int]

@@ -46,10 +46,6 @@ class SelectAttention(AnchoredPass):
     def _select(
         self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
-        reason = generator.supports_anchor(op, op.name)
-        if reason is not None:
-            context.miss(self.name, op, reason)
-            return
         if not context.rewrite(self.name, op):
             return
         ops = [op, *views_after(op, generator)]

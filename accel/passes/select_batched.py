@@ -33,16 +33,13 @@ class SelectBatched(AnchoredPass):
     name: ClassVar[str] = "select_batched"
     contract: ClassVar[Contract] = EXACT
     anchors: ClassVar[tuple[str, ...]] = ("matmul",)
+    kind: ClassVar[str] = KIND
 
     max_epilogue: int = 6
 
     def _select(
         self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
-        reason = generator.supports_anchor(op, KIND)
-        if reason is not None:
-            context.miss(self.name, op, reason)
-            return
         ops = [op, *elementwise_epilogue(op, generator, self.max_epilogue)]
         ops += _turns(ops[-1].result, generator)
         before = [v for value in op.operands for v in _maps(value, generator)]

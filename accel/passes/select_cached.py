@@ -42,10 +42,6 @@ class SelectCached(AnchoredPass):
     def _select(
         self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
-        reason = generator.supports_anchor(op, op.name)
-        if reason is not None:
-            context.miss(self.name, op, reason)
-            return
         decoding = _decoding(op, generator)
         updates = _updates_of(op, decoding, context, generator, order)
         inside = {op, *updates, *decoding}

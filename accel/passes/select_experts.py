@@ -34,16 +34,13 @@ class SelectExperts(AnchoredPass):
     name: ClassVar[str] = "select_experts"
     contract: ClassVar[Contract] = EXACT
     anchors: ClassVar[tuple[str, ...]] = ("expert_linear",)
+    kind: ClassVar[str] = KIND
 
     max_epilogue: int = 6
 
     def _select(
         self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
-        reason = generator.supports_anchor(op, KIND)
-        if reason is not None:
-            context.miss(self.name, op, reason)
-            return
         x, weight, experts, _ = op.arguments()
         decoding = _decoding(weight)
         for step in decoding:

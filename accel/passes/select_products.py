@@ -43,13 +43,12 @@ class SelectProducts(AnchoredPass):
 
     max_epilogue: int = 6
 
+    def _refusal(self, op: Op, generator: KernelGenerator) -> str | None:
+        return generator.supports_product(op)
+
     def _select(
         self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
-        reason = generator.supports_product(op)
-        if reason is not None:
-            context.miss(self.name, op, reason)
-            return
         weight = op.operands[1]
         decoding = decoding_of(weight)
         if decoding is None:

@@ -34,16 +34,13 @@ class SelectScans(AnchoredPass):
     name: ClassVar[str] = "select_scans"
     contract: ClassVar[Contract] = EXACT
     anchors: ClassVar[tuple[str, ...]] = SCANS
+    kind: ClassVar[str] = "scan"
 
     most: int = 8
 
     def _select(
         self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
-        reason = generator.supports_anchor(op, "scan")
-        if reason is not None:
-            context.miss(self.name, op, reason)
-            return
         if not context.rewrite(self.name, op):
             return
         after = elementwise_epilogue(op, generator, self.most)

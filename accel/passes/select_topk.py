@@ -33,16 +33,13 @@ class SelectTopK(AnchoredPass):
     name: ClassVar[str] = "select_topk"
     contract: ClassVar[Contract] = EXACT
     anchors: ClassVar[tuple[str, ...]] = (KIND,)
+    kind: ClassVar[str] = KIND
 
     most: int = 4
 
     def _select(
         self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
     ) -> None:
-        reason = generator.supports_anchor(op, KIND)
-        if reason is not None:
-            context.miss(self.name, op, reason)
-            return
         if not context.rewrite(self.name, op):
             return
         after = self._after(op, generator)
