@@ -23,7 +23,6 @@ from accel.errors import ContractError, InterpretError
 from accel.ir.interpret import interpret
 from accel.ir.module import Function, Module
 from accel.ir.storage import WeightStore
-from accel.ir.types import same_type
 from accel.passes.base import Contract
 from accel.passes.metrics import metric
 from accel.passes.sampling import valid_inputs
@@ -239,13 +238,3 @@ def _check_constants(
             raise ContractError(
                 f"pass '{name}' stored the constant '{weight}' off by more than one rounding"
             )
-
-
-def same_signature(a: Function, b: Function) -> bool:
-    """Equal argument and result types."""
-    return (
-        len(a.args) == len(b.args)
-        and len(a.results) == len(b.results)
-        and all(same_type(x.type, y.type) for x, y in zip(a.args, b.args))
-        and all(same_type(x.type, y.type) for x, y in zip(a.results, b.results))
-    )

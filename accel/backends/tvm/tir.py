@@ -64,10 +64,6 @@ def var(name: str, dtype: str = "int64") -> Var:
     return tirx.Var(name, dtype)
 
 
-def is_const(value: Expr, number: int) -> bool:
-    return isinstance(value, tirx.IntImm) and int(value.value) == number
-
-
 def select(condition: Expr, yes: Expr, no: Expr) -> Expr:
     """Both sides are computed; keep out of reach what must not be (see `guarded`)."""
     return tirx.Select(condition, yes, no)
