@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+NEW = 256  # tokens of a text
 _TITLES = {
     "transformers": "transformers",
     "transformers-compile": "transformers, compiled",
@@ -44,6 +45,10 @@ def decode_lines(data: dict[str, Any]) -> list[str]:
         ratio = f"{min(peers) / known['accel']:.2f}" if peers and "accel" in known else ""
         cells = [_cell(own[s]) if s in own else "" for s in systems]
         lines.append(_line([name, *cells, ratio]))
+    texts = [own["accel"] for own in rows.values() if own.get("accel", {}).get("step_milliseconds")]
+    if texts:
+        lines += ["", "Of accel's texts, with their prompts and what the host does in between:", ""]
+        lines += [f"- {row['workload']}: {text_line(row)}" for row in texts]
     lines += [
         "",
         "Seconds until a system is ready (compiled, warm), and the largest error of the logits",
@@ -55,6 +60,18 @@ def decode_lines(data: dict[str, Any]) -> list[str]:
     for name, own in rows.items():
         lines.append(_line([name, *(_ready(own[s]) if s in own else "" for s in systems)]))
     return [*lines, ""]
+
+
+def text_line(row: dict[str, Any]) -> str:
+    """Tokens a second of a text from beginning to end, beside what its steps alone would take."""
+    step, prompt = row["step_milliseconds"], row["prompt_milliseconds"]
+    steps = (NEW - 1) * step
+    loop = (row["milliseconds"] - prompt - steps) / steps
+    return (
+        f"{1e3 * NEW / row['milliseconds']:.0f} tokens a second; one step by itself "
+        f"{step:.3f} ms ({1e3 / step:.0f} a second), the prompt {prompt:.2f} ms, "
+        f"the loop around them {100 * loop:.1f} % of the steps"
+    )
 
 
 def _cell(row: dict[str, Any]) -> str:

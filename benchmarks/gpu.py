@@ -32,7 +32,7 @@ import accel
 from accel.compiler.dynamo import accel_backend
 from accel.compiler.targets import target_of
 from benchmarks.gpu_workloads import WORKLOADS, Workload
-from benchmarks.measure import RESULTS, geometric_mean, machine, time_calls
+from benchmarks.measure import RESULTS, geometric_mean, machine, merged, time_calls
 from benchmarks.training import training_step
 
 Call = Callable[..., Any]
@@ -178,21 +178,6 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     return made
 
 
-def merged(path: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The new rows, and those of other workloads that a file has from an equal machine."""
-    fresh = [asdict(r) for r in rows]
-    if not path.is_file():
-        return fresh
-    before = json.loads(path.read_text())
-    alike = before["machine"].get("gpu") == facts["gpu"] and (
-        before["machine"]["packages"]["torch"] == facts["packages"]["torch"]
-    )
-    names = {r.workload for r in rows}
-    kept = [r for r in before["rows"] if r["workload"] not in names] if alike else []
-    order = list(WORKLOADS)
-    return sorted([*kept, *fresh], key=lambda r: order.index(r["workload"]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--names", default=",".join(WORKLOADS))
@@ -207,7 +192,7 @@ def main() -> None:
         result = {
             "machine": facts,
             "target": target_of(torch.device("cuda")).name,
-            "rows": merged(path, facts, rows),
+            "rows": merged(path, facts, [asdict(r) for r in rows], list(WORKLOADS)),
         }
         path.write_text(json.dumps(result, indent=2) + "\n")  # a later row may be cut off
     found = ratios([asdict(r) for r in rows])

@@ -33,7 +33,8 @@ from torch import Tensor
 
 import accel
 from benchmarks.bounded import OutOfTime, at_most
-from benchmarks.measure import RESULTS, machine
+from benchmarks.docs_gpu_decode import NEW, text_line
+from benchmarks.measure import RESULTS, machine, merged
 from benchmarks.static_llama import StaticLlama
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -45,7 +46,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 LEAST_ERROR = 2.0  # times the error of eager bfloat16: rounding in another order
 INDUCTOR = {"inductor": None, "inductor-reduce-overhead": "reduce-overhead",
             "inductor-max-autotune": "max-autotune"}  # fmt: skip
-NEW = 256
 MOST_MILLISECONDS = 4000.0  # rounds of one system on one workload; one is always timed
 TEXTS_ONLY = ("transformers-compile",)
 
@@ -83,7 +83,9 @@ class Row:
     `milliseconds` of a step, a prompt or a text of 128 + 256 tokens; None if the system was not
     ready in time, and `compile_seconds` is that time. `error` of the logits is relative to the
     largest one, against eager float32 (None where that takes too long). `host_microseconds`: what a
-    call costs the host, which does not wait for its end.
+    call costs the host, which does not wait for its end. Of accel's texts: `step_milliseconds` of
+    a step in the middle of the text, and `prompt_milliseconds` of the prompt, by themselves; what
+    else the text takes is the loop around them.
     """
 
     workload: str
@@ -92,6 +94,8 @@ class Row:
     compile_seconds: float
     error: float | None
     host_microseconds: float | None = None
+    step_milliseconds: float | None = None
+    prompt_milliseconds: float | None = None
 
 
 def build(shape: str) -> Any:
@@ -140,8 +144,18 @@ class Accel:
         if self.work.kind == "prefill":
             state = self.loop.empty(len(ids))
             return lambda: self.loop.prefill(ids, state)
-        step: Callable[[], None] = self.loop.step_from(len(ids), ids.shape[1])
-        return step
+        return self.step(ids)
+
+    def step(self, ids: Tensor, after: int = 0) -> Callable[[], None]:
+        """A step so many tokens after a prompt; each call goes one further."""
+        made: Callable[[], None] = self.loop.step_from(len(ids), ids.shape[1] + after)
+        return made
+
+    def parts(self, ids: Tensor) -> tuple[float, float]:
+        """What a text consists of: milliseconds of a step in its middle, and of the prompt."""
+        state = self.loop.empty(len(ids))
+        step = time_calls(self.step(ids, NEW // 2), "decode")
+        return step, time_calls(lambda: self.loop.prefill(ids, state), "prefill")
 
 
 class Static:
@@ -302,7 +316,11 @@ def measure(name: str, model: Any, chosen: list[str], limit: float) -> list[Row]
         if error is not None and error > LEAST_ERROR * allowed:
             raise RuntimeError(f"{system} on {name} is off by {error}, eager by {allowed}")
         host = host_time(call) if work.kind == "decode" else None
-        rows.append(Row(name, system, time_calls(call, work.kind), seconds, error, host))
+        row = Row(name, system, time_calls(call, work.kind), seconds, error, host)
+        if isinstance(made, Accel) and work.kind == "text":
+            row.step_milliseconds, row.prompt_milliseconds = made.parts(ids)
+            print(f"{name:14} {text_line(asdict(row))}", flush=True)
+        rows.append(row)
         print(f"{name:14} {system:26} {rows[-1].milliseconds:9.3f} ms  ready {seconds:6.1f} s  "
               f"error {error}  host {host} us", flush=True)  # fmt: skip
         del made, got, call
@@ -342,9 +360,10 @@ def main() -> None:
 
 
 def write(rows: list[Row], path: Path) -> None:
-    """What was measured so far."""
+    """What was measured so far, and what the file has of other workloads."""
     facts = {**machine(), "gpu": torch.cuda.get_device_name()}
-    result = {"machine": facts, "rows": [asdict(r) for r in rows]}
+    made = merged(path, facts, [asdict(r) for r in rows], list(ROWS))
+    result = {"machine": facts, "rows": made}
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 

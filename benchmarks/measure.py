@@ -113,6 +113,21 @@ def load_results(name: str) -> dict[str, Any]:
     return data
 
 
+def merged(
+    path: Path, facts: Mapping[str, Any], fresh: list[dict[str, Any]], order: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The new rows, and those of other workloads that a file has from an equal machine."""
+    if not path.is_file():
+        return fresh
+    before = json.loads(path.read_text())
+    alike = before["machine"].get("gpu") == facts["gpu"] and (
+        before["machine"]["packages"]["torch"] == facts["packages"]["torch"]
+    )
+    names = {r["workload"] for r in fresh}
+    kept = [r for r in before["rows"] if r["workload"] not in names] if alike else []
+    return sorted([*kept, *fresh], key=lambda r: order.index(r["workload"]))
+
+
 def store_results(name: str, data: Mapping[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from accel.cli.timing import interleaved_medians, relative_error
-from benchmarks import docs_coverage, docs_gpu, docs_table, gpu, op_db
+from benchmarks import docs_coverage, docs_gpu, docs_gpu_decode, docs_table, gpu, op_db
 from benchmarks.compile_time import build
 from benchmarks.cpu import measure_row, summary
+from benchmarks.measure import merged
 from benchmarks.models import CASES, EfficientNetLite0
 from benchmarks.systems import ERROR_FLOOR, reference
 
@@ -100,24 +103,34 @@ def test_the_op_sweep_tells_wrong_from_right() -> None:
     assert not op_db.as_precise(x + 0.1, x, 0, lambda t: t, ((x,), {}))
 
 
-def gpu_rows(workload: str, **milliseconds: float) -> list[gpu.Row]:
-    return [gpu.Row(workload, s.replace("_", "-"), ms, 2 * ms, 1e-3) for s, ms in
+def gpu_rows(workload: str, **milliseconds: float) -> list[dict[str, Any]]:
+    return [asdict(gpu.Row(workload, s.replace("_", "-"), ms, 2 * ms, 1e-3)) for s, ms in
             milliseconds.items()]  # fmt: skip
 
 
 def test_rows_of_a_later_run_take_their_places(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     facts = {"gpu": "G", "packages": {"torch": "2"}}
-    old = gpu.merged(path, facts, gpu_rows("bert_b1", eager=4, accel=2))
-    old += gpu.merged(path, facts, gpu_rows("vit_b1", eager=4, accel=3))
-    path.write_text(json.dumps({"machine": facts, "rows": old}))
-    made = gpu.merged(path, facts, gpu_rows("vit_b1", eager=6, inductor_reduce_overhead=5, accel=2))
+    order = ["bert_b1", "vit_b1"]
+    old = merged(path, facts, gpu_rows("bert_b1", eager=4, accel=2), order)
+    old += merged(path, facts, gpu_rows("vit_b1", eager=4, accel=3), order)
+    path.write_text(json.dumps({"machine": facts, "rows": old[::-1]}))
+    fresh = gpu_rows("vit_b1", eager=6, inductor_reduce_overhead=5, accel=2)
+    made = merged(path, facts, fresh, order)
     assert [r["workload"] for r in made] == ["bert_b1"] * 2 + ["vit_b1"] * 3
     assert gpu.ratios(made) == {"bert_b1": (2.0, 1.0), "vit_b1": (2.5, 2.5)}
-    assert len(gpu.merged(path, {**facts, "gpu": "H"}, gpu_rows("vit_b1", accel=2))) == 1
+    assert merged(path, {**facts, "gpu": "H"}, fresh, order) == fresh
     page = "\n".join(docs_gpu.gpu_lines({"machine": facts, "rows": made}))
     assert "| bert_b1 | 4.000 |  | 2.000 | 2.00 |" in page
     assert "| geometric mean |  |  |  | 2.24 |" in page
+
+
+def test_the_loop_of_a_text_is_what_prompt_and_steps_do_not_take() -> None:
+    steps = (docs_gpu_decode.NEW - 1) * 2.0
+    row = {"milliseconds": 10 + 1.25 * steps, "step_milliseconds": 2.0, "prompt_milliseconds": 10.0}
+    line = docs_gpu_decode.text_line(row)
+    assert "(500 a second)" in line and "25.0 % of the steps" in line
+    assert line.startswith(f"{1e3 * docs_gpu_decode.NEW / row['milliseconds']:.0f} tokens a second")
 
 
 def test_gradients_are_compared_as_one_vector() -> None:
