@@ -17,6 +17,8 @@ from tests.backends.test_tvm_fuzz import Generator, _agree, inputs_for
 from tests.backends.triton_kernels import InterpretedKernels
 from tests.backends.triton_worker import Worker
 
+_TOGETHER = 20  # regions of one test
+
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
@@ -25,16 +27,19 @@ def worker() -> Iterator[Worker]:
     one.close()
 
 
-def test_random_regions(worker: Worker, request: pytest.FixtureRequest) -> None:
-    count = int(request.config.getoption("--triton-seeds"))
-    kernels = 0
-    for seed in range(count):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    count = int(metafunc.config.getoption("--triton-seeds"))
+    parts = [range(i, min(i + _TOGETHER, count)) for i in range(0, count, _TOGETHER)]
+    metafunc.parametrize("seeds", parts, ids=[f"{part[0]} to {part[-1]}" for part in parts])
+
+
+def test_random_regions(worker: Worker, seeds: range) -> None:
+    for seed in seeds:
         function = Generator(seed).run()
         runner = InterpretedKernels([function], worker)
         for size in (1, 7, 33) if seed % 3 == 0 else (1,):
             inputs = inputs_for(function, seed, size)
             got = runner(0, inputs)
-            kernels += 1
             wide = [t.double() if t.dtype.is_floating_point else t for t in inputs]
             wanted = interpret(function, wide, WeightStore(), oracle=True)
             same = interpret(function, inputs, WeightStore())
@@ -45,4 +50,3 @@ def test_random_regions(worker: Worker, request: pytest.FixtureRequest) -> None:
                 assert _agree(g, w, s, tolerance), (
                     f"seed {seed}, size {size}\n{print_function(function)}\n{runner.source(0)}"
                 )
-    print(f"{count} random regions, {kernels} runs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,10 +20,20 @@ from tests.backends.kernels import kernel_of, poisoned
 from tests.backends.triton_worker import Job, Worker
 
 BACKEND = TritonBackend()
-# What was run in this process, for a report: runs by kind, kernels (with their kind) by name.
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A kernel that was run, and the backend whose tile and sizes it was generated with."""
+
+    kind: str
+    kernel: Op
+    backend: TritonBackend
+
+
+# What was run in this process, for a report (`benchmarks.gpu_numerics`), by `_key`.
 RUNS: Counter[str] = Counter()
-KERNELS: dict[str, tuple[str, Op]] = {}
-_BYTES = (torch.float8_e4m3fn, torch.float8_e5m2)
+KERNELS: dict[str, Generated] = {}
 
 
 class IndexFailure(Exception):
@@ -48,14 +59,16 @@ class InterpretedKernels:
         kernels = [kernel_of(f, kind, weights) for f, kind in zip(functions, kinds, strict=True)]
         self.weights, self.kinds = weights, list(kinds)
         self.names, self.made = backend.generate(kernels)
-        KERNELS.update(zip(self.names, zip(kinds, kernels)))
+        self.ran = [Generated(*one, backend) for one in zip(self.kinds, kernels)]
+        self.keys = [_key(name, backend) for name in self.names]
 
     def source(self, number: int) -> str:
         return "\n".join(one.source for one in self.made[self.names[number]].launches)
 
     def __call__(self, number: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         function, code = self.functions[number], self.made[self.names[number]]
-        RUNS[self.kinds[number]] += 1
+        KERNELS.setdefault(self.keys[number], self.ran[number])
+        RUNS[self.keys[number]] += 1
         shapes = [
             tuple(map(int, a.shape)) if a.dtype in SUB_BYTE_BITS else tuple(t.shape)
             for a, t in zip(function.args, inputs)
@@ -110,6 +123,12 @@ class InterpretedKernels:
             memory[slot] = _unviewed(tensor, memory[slot])
         if launch.checks and int(made[-1]):
             raise IndexFailure(launch.name)
+
+
+def _key(name: str, backend: TritonBackend) -> str:
+    """A kernel's name says what it computes; the rest is how."""
+    tile = "" if backend.tile is None else f" {backend.tile}"
+    return f"{name} {backend.arch} {backend.sms}{' tf32' if backend.tf32 else ''}{tile}"
 
 
 def _value(size: Dim, symbols: dict[str, int]) -> int:
