@@ -83,8 +83,9 @@ def _cell(row: dict[str, Any]) -> str:
 def _ready(row: dict[str, Any]) -> str:
     if row["milliseconds"] is None:
         return ""
-    error = "" if row["error"] is None else f", {row['error']:.0e}"
-    return f"{row['compile_seconds']:.1f} s{error}"
+    seconds = "" if row["compile_seconds"] is None else f"{row['compile_seconds']:.1f} s"
+    error = "" if row["error"] is None else f"{row['error']:.0e}"
+    return ", ".join(part for part in (seconds, error) if part)
 
 
 def _line(cells: list[str]) -> str:

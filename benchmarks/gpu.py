@@ -1,12 +1,18 @@
 """Whole models on one GPU beside eager PyTorch and Inductor: time of a call, compile time, error.
 
     python -m benchmarks.gpu [--names bert_b1,gpt2_train_b8] [--systems eager,accel] [--out FILE]
+                             [--caches FOLDER] [--limit SECONDS] [--roofline]
 
 All systems of a row run in this process, on the same inputs, one after another, and compile without
 anything cached; CUDA graphs are allowed to all. A figure is the median of many calls between two
 CUDA events; a call of a training row is forward, backward and optimizer. Each system's outputs (or
 gradients) are compared with eager float32 before it is timed. Rows that FILE has of other workloads
 stay, if they were measured on the same kind of GPU with the same torch.
+
+Two of Inductor's modes may come from caches that `benchmarks.prepare_peers` made: they are timed as
+the others, and have no seconds of compiling. A system that is not ready within `--limit` seconds
+gets a row that says so. `--roofline` times accel's kernels one by one at the end, beside their
+floors (`benchmarks.gpu_roofline`).
 """
 
 from __future__ import annotations
@@ -31,6 +37,9 @@ from torch import Tensor, nn
 import accel
 from accel.compiler.dynamo import accel_backend
 from accel.compiler.targets import target_of
+from benchmarks import peer_caches
+from benchmarks.bounded import OutOfTime, at_most
+from benchmarks.gpu_roofline import Program, measure_all
 from benchmarks.gpu_workloads import WORKLOADS, Workload
 from benchmarks.measure import RESULTS, geometric_mean, machine, merged, time_calls
 from benchmarks.training import training_step
@@ -79,13 +88,27 @@ USUAL = [name for name in SYSTEMS if name != "inductor-max-autotune"]  # which c
 @dataclass
 class Row:
     """One system on one workload. `error` is relative to the largest output in float32, or for
-    training the distance of all gradients from those in float32, relative to their length."""
+    training the distance of all gradients from those in float32, relative to their length.
+
+    `milliseconds` is None for a system that was not ready in `compile_seconds`, and those are None
+    for one that came from a cache.
+    """
 
     workload: str
     system: str
-    milliseconds: float
-    compile_seconds: float
-    error: float
+    milliseconds: float | None
+    compile_seconds: float | None
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where peers' caches are, seconds in which a system must be ready (0: any), and programs of
+    accel to look at later (None: they are not kept)."""
+
+    caches: Path | None = None
+    limit: float = 0.0
+    programs: list[Program] | None = None
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
@@ -122,7 +145,7 @@ def _error(got: Tensor, exact: Tensor, *, norm: bool) -> float:
     return float(size(got.double() - exact) / size(exact).clamp(min=1e-6))
 
 
-def measure(name: str, systems: Sequence[str]) -> list[Row]:
+def measure(name: str, systems: Sequence[str], options: Options) -> list[Row]:
     """One row of the table: every system on one workload."""
     work = WORKLOADS[name]()
     inputs = {k: v.cuda() for k, v in work.kwargs.items()}
@@ -131,11 +154,40 @@ def measure(name: str, systems: Sequence[str]) -> list[Row]:
         model = on_device(work).float()
         exact = [t.cpu() for t in results(work, model, model, wide)]
         del model
-        return [_measure(name, system, work, inputs, exact) for system in systems]
+        return [_measure(name, system, work, inputs, exact, options) for system in systems]
+
+
+def ready(name: str) -> Callable[[str], None]:
+    """Compiles a system of a workload, and runs it: for `prepare_peers`."""
+    work = WORKLOADS[name]()
+    inputs = {k: v.cuda() for k, v in work.kwargs.items()}
+
+    def compile_one(system: str) -> None:
+        torch._dynamo.reset()
+        with nullcontext() if work.trains else torch.no_grad():
+            _start(work, system, inputs)
+
+    return compile_one
+
+
+def _start(
+    work: Workload, system: str, inputs: dict[str, Tensor]
+) -> tuple[Call, nn.Module, list[Tensor]]:
+    """A system's call, the model that it runs, and the results of the third call."""
+    call, model = SYSTEMS[system](work)
+    for _ in range(3):
+        got = results(work, call, model, inputs)
+    torch.cuda.synchronize()
+    return call, model, got
 
 
 def _measure(
-    name: str, system: str, work: Workload, inputs: dict[str, Tensor], exact: list[Tensor]
+    name: str,
+    system: str,
+    work: Workload,
+    inputs: dict[str, Tensor],
+    exact: list[Tensor],
+    options: Options,
 ) -> Row:
     torch._dynamo.reset()
     gc.collect()
@@ -144,20 +196,27 @@ def _measure(
         os.environ["ACCEL_CACHE_DIR"] = folder
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
         os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
-        start = time.perf_counter()
-        call, model = SYSTEMS[system](work)
-        for _ in range(3):
-            got = results(work, call, model, inputs)
-        torch.cuda.synchronize()
+        try:
+            cached = peer_caches.load(options.caches, name, system)
+            start = time.perf_counter()
+            with at_most(options.limit):
+                call, model, got = _start(work, system, inputs)
+        except (OutOfTime, peer_caches.NotReady) as late:
+            print(f"{name:16} {system:26} {late}", flush=True)
+            return Row(name, system, None, getattr(late, "seconds", options.limit), None)
         seconds = time.perf_counter() - start
         error = errors(work, [t.cpu() for t in got], exact)
         if not error <= work.bound:
             raise RuntimeError(f"{system} on {name} is off by {error}")
         timed: Call = training_step(model, call) if work.trains else call
         milliseconds = time_calls(partial(timed, **inputs))
-    print(f"{name:16} {system:26} {milliseconds:8.3f} ms  compile {seconds:6.1f} s  "
-          f"error {error:.1e}", flush=True)  # fmt: skip
-    return Row(name, system, milliseconds, seconds, error)
+    print(f"{name:16} {system:26} {milliseconds:8.3f} ms  compile {seconds:6.1f} s"
+          f"{' from its cache' if cached else ''}  error {error:.1e}", flush=True)  # fmt: skip
+    if options.programs is not None and isinstance(call, accel.Compiled):
+        model_of = call._latest()[1]
+        given = [("main", list(inputs.values()))]
+        options.programs.append(Program(name, model_of, given, milliseconds))
+    return Row(name, system, milliseconds, None if cached else seconds, error)
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -168,13 +227,11 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
         found.setdefault(row["workload"], {})[row["system"]] = row
     made = {}
     for name, own in found.items():
-        peers = [r["milliseconds"] for s, r in own.items() if s != "accel"]
-        if "accel" in own and peers:
-            other = own.get("inductor-reduce-overhead", own["accel"])
-            made[name] = (
-                min(peers) / own["accel"]["milliseconds"],
-                other["compile_seconds"] / own["accel"]["compile_seconds"],
-            )
+        peers = [r["milliseconds"] for s, r in own.items() if s != "accel" and r["milliseconds"]]
+        if peers and own.get("accel", {}).get("milliseconds"):
+            other = own.get("inductor-reduce-overhead", own["accel"])["compile_seconds"]
+            mine = own["accel"]["compile_seconds"]
+            made[name] = min(peers) / own["accel"]["milliseconds"], (other or mine) / mine
     return made
 
 
@@ -182,13 +239,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--names", default=",".join(WORKLOADS))
     parser.add_argument("--systems", default=",".join(USUAL))
+    parser.add_argument("--caches", type=Path, help="of peers, from benchmarks.peer_caches")
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds to be ready in; 0: any")
+    parser.add_argument("--roofline", action="store_true", help="accel's kernels and their floors")
     parser.add_argument("--out", default=str(RESULTS / "gpu.json"))
     chosen = parser.parse_args()
     systems, path = chosen.systems.split(","), Path(chosen.out)
     facts = {**machine(), "gpu": torch.cuda.get_device_name()}
+    options = Options(chosen.caches, chosen.limit, [] if chosen.roofline else None)
     rows: list[Row] = []
     for name in chosen.names.split(","):
-        rows += measure(name, systems)
+        rows += measure(name, systems, options)
         result = {
             "machine": facts,
             "target": target_of(torch.device("cuda")).name,
@@ -203,6 +264,7 @@ def main() -> None:
         worst = min(found, key=lambda name: found[name][0])
         print(f"geometric mean {geometric_mean(speeds):.3f}, "
               f"worst {found[worst][0]:.3f} ({worst})")  # fmt: skip
+    measure_all(options.programs or [], path.with_name("gpu_roofline.json"))
 
 
 if __name__ == "__main__":

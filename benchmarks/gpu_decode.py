@@ -1,6 +1,7 @@
 """Generation on one GPU beside PyTorch: decode steps, prefill, whole texts.
 
     python -m benchmarks.gpu_decode [--rows 1b_decode,8b_decode] [--systems accel,...] [--out FILE]
+                                    [--caches FOLDER] [--limit SECONDS] [--roofline]
 
 Shapes of Llama-3.2-1B and Llama-3-8B in bfloat16, random weights made on the device. All systems
 of a row run in this process, on the same weights, one after another; CUDA graphs are allowed to
@@ -11,7 +12,8 @@ logits are compared with eager float32 before it is timed.
 Whole texts are `generate` of `transformers` too: eager with its dynamic cache, and with its static
 cache and torch.compile, as it compiles by itself on a GPU. A system that is not ready within
 `--limit` seconds gets a row that says so. A decode step is everything that a token costs on the
-device, its choice (greedy) included for accel; figures are medians.
+device, its choice (greedy) included for accel; figures are medians. `--caches` and `--roofline` are
+those of `benchmarks.gpu`.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ import torch
 from torch import Tensor
 
 import accel
+from benchmarks import peer_caches
 from benchmarks.bounded import OutOfTime, at_most
 from benchmarks.docs_gpu_decode import NEW, text_line
+from benchmarks.gpu_roofline import Program, measure_all
 from benchmarks.measure import RESULTS, machine, merged
 from benchmarks.static_llama import StaticLlama
 
@@ -81,17 +85,17 @@ class Row:
     """One system on one workload.
 
     `milliseconds` of a step, a prompt or a text of 128 + 256 tokens; None if the system was not
-    ready in time, and `compile_seconds` is that time. `error` of the logits is relative to the
-    largest one, against eager float32 (None where that takes too long). `host_microseconds`: what a
-    call costs the host, which does not wait for its end. Of accel's texts: `step_milliseconds` of
-    a step in the middle of the text, and `prompt_milliseconds` of the prompt, by themselves; what
-    else the text takes is the loop around them.
+    ready in time, and `compile_seconds` is that time (None: it came from a cache). `error` of the
+    logits is relative to the largest one, against eager float32 (None where that takes too long).
+    `host_microseconds`: what a call costs the host, which does not wait for its end. Of accel's
+    texts: `step_milliseconds` of a step in the middle of the text, and `prompt_milliseconds` of the
+    prompt, by themselves; what else the text takes is the loop around them.
     """
 
     workload: str
     system: str
     milliseconds: float | None
-    compile_seconds: float
+    compile_seconds: float | None
     error: float | None
     host_microseconds: float | None = None
     step_milliseconds: float | None = None
@@ -156,6 +160,21 @@ class Accel:
         state = self.loop.empty(len(ids))
         step = time_calls(self.step(ids, NEW // 2), "decode")
         return step, time_calls(lambda: self.loop.prefill(ids, state), "prefill")
+
+    def program(self, name: str, ids: Tensor, milliseconds: float) -> Program:
+        """What a call runs: the prompt, or a step with the choice of the next token."""
+        model, rows = self.fast, len(ids)
+        state = self.loop.empty(rows)
+        if self.work.kind == "prefill":
+            return Program(name, model, [("prefill", [ids, *state])], milliseconds)
+        logits, state = self.loop.prefill(ids[:, :-1], state)
+        places = model.entry_points["decode"].function.signature.arguments[1].shape
+        place = torch.full([rows] * len(places), ids.shape[1] - 1, device="cuda")
+        last = ids[:, -1:].clone()
+        history = torch.zeros(rows, self.work.capacity + 2, dtype=torch.int64, device="cuda")
+        calls = [("decode", [last, place, *state]),
+                 ("advance", [logits[:, None], last, place, history])]  # fmt: skip
+        return Program(name, model, calls, milliseconds)
 
 
 class Static:
@@ -287,28 +306,31 @@ def exact_logits(model: Any, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(name: str, model: Any, chosen: list[str], limit: float) -> list[Row]:
-    """One workload. `limit`: seconds in which a system must be ready; 0: none."""
+def measure(
+    name: str,
+    model: Any,
+    chosen: list[str],
+    limit: float = 0.0,
+    caches: Path | None = None,
+    programs: list[Program] | None = None,
+) -> list[Row]:
+    """One workload. `limit`: seconds in which a system must be ready; 0: none. `programs` gets
+    what accel ran."""
     work = ROWS[name]
-    torch.manual_seed(1)
-    ids = torch.randint(0, 128256, (work.batch, work.context), device="cuda")
+    ids = tokens(work)
     exact = exact_logits(model, ids) if work.context <= 4096 else None
     allowed = 0.0 if exact is None else _error(Transformers(model, work).logits(ids), exact)
     rows: list[Row] = []
     for system in chosen:
         if system in TEXTS_ONLY and work.kind != "text":
             continue
-        start = time.perf_counter()
         try:
+            cached = peer_caches.load(caches, name, system)
+            start = time.perf_counter()
             with at_most(limit):
-                made = systems()[system](model, work)
-                got = made.logits(ids)
-                call = made.call(ids)
-                for _ in range(1 if system == "transformers" and work.kind == "text" else 2):
-                    call()
-                torch.cuda.synchronize()
-        except OutOfTime as late:
-            rows.append(Row(name, system, None, limit, None))
+                made, got, call = _start(model, work, system, ids)
+        except (OutOfTime, peer_caches.NotReady) as late:
+            rows.append(Row(name, system, None, getattr(late, "seconds", limit), None))
             print(f"{name:14} {system:26} {late}", flush=True)
             continue
         seconds = time.perf_counter() - start
@@ -316,17 +338,53 @@ def measure(name: str, model: Any, chosen: list[str], limit: float) -> list[Row]
         if error is not None and error > LEAST_ERROR * allowed:
             raise RuntimeError(f"{system} on {name} is off by {error}, eager by {allowed}")
         host = host_time(call) if work.kind == "decode" else None
-        row = Row(name, system, time_calls(call, work.kind), seconds, error, host)
+        milliseconds = time_calls(call, work.kind)
+        row = Row(name, system, milliseconds, None if cached else seconds, error, host)
         if isinstance(made, Accel) and work.kind == "text":
             row.step_milliseconds, row.prompt_milliseconds = made.parts(ids)
             print(f"{name:14} {text_line(asdict(row))}", flush=True)
         rows.append(row)
-        print(f"{name:14} {system:26} {rows[-1].milliseconds:9.3f} ms  ready {seconds:6.1f} s  "
-              f"error {error}  host {host} us", flush=True)  # fmt: skip
+        print(f"{name:14} {system:26} {milliseconds:9.3f} ms  ready {seconds:6.1f} s"
+              f"{' from its cache' if cached else ''}  error {error}  host {host} us",
+              flush=True)  # fmt: skip
+        if programs is not None and isinstance(made, Accel) and work.kind != "text":
+            programs.append(made.program(name, ids, milliseconds))
         del made, got, call
         gc.collect()
         torch.cuda.empty_cache()
     return rows
+
+
+def tokens(work: Workload) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randint(0, 128256, (work.batch, work.context), device="cuda")
+
+
+def _start(
+    model: Any, work: Workload, system: str, ids: Tensor
+) -> tuple[Any, Tensor, Callable[[], Any]]:
+    """A system, its logits, and a call that is ready to be timed."""
+    made = systems()[system](model, work)
+    got = made.logits(ids)
+    call = made.call(ids)
+    for _ in range(1 if system == "transformers" and work.kind == "text" else 2):
+        call()
+    torch.cuda.synchronize()
+    return made, got, call
+
+
+def ready(name: str) -> Callable[[str], None]:
+    """Compiles a system of a workload, and runs it: for `prepare_peers`."""
+    work = ROWS[name]
+    model, ids = build(work.shape), tokens(work)
+
+    @torch.no_grad()
+    def compile_one(system: str) -> None:
+        _start(model, work, system, ids)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    return compile_one
 
 
 def _error(got: Tensor, exact: Tensor) -> float:
@@ -339,8 +397,12 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--systems", default=",".join(systems()))
     parser.add_argument("--limit", type=float, default=0.0, help="seconds to be ready in; 0: none")
+    parser.add_argument("--caches", type=Path, help="of peers, from benchmarks.peer_caches")
+    parser.add_argument("--roofline", action="store_true", help="accel's kernels and their floors")
     parser.add_argument("--out", default=str(RESULTS / "gpu_decode.json"))
     chosen = parser.parse_args()
+    path, names = Path(chosen.out), chosen.systems.split(",")
+    programs: list[Program] | None = [] if chosen.roofline else None
     rows: list[Row] = []
     model, shape = None, ""
     for name in chosen.rows.split(","):
@@ -350,13 +412,14 @@ def main() -> None:
             torch.cuda.empty_cache()
             shape = ROWS[name].shape
             model = build(shape)
-        rows += measure(name, model, chosen.systems.split(","), chosen.limit)
+        rows += measure(name, model, names, chosen.limit, chosen.caches, programs)
         own = {r.system: r.milliseconds for r in rows if r.workload == name and r.milliseconds}
         peers = [v for k, v in own.items() if k != "accel"]
         if peers and "accel" in own:
             print(f"{name:14} best peer {min(peers):.3f} ms, ratio {min(peers) / own['accel']:.3f}",
                   flush=True)  # fmt: skip
-        write(rows, Path(chosen.out))
+        write(rows, path)
+    measure_all(programs or [], path.with_name("gpu_roofline.json"))
 
 
 def write(rows: list[Row], path: Path) -> None:

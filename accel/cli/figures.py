@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from accel.cli.output import format_bytes, format_seconds, table
-from accel.compiler.measure import ceilings
-from accel.compiler.roofline import Roofline, Row, fold, roofline, time_steps
+from accel.compiler.measure import ceilings, device_name
+from accel.compiler.roofline import Roofline, Row, filled_rows, fold, roofline, time_steps
 from accel.compiler.targets import get_target, host_target
 from accel.ir.parser import parse_module
 from accel.runtime.artifact import Artifact
@@ -27,11 +27,13 @@ def measured(
     ir = None
     if _STAGE in model.stages():
         ir = parse_module(model.ir(_STAGE)).functions.get(function.plan.name)
+    filled = filled_rows(ir, inputs) if ir is not None else None
     if function.device.type == "cuda":
-        limits = ceilings(function.device)
-        made = roofline(function.plan, ir, sizes, limits, f"measured on {limits.device}")
+        limits, source = ceilings(function.device), f"measured on {device_name(function.device)}"
+        made = roofline(function.plan, ir, sizes, limits, source, filled)
     else:
-        made = roofline(function.plan, ir, sizes, host_target(), "derived from the CPU's clock")
+        source = "derived from the CPU's clock"
+        made = roofline(function.plan, ir, sizes, host_target(), source, filled)
     time_steps(made, function, inputs)
     return made
 

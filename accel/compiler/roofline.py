@@ -3,14 +3,19 @@
 A step's floor is the longer of two times: its bytes at the bandwidth of a copy, its operations at
 the rate of a large matrix product, both measured on the device (`measure.ceilings`) or, on a
 machine that is not there, the target's datasheet. Operations come from the kernel-level IR, whose
-ops are matched with the plan's steps in order; bytes are what crosses a kernel's border. A plan
-whose IR is missing or does not match has bytes only, and `matched` says so.
+ops are matched with the plan's steps in order; bytes are what crosses a kernel's border. Of a cache
+only the rows count that hold keys (`filled`), of attention only the pairs that its mask lets
+through. A plan whose IR is missing or does not match has bytes only, and `matched` says so.
+
+Every byte counts at the speed of memory: a small kernel whose operands still lie in the L2 cache
+can take less than its floor.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,8 +27,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from accel.ir.cost import op_cost
-from accel.ir.module import Function, Op
+from accel.ir.module import Function, Op, Value
 from accel.ir.op import Trait
+from accel.ir.types import TensorType, substitute
 from accel.runtime.executor import CompiledFunction
 from accel.runtime.plan import FunctionPlan, Step, dtype_of, evaluate_size
 from accel.runtime.subbyte import is_sub_byte, stored_shape
@@ -127,9 +133,11 @@ def roofline(
     sizes: Mapping[str, int],
     limits: Limits,
     source: str,
+    filled: int | None = None,
 ) -> Roofline:
-    """Bytes, operations and floors of a plan's steps. `function` is its kernel-level IR."""
-    rows = _matched(plan, function, sizes) if function is not None else None
+    """Bytes, operations and floors of a plan's steps. `function` is its kernel-level IR, `filled`
+    how many rows its caches hold before the call (None: all that fit)."""
+    rows = _matched(plan, function, sizes, filled) if function is not None else None
     matched = rows is not None
     if rows is None:
         rows = [_plain(number, step, plan, sizes) for number, step in enumerate(plan.steps)]
@@ -180,7 +188,9 @@ def _nbytes(plan: FunctionPlan, value: int, sizes: Mapping[str, int]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _matched(plan: FunctionPlan, function: Function, sizes: Mapping[str, int]) -> list[Row] | None:
+def _matched(
+    plan: FunctionPlan, function: Function, sizes: Mapping[str, int], filled: int | None
+) -> list[Row] | None:
     """A row for each op that has steps; None where ops and steps do not go together."""
     rows: list[Row] = []
     position = 0
@@ -193,7 +203,7 @@ def _matched(plan: FunctionPlan, function: Function, sizes: Mapping[str, int]) -
         if count is None:
             return None
         if count:
-            rows.append(_row(op, plan.steps, position, count, sizes))
+            rows.append(_row(op, plan.steps[position : position + count], position, sizes, filled))
         position += count
     return rows if position == len(plan.steps) else None
 
@@ -229,15 +239,20 @@ def _is_next_launch(steps: Sequence[Step], position: int, stem: str, number: int
     return steps[position].name == f"{stem}_{number}"
 
 
-def _row(op: Op, steps: Sequence[Step], first: int, count: int, sizes: Mapping[str, int]) -> Row:
-    cost, step = op_cost(op, sizes), steps[first]
+def _row(
+    op: Op, steps: Sequence[Step], first: int, sizes: Mapping[str, int], filled: int | None
+) -> Row:
+    cost, step = op_cost(op, sizes), steps[0]
     name = _stem(step.name)
     kind = str(op.attribute("kind")) if op.name == "kernel" else step.kind
     inner = [o for region in op.regions for o in region.ops if not o.has(Trait.TERMINATOR)]
     what = ", ".join(dict.fromkeys(o.name for o in inner if not o.has(Trait.VIEW))) or op.name
-    return Row(
-        name, kind, what, list(range(first, first + count)), cost.bytes, cost.flops, _dtype(op)
-    )
+    numbers = list(range(first, first + len(steps)))
+    moved, flops = cost.bytes, cost.flops
+    for each in (op, *inner):
+        more = _of_attention(each, sizes, filled)
+        moved, flops = moved + more[0], flops + more[1]
+    return Row(name, kind, what, numbers, moved, flops, _dtype(op))
 
 
 def _dtype(op: Op) -> str:
@@ -247,6 +262,65 @@ def _dtype(op: Op) -> str:
             return str(inner.operands[0].dtype).removeprefix("torch.")
     values = op.results or op.operands
     return str(values[0].dtype).removeprefix("torch.") if values else ""
+
+
+# -- attention: what types do not say -----------------------------------------------------------
+
+_ATTENTION = ("attention", "cached_attention", "flash_attention", "flash_attention_backward")
+
+
+def filled_rows(function: Function, inputs: Sequence[Tensor]) -> int | None:
+    """How many rows of its caches a call with these arguments finds: the position that its
+    attention gets. None for a function without caches, or whose position is not an argument."""
+    places = {arg: number for number, arg in enumerate(function.args)}
+    for op in function.ops:
+        for region in op.regions:
+            places |= {
+                inner: places[outer]
+                for outer, inner in zip(op.operands, region.args)
+                if outer in places
+            }
+        for each in (op, *(o for region in op.regions for o in region.ops)):
+            if each.name == "cached_attention" and each.operands[3] in places:
+                return int(inputs[places[each.operands[3]]].max())
+    return None
+
+
+def _of_attention(op: Op, sizes: Mapping[str, int], filled: int | None) -> tuple[int, int]:
+    """What an attention moves and computes beyond what `op_cost` says of it: a cache that its
+    kernel writes as well counts as written there, and pairs that a mask leaves out count."""
+    if op.name not in _ATTENTION:
+        return 0, 0
+    first = 1 if op.name == "flash_attention_backward" else 0
+    q, k, v = op.operands[first : first + 3]
+    queries, keys = (int(substitute(t.shape[2], sizes)) for t in (q, k))
+    window = op.attributes.get("window")
+    reach = int(window) if isinstance(window, int) else keys + queries
+    if op.name == "cached_attention":
+        start = keys - queries if filled is None else min(filled, keys - queries)
+        held = min(keys, start + queries, reach + queries - 1)
+        moved = sum(_held(t, held / keys, sizes) for t in (k, v))
+    elif op.attributes.get("causal"):
+        start, moved = int(substitute(_offset(op), sizes)), 0
+    else:
+        return 0, 0
+    pairs = sum(min(max(start + i + 1, 0), keys, reach) for i in range(queries))
+    flops = op_cost(op, sizes).flops
+    return moved, flops * pairs // max(queries * keys, 1) - flops
+
+
+def _offset(op: Op) -> Any:
+    offset = op.attributes.get("offset")
+    return 0 if offset is None else offset
+
+
+def _held(cache: Value, share: float, sizes: Mapping[str, int]) -> int:
+    """Bytes of a cache's filled rows, less those that `op_cost` counts."""
+    spec: TensorType = cache.type
+    total = int(substitute(spec.nbytes(), sizes))
+    made = cache.op
+    counted = 0 if made is not None and made.has(Trait.UPDATE) else total
+    return int(total * share) - counted
 
 
 # -- time ------------------------------------------------------------------------------------
@@ -301,20 +375,24 @@ def _on_device(
         if e.name().startswith(_MARK)
     )
     asked = {e.correlation_id(): e.start_ns() for e in on_host if e.name().startswith("cu")}
-    seconds: dict[int, float] = {}
+    seconds: dict[int, float] = {}  # by mark: one run of one step
     launches: dict[int, int] = {}
     for event in events:
         if "CUDA" not in str(event.device_type()) or event.name().startswith(_MARK):
             continue
-        number = _mark_at(marks, asked.get(event.correlation_id(), -1))
-        if number is not None:
-            seconds[number] = seconds.get(number, 0.0) + event.duration_ns() * 1e-9 / _RUNS
-            launches[number] = launches.get(number, 0) + 1
-    return seconds, {n: round(count / _RUNS) for n, count in launches.items()}
+        mark = _mark_at(marks, asked.get(event.correlation_id(), -1))
+        if mark is not None:
+            seconds[mark] = seconds.get(mark, 0.0) + event.duration_ns() * 1e-9
+            launches[marks[mark][2]] = launches.get(marks[mark][2], 0) + 1
+    runs: dict[int, list[float]] = {}
+    for mark, took in seconds.items():
+        runs.setdefault(marks[mark][2], []).append(took)
+    times = {n: statistics.median(taken) for n, taken in runs.items()}
+    return times, {n: round(count / _RUNS) for n, count in launches.items()}
 
 
 def _mark_at(marks: Sequence[tuple[int, int, int]], time: int) -> int | None:
-    """The step whose mark a time lies in."""
+    """Number of the mark that a time lies in."""
     low, high = 0, len(marks)
     while low < high:
         middle = (low + high) // 2
@@ -323,5 +401,5 @@ def _mark_at(marks: Sequence[tuple[int, int, int]], time: int) -> int | None:
         else:
             high = middle
     if low and marks[low - 1][1] >= time:
-        return marks[low - 1][2]
+        return low - 1
     return None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import accel
-from accel.compiler.roofline import Roofline, fold, roofline, time_steps
+from accel.compiler.roofline import Roofline, Row, filled_rows, fold, roofline, time_steps
 from accel.compiler.targets import get_target
 from accel.ir.parser import parse_module
 
@@ -92,3 +92,47 @@ def test_equal_kernels_are_one_row_with_all_their_time() -> None:
         total = sum(getattr(r, name) for r in line.rows)
         assert sum(getattr(r, name) for r in folded) == pytest.approx(total)
     assert [r.lost for r in line.furthest(3)] == sorted((r.lost for r in folded), reverse=True)[:3]
+
+
+class Attention(nn.Module):
+    """Causal attention over a few tokens, as a language model has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 128)
+        self.q, self.k, self.v = (nn.Linear(128, 128, bias=False) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        q, k, v = (part(x).unflatten(-1, (2, 64)).transpose(1, 2) for part in
+                   (self.q, self.k, self.v))  # fmt: skip
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return y.transpose(1, 2).flatten(2) @ self.table.weight.T
+
+
+def test_a_cache_counts_as_far_as_it_is_filled_and_attention_by_its_pairs() -> None:
+    model = accel.compile_generator(Attention().bfloat16().eval(), capacity=512, target="h200")
+    functions = parse_module(model.ir("kernels")).functions
+
+    def attention(entry: str, sizes: dict[str, int], filled: int | None) -> Row:
+        plan = model.entry_points[entry].function.plan
+        line = roofline(plan, functions[entry], sizes, H200, "datasheet", filled)
+        assert line.matched
+        (row,) = (r for r in line.rows if "attention" in r.what)
+        return row
+
+    (length,) = model.entry_points["prefill"].function.plan.symbols
+    assert attention("prefill", {length: 256}, None).flops == 2 * 2 * 256 * (64 + 64)  # the last
+    _, line = made(Attention().bfloat16(), torch.zeros(1, 256, dtype=torch.int64), "h200")
+    flops = sum(r.flops for r in line.rows if "attention" in r.what)
+    assert flops == 2 * 2 * (256 * 257 // 2) * (64 + 64)
+    whole, few = attention("decode", {}, None), attention("decode", {}, 99)
+    rows = 2 * 2 * 64 * 2  # both caches, two heads, a position
+    assert whole.bytes - few.bytes == rows * (512 - 100)
+    assert rows * 100 < few.bytes < rows * 120
+    assert whole.flops - few.flops == 2 * 2 * (512 - 100) * (64 + 64)
+    position = torch.tensor(99)
+    arguments = functions["decode"].args
+    given = [position if a.type.rank == 0 else torch.empty(0) for a in arguments]
+    assert filled_rows(functions["decode"], given) == 99
+    assert filled_rows(functions["prefill"], given) is None

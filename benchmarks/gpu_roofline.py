@@ -1,0 +1,105 @@
+"""What the programs of the GPU benchmarks cost at least, beside what they take.
+
+    python -m benchmarks.gpu --systems accel --roofline        # also after a run beside peers
+    python -m benchmarks.gpu_decode --systems accel --roofline
+
+A program's steps run one by one and are timed by the device (CUPTI); a step's floor is its bytes
+or its operations at the rates that `accel.compiler.measure.ceilings` measured on the device. The
+figures go to benchmarks/results/gpu_roofline.json, rows of other workloads stay.
+
+All systems are timed before any step is: a profiler that has run once can slow later launches down.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.cli.figures import measured
+from accel.compiler.measure import ceilings
+from accel.compiler.roofline import Roofline, Row, fold
+from accel.runtime.model import CompiledModel
+from benchmarks.docs_gpu import TITLES
+from benchmarks.measure import RESULTS, machine, merged
+
+PATH = RESULTS / "gpu_roofline.json"
+_FURTHEST, _PRINTED = 3, 8
+
+
+@dataclass
+class Program:
+    """What was timed: calls of a model's entry points, and what all of them take together."""
+
+    workload: str
+    model: CompiledModel
+    calls: Sequence[tuple[str, Sequence[Tensor]]]  # entry point, its arguments
+    milliseconds: float
+
+
+def measure_all(programs: Sequence[Program], path: Path = PATH) -> None:
+    """Times the steps of each, prints and stores them."""
+    for program in programs:
+        row = figures(program)
+        name, floor, steps, call = (row[k] for k in ("workload", "floor_us", "steps_us", "call_us"))
+        print(f"{name:16} floor {floor:8.1f} us  steps {steps:8.1f}  call {call:8.1f}  "
+              f"share {row['share']:.2f}  launches {row['launches']}", flush=True)  # fmt: skip
+        for one in row["kernels"][:_PRINTED]:
+            what, floor, took = one["what"][:40], one["floor_us"], one["time_us"]
+            print(f"    {one['kind']:16} {what:40} x{one['calls']:<3} floor {floor:8.1f} us, "
+                  f"takes {took:8.1f}", flush=True)  # fmt: skip
+        store(row, path)
+
+
+@torch.no_grad()
+def figures(program: Program) -> dict[str, Any]:
+    """One row of the table."""
+    lines = [_line(program, entry, inputs) for entry, inputs in program.calls]
+    rows = [row for line in lines for row in line.rows]
+    call = program.milliseconds * 1e3
+    floor = 1e6 * sum(line.floor for line in lines)
+    furthest = sorted(fold(rows), key=lambda r: -r.lost)[:_FURTHEST]
+    return {
+        "workload": program.workload,
+        "floor_us": floor,
+        "steps_us": 1e6 * sum(line.seconds for line in lines),
+        "call_us": call,
+        "share": floor / call,
+        "launches": sum(r.launches for r in rows),
+        "bytes": sum(r.bytes for r in rows),
+        "flops": sum(r.flops for r in rows),
+        "matched": all(line.matched for line in lines),
+        "furthest": [_kernel(r) for r in furthest],
+        "kernels": [_kernel(r) for r in sorted(fold(rows), key=lambda r: -r.seconds)],
+    }
+
+
+def _line(program: Program, entry: str, inputs: Sequence[Tensor]) -> Roofline:
+    point = program.model.entry_points[entry]
+    sizes = point.function.signature.bind(inputs)
+    return measured(program.model, point, inputs, sizes)
+
+
+def _kernel(row: Row) -> dict[str, Any]:
+    made = asdict(row)
+    kept = {k: made[k] for k in ("name", "kind", "what", "calls", "launches", "bytes", "flops")}
+    return {**kept, "floor_us": 1e6 * row.floor, "time_us": 1e6 * row.seconds}
+
+
+def store(row: Mapping[str, Any], path: Path) -> None:
+    """Adds a row; those that the file has from an equal machine stay."""
+    limits = ceilings(torch.device("cuda", torch.cuda.current_device()))
+    facts = {**machine(), "gpu": torch.cuda.get_device_name()}
+    result = {
+        "machine": facts,
+        "device": limits.device,
+        "bandwidth": limits.bandwidth,
+        "peak_flops": limits.flops,
+        "rows": merged(path, facts, [dict(row)], list(TITLES)),
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")

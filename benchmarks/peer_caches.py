@@ -1,0 +1,60 @@
+"""What peers compiled, kept in a folder: `benchmarks.prepare_peers` writes it, timing reads it.
+
+A peer that comes from a cache is the same code, and is timed as any other; only its seconds of
+compiling are no figure then, and the tables have none. Caches hold for one kind of GPU and one
+torch, which torch checks; they are code: use a folder that you made.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+
+class NotReady(Exception):
+    """A peer that was not ready in so many seconds when its cache was made."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"not ready in {seconds:g} s")
+        self.seconds = seconds
+
+
+def load(folder: Path | None, row: str, system: str) -> bool:
+    """Fills torch's caches with what a peer compiled; False where nothing was kept of it.
+
+    Raises NotReady for one that had not finished in time.
+    """
+    if folder is None:
+        return False
+    late, kept = _late(folder, row, system), _kept(folder, row, system)
+    if late.is_file():
+        raise NotReady(json.loads(late.read_text())["seconds"])
+    if not kept.is_file():
+        return False
+    if torch.compiler.load_cache_artifacts(kept.read_bytes()) is None:
+        raise RuntimeError(f"{kept} is not a cache of this torch")
+    return True
+
+
+def save(folder: Path, row: str, system: str) -> int:
+    """Keeps what this process has compiled so far; returns the bytes."""
+    made = torch.compiler.save_cache_artifacts()
+    if made is None:
+        raise RuntimeError(f"torch kept nothing of {system} on {row}")
+    _late(folder, row, system).unlink(missing_ok=True)
+    return _kept(folder, row, system).write_bytes(made[0])
+
+
+def save_late(folder: Path, row: str, system: str, seconds: float) -> None:
+    """Notes that a system was not ready in so many seconds."""
+    _late(folder, row, system).write_text(json.dumps({"seconds": seconds}))
+
+
+def _kept(folder: Path, row: str, system: str) -> Path:
+    return folder / f"{row}.{system}.cache"
+
+
+def _late(folder: Path, row: str, system: str) -> Path:
+    return folder / f"{row}.{system}.late"

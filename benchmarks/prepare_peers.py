@@ -1,0 +1,149 @@
+"""Peers that compile for minutes are compiled before a run, and timed in it from their caches.
+
+    python -m benchmarks.prepare_peers FOLDER [--rows bert_b1,8b_decode] [--systems ...]
+    python -m benchmarks.gpu --caches FOLDER
+    python -m benchmarks.gpu_decode --caches FOLDER
+
+The first command compiles each row's peers in a process of its own, as many processes at once as
+`--jobs`, and keeps what `torch.compiler.save_cache_artifacts` gives in FOLDER (`peer_caches`). All
+processors compile, but only one process at a time times a candidate kernel on the GPU, so that
+Inductor's choices are not those of a crowded device. A peer that is not ready within `--limit`
+seconds leaves a note that says so, and gets no time in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.runtime.benchmarking import benchmarker
+
+from benchmarks import gpu, gpu_decode, peer_caches
+from benchmarks.bounded import OutOfTime, at_most
+from benchmarks.measure import ROOT
+
+SLOW = ("inductor", "inductor-max-autotune")  # whose seconds of compiling nobody asks for
+_LOCK = "gpu.lock"
+
+
+def prepare(folder: Path, row: str, systems: Sequence[str], limit: float) -> None:
+    """Compiles a row's peers, one after the other, in this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _time_in_turns(folder / _LOCK)
+    compile_one = gpu.ready(row) if row in gpu.WORKLOADS else gpu_decode.ready(row)
+    for system in systems:
+        start = time.perf_counter()
+        try:
+            with at_most(limit):
+                compile_one(system)
+        except OutOfTime:
+            peer_caches.save_late(folder, row, system, limit)
+            print(f"{row} {system}: not ready in {limit:g} s", flush=True)
+            continue
+        seconds, size = time.perf_counter() - start, peer_caches.save(folder, row, system)
+        print(f"{row} {system}: {seconds:.0f} s, {size >> 10} kB", flush=True)
+
+
+def prepare_all(
+    folder: Path, rows: Sequence[str], systems: Sequence[str], limit: float, jobs: int
+) -> list[str]:
+    """A process for each row, at most `jobs` at once. Returns the rows whose process failed."""
+    waiting, failed = list(rows), []
+    running: dict[str, tuple[subprocess.Popen[bytes], tempfile.TemporaryDirectory[str]]] = {}
+    threads = str(max(2, (os.cpu_count() or 2) // max(min(jobs, len(rows)), 1)))
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            row, scratch = waiting.pop(0), tempfile.TemporaryDirectory()
+            command = [
+                sys.executable, "-m", "benchmarks.prepare_peers", str(folder.resolve()),
+                "--one", row, "--systems", ",".join(systems), "--limit", str(limit),
+            ]  # fmt: skip
+            environment = {
+                "TORCHINDUCTOR_CACHE_DIR": f"{scratch.name}/inductor",
+                "TRITON_CACHE_DIR": f"{scratch.name}/triton",
+                "TORCHINDUCTOR_COMPILE_THREADS": threads,
+            }
+            process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
+            running[row] = process, scratch
+        time.sleep(0.2)
+        for row, (process, scratch) in list(running.items()):
+            if process.poll() is not None:
+                del running[row]
+                scratch.cleanup()
+                if process.returncode:
+                    failed.append(row)
+    return failed
+
+
+def _time_in_turns(path: Path) -> None:
+    """From here on Inductor holds a lock, common to all processes, while it times a candidate."""
+    own: Any = type(benchmarker)
+    alone = _alone(path)
+    for name in ("benchmark_gpu", "benchmark_gpu_with_cuda_graph"):
+        if callable(getattr(own, name, None)):
+            setattr(own, name, _within(alone, getattr(own, name)))
+
+
+def _within(alone: Callable[[], Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with alone():
+            return method(self, *args, **kwargs)
+
+    return timed
+
+
+def _alone(path: Path) -> Callable[[], Any]:
+    """A lock between processes, as a block; a thread that has it may enter again."""
+    file, own = path.open("w"), threading.RLock()
+    depth = 0
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        nonlocal depth
+        with own:
+            if not depth:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            depth += 1
+            try:
+                yield
+            finally:
+                depth -= 1
+                if not depth:
+                    torch.cuda.synchronize()
+                    fcntl.flock(file, fcntl.LOCK_UN)
+
+    return block
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", default=",".join([*gpu_decode.ROWS, *gpu.WORKLOADS]))
+    parser.add_argument("--systems", default=",".join(SLOW))
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds of each system")
+    parser.add_argument("--jobs", type=int, default=8, help="processes at once")
+    parser.add_argument("--one", default="", help="prepare this row, in this process")
+    chosen = parser.parse_args()
+    systems = chosen.systems.split(",")
+    if chosen.one:
+        prepare(chosen.folder, chosen.one, systems, chosen.limit)
+        return
+    start = time.perf_counter()
+    failed = prepare_all(chosen.folder, chosen.rows.split(","), systems, chosen.limit, chosen.jobs)
+    print(f"{time.perf_counter() - start:.0f} s", *(f"{row} failed" for row in failed))
+    sys.exit(int(bool(failed)))
+
+
+if __name__ == "__main__":
+    main()
