@@ -27,12 +27,12 @@ from typing import Any
 
 import pytest
 
+from accel.backends.cubin.compile import Unit, compile_unit
 from accel.backends.loops.phases import REDUCTIONS
 from accel.backends.triton import TritonBackend
 from accel.backends.triton.anchors import ANCHORS
 from accel.backends.triton.cooperative import CooperativeTile
 from accel.backends.triton.kernel import KernelCode, LaunchCode
-from accel.backends.triton.toolchain import compile_source
 from accel.errors import BackendError
 from accel.ir.types import SUB_BYTE_BITS
 from benchmarks.bounded import OutOfTime, at_most
@@ -225,7 +225,7 @@ def compile_all(folder: Path) -> None:
         arguments = [made[n] for n in ("source", "name", "signature", "constants", "warps", "arch")]
         try:
             with at_most(COMPILE_SECONDS):
-                compile_source(*arguments, gluon=made["gluon"])
+                compile_unit(Unit(*arguments, made["gluon"]))
         except (BackendError, OutOfTime) as failure:
             error = str(failure)[:_TOLD]
         seconds = round(time.perf_counter() - start, 3)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from accel import tree
+from accel.compiler import gpu
 from accel.compiler.assemble import to_contents, to_function, to_model
 from accel.compiler.language import compile_generator, default_capacity, extension
 from accel.compiler.options import Options
@@ -205,12 +206,15 @@ class Compiled:
 
     def _compile(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
         start = time.perf_counter()
-        args, kwargs = self._on_models_device(args, kwargs)
-        module = capture(self.model, args, kwargs, dynamic_shapes=self._dynamic_shapes)
-        forward = self.model.forward if isinstance(self.model, nn.Module) else self.model
-        module.main.metadata["parameters"] = describe_parameters(forward)
-        seconds = time.perf_counter() - start
-        program = compile_module(module, self.target, self.options, calibration=self._calibration)
+        with gpu.processes(self.target, self.options) as pool:
+            args, kwargs = self._on_models_device(args, kwargs)
+            module = capture(self.model, args, kwargs, dynamic_shapes=self._dynamic_shapes)
+            forward = self.model.forward if isinstance(self.model, nn.Module) else self.model
+            module.main.metadata["parameters"] = describe_parameters(forward)
+            seconds = time.perf_counter() - start
+            program = compile_module(
+                module, self.target, self.options, calibration=self._calibration, pool=pool
+            )
         module.dissolve()
         program.seconds = {"capture": seconds, **program.seconds}
         return program

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accel.backends.cubin.pool import Pool
 from accel.backends.triton import TritonBackend, kernel_fingerprint
 from accel.compiler import gpu
-from accel.compiler.kernel_jobs import Job, compile_many
+from accel.compiler.cache import CacheEntry
 from accel.compiler.lower import KernelSymbol
 from accel.compiler.options import Options
 from accel.compiler.variants import dissolve
@@ -25,7 +26,6 @@ from accel.passes.manager import PassManager
 
 # No fusion: it would build the same kernel again.
 _PIPELINE = ("select_libraries", "decompose", "cse", "dce")
-_MANY = 16  # kernels: so many are compiled by several processes
 _log = logger("compiler")
 
 
@@ -47,31 +47,23 @@ Compiled = tuple[dict[Op, KernelSymbol], bytes | None, dict[str, str]]
 
 
 def compile_launches(
-    module: Module, backend: TritonBackend, options: Options, context: Context
+    module: Module,
+    backend: TritonBackend,
+    options: Options,
+    context: Context,
+    pool: Pool | None = None,
 ) -> tuple[Compiled, list[Failure]]:
     """`gpu.compile_launches`; the module is rewritten where a kernel has no code.
 
     Raises BackendError for an op that neither a library nor torch runs.
     """
     failures: list[Failure] = []
-    if options.cache:
-        _compile_many(module, backend)
+    known: dict[str, CacheEntry] = {}
     while True:
         try:
-            return gpu.compile_launches(module, backend, options), failures
+            return gpu.compile_launches(module, backend, options, pool, known), failures
         except gpu.KernelFailure as failure:
             failures.append(_next(failure, module, backend, context))
-
-
-def _compile_many(module: Module, backend: TritonBackend) -> None:
-    """Into the cache; what fails does so again, where it is looked at."""
-    unique: dict[str, Op] = {}
-    for function in module.functions.values():
-        for op in function.ops:
-            if op.name == "kernel":
-                unique.setdefault(kernel_fingerprint(op), op)
-    if len(unique) >= _MANY:
-        compile_many([Job.of(op, backend, backend.tile_of(op)) for op in unique.values()], _MANY)
 
 
 def _next(

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from accel import __version__
-from accel.backends.triton import CompiledLaunch, TritonBackend, kernel_fingerprint
-from accel.backends.triton.maps import MapCode, MapLayout
+from accel.backends.cubin.compile import MapLayout
+from accel.backends.cubin.pool import Pool
+from accel.backends.triton import (
+    CompiledLaunch,
+    CompiledLaunches,
+    TritonBackend,
+    kernel_fingerprint,
+)
+from accel.backends.triton.anchors import ANCHORS
+from accel.backends.triton.backend import Compiling
+from accel.backends.triton.maps import MapCode
 from accel.backends.vendor import (
     CudaAttention,
     CudnnConv,
@@ -18,7 +29,7 @@ from accel.backends.vendor import (
     TorchLinear,
     UpdatePages,
 )
-from accel.compiler.cache import CompileCache, cache_key
+from accel.compiler.cache import CacheEntry, CompileCache, cache_key
 from accel.compiler.lower import KernelSymbol, Launch
 from accel.compiler.options import Options
 from accel.compiler.sizes import size_expr
@@ -71,6 +82,20 @@ def generator(target: Target, options: Options | None = None) -> TritonBackend:
     return TritonBackend(target.arch, target.cores, tf32=tf32)
 
 
+@contextmanager
+def processes(target: Target, options: Options, given: Pool | None = None) -> Iterator[Pool]:
+    """What compiles kernels for a target: a pool for as long as a compile takes, or the given one.
+
+    Made before the model is captured, its processes are there when there are kernels.
+    """
+    if given is not None:
+        yield given
+        return
+    wanted = target.kind == "cuda" and options.kernels
+    with Pool(None if wanted else 0) as pool:
+        yield pool
+
+
 def _torch_allows_tf32() -> bool:
     """What `torch.set_float32_matmul_precision`, or its newer form, says of CUDA's products."""
     settings = torch.backends.cuda.matmul
@@ -91,42 +116,88 @@ def libraries() -> tuple[Library, ...]:
 
 
 def compile_launches(
-    module: Module, backend: TritonBackend, options: Options
+    module: Module,
+    backend: TritonBackend,
+    options: Options,
+    pool: Pool | None = None,
+    known: dict[str, CacheEntry] | None = None,
 ) -> tuple[dict[Op, KernelSymbol], bytes | None, dict[str, str]]:
     """Code for every kernel op: symbols, one file of machine code, readable sources.
 
     Each kernel is cached by itself, so a model that shares blocks with another compiles the rest.
     Raises KernelFailure if an op has no code, or Triton fails.
+
+    Args:
+        pool: processes that compile; by default this one does.
+        known: kernels by key, which is filled: what a second attempt need not do again.
     """
-    kernels = [op for f in module.functions.values() for op in f.ops if op.name == "kernel"]
-    if not kernels:
+    prints = {
+        op: kernel_fingerprint(op)
+        for f in module.functions.values()
+        for op in f.ops
+        if op.name == "kernel"
+    }
+    if not prints:
         return {}, None, {}
-    cache = CompileCache()
+    unique = {print_: op for op, print_ in reversed(prints.items())}
+    entries = _entries(unique, backend, options, pool or Pool(0), {} if known is None else known)
     symbols: dict[str, KernelSymbol] = {}
     code: dict[str, tuple[CudaKernel, bytes]] = {}
     sources: dict[str, str] = {}
     ptx: dict[str, bytes] = {}
-    prints = {op: kernel_fingerprint(op) for op in kernels}
-    for op in kernels:
-        if prints[op] in symbols:
-            continue
-        key = kernel_key(op, backend)
-        entry = cache.get(key) if options.cache else None
-        if entry is None:
-            try:
-                header, payload = compile_kernel(op, backend)
-            except BackendError as error:
-                raise KernelFailure(op, error) from error
-            if options.cache:
-                cache.put(key, header, payload)
-        else:
-            header, payload = entry.header, entry.payload
-        symbols[prints[op]] = _symbol(header)
-        sources |= header["sources"]
-        unpacked = unpack(payload)
+    for print_, entry in entries.items():
+        symbols[print_] = _symbol(entry.header)
+        sources |= entry.header["sources"]
+        unpacked = unpack(entry.payload)
         code |= {n: (k, unpacked.cubin(n)) for n, k in unpacked.kernels.items()}
         ptx |= {n: unpacked.ptx(n) for n in unpacked.kernels}
-    return {op: symbols[prints[op]] for op in kernels}, pack(backend.arch, code, ptx), sources
+    return {op: symbols[p] for op, p in prints.items()}, pack(backend.arch, code, ptx), sources
+
+
+def _entries(
+    kernels: Mapping[str, Op],
+    backend: TritonBackend,
+    options: Options,
+    pool: Pool,
+    known: dict[str, CacheEntry],
+) -> dict[str, CacheEntry]:
+    """From the cache, or compiled; raises the first KernelFailure when all others are there."""
+    cache = CompileCache()
+    found: dict[str, CacheEntry] = {}
+    started: dict[str, tuple[str, Compiling]] = {}
+    failures: list[KernelFailure] = []
+    # Those around an anchor take longest to compile, so they begin.
+    for print_, op in sorted(kernels.items(), key=lambda item: not _is_anchored(item[1])):
+        key = kernel_key(op, backend)
+        entry = known.get(key) or (cache.get(key) if options.cache else None)
+        if entry is not None:
+            found[print_] = entry
+            continue
+        try:
+            started[print_] = key, backend.start([op], pool)
+        except BackendError as error:
+            failures.append(_failure(op, error))
+    for print_, (key, compiling) in started.items():
+        try:
+            entry = found[print_] = known[key] = _entry(compiling.result(), backend)
+        except BackendError as error:
+            failures.append(_failure(kernels[print_], error))
+            continue
+        if options.cache:
+            cache.put(key, entry.header, entry.payload)
+    if failures:
+        raise failures[0]
+    return {print_: found[print_] for print_ in kernels}
+
+
+def _failure(op: Op, error: BackendError) -> KernelFailure:
+    made = KernelFailure(op, error)
+    made.__cause__ = error
+    return made
+
+
+def _is_anchored(op: Op) -> bool:
+    return str(op.attribute("kind")) in ANCHORS
 
 
 def kernel_key(op: Op, backend: TritonBackend) -> str:
@@ -137,9 +208,12 @@ def kernel_key(op: Op, backend: TritonBackend) -> str:
     )
 
 
-def compile_kernel(op: Op, backend: TritonBackend) -> tuple[dict[str, Any], bytes]:
+def compile_kernel(op: Op, backend: TritonBackend, pool: Pool | None = None) -> CacheEntry:
     """One kernel as JSON (how its launches are called) and machine code."""
-    compiled = backend.compile([op])
+    return _entry(backend.start([op], pool or Pool(0)).result(), backend)
+
+
+def _entry(compiled: CompiledLaunches, backend: TritonBackend) -> CacheEntry:
     (name,) = compiled.names
     launches = compiled.launches[name]
     header = {
@@ -151,7 +225,7 @@ def compile_kernel(op: Op, backend: TritonBackend) -> tuple[dict[str, Any], byte
     }
     packed = {one.name: kernel_binary(one) for one in launches}
     ptx = {one.name: portable(one.binary.ptx) for one in launches}
-    return header, pack(backend.arch, packed, ptx)
+    return CacheEntry(header, pack(backend.arch, packed, ptx))
 
 
 def _launch(one: CompiledLaunch) -> dict[str, Any]:

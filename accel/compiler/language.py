@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from accel.compiler import gpu
 from accel.compiler.assemble import to_contents, to_model
 from accel.compiler.capture_text import capture_text, plain_forward
 from accel.compiler.choice import add_choices
@@ -148,16 +149,16 @@ def _compile(
     target: str | Target,
     options: Options | Mapping[str, Any] | None,
 ) -> Program:
-    chosen = Options.of(options)
+    chosen, place = Options.of(options), get_target(target)
     start = time.perf_counter()
-    with collection_paused():
+    with collection_paused(), gpu.processes(place, chosen) as pool:
         module = derive_generator(
             model, capacity, batch, extend=extend, cache=cache, validate=chosen.validate
         )
         seconds = time.perf_counter() - start
-        if get_target(target).kind == "cuda":
+        if place.kind == "cuda":
             add_choices(module, capacity)
-        program = compile_module(module, get_target(target), chosen)
+        program = compile_module(module, place, chosen, pool=pool)
     program.seconds = {"capture": seconds, **program.seconds}
     return program
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from accel import __version__
+from accel.backends.cubin.pool import Pool
 from accel.backends.triton import TritonBackend
 from accel.backends.tvm import TvmBackend
 from accel.backends.vendor import (
@@ -117,12 +118,26 @@ def compile_module(
     options: Options,
     *,
     calibration: Sequence[Sequence[Tensor]] = (),
+    pool: Pool | None = None,
 ) -> Program:
     """Compiles a captured module, which is rewritten in place.
+
+    `pool`: processes that compile kernels (`gpu.processes`); by default they are started here.
 
     Raises AccelError subclasses: ContractError where a pass breaks its promise, BackendError where
     no backend takes an op, OptionError for a pipeline that does not parse.
     """
+    with gpu.processes(target, options, pool) as pool:
+        return _compile(module, target, options, calibration, pool)
+
+
+def _compile(
+    module: Module,
+    target: Target,
+    options: Options,
+    calibration: Sequence[Sequence[Tensor]],
+    pool: Pool,
+) -> Program:
     load_passes()
     context = make_context(target, options, calibration)
     stages = {"captured": print_module(module, locations=True)}
@@ -142,7 +157,7 @@ def compile_module(
     else:
         stages["optimized"] = stages["captured"]
     seconds = {"passes": time.perf_counter() - start}
-    program = lower_module(module, target, options, context, after=manager)
+    program = lower_module(module, target, options, context, after=manager, pool=pool)
     ledger.extend(program.ledger)
     program.ledger, program.stages = ledger, stages | program.stages
     program.seconds["passes"] += seconds["passes"]
@@ -172,11 +187,13 @@ def lower_module(
     options: Options,
     context: Context,
     after: PassManager | None = None,
+    pool: Pool | None = None,
 ) -> Program:
     """From the tensor level to a program: kernels, tuning, code, plans. `after` ran last."""
     tuner = _tuner(target, options, context)
     try:
-        return _lower(module, target, options, context, after, tuner)
+        with gpu.processes(target, options, pool) as pool:
+            return _lower(module, target, options, context, after, tuner, pool)
     finally:
         if tuner is not None:
             tuner.close()
@@ -189,6 +206,7 @@ def _lower(
     context: Context,
     after: PassManager | None,
     tuner: Tuner | None,
+    pool: Pool,
 ) -> Program:
     start = time.perf_counter()
     backend = context.generator
@@ -205,7 +223,7 @@ def _lower(
         tuner.tune(kernels_of(module), tiles_only=True)
         facts["tuning"] = tuner.report()
     if isinstance(backend, TritonBackend):
-        made, failures = fallback.compile_launches(module, backend, options, context)
+        made, failures = fallback.compile_launches(module, backend, options, context, pool)
         symbols, library, sources = made
         facts["failed_kernels"] = [f.to_json() for f in failures]
     else:

@@ -38,7 +38,7 @@ def run(job: Job) -> list[Tensor]:
     should await, until it has waited.
     """
     from accel.backends.triton import dependent
-    from accel.backends.triton.toolchain import loaded
+    from accel.backends.cubin.compile import loaded
     from tests.backends import gluon_interpreter
 
     _prepare()

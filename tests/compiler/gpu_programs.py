@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from accel.backends.cubin.compile import loaded
 from accel.backends.triton import TritonBackend, dependent
 from accel.backends.triton.kernel import LaunchCode
-from accel.backends.triton.toolchain import loaded
 from accel.compiler import gpu
 from accel.compiler.assemble import weights_on
 from accel.compiler.lower import KernelSymbol, Launch, lower_function

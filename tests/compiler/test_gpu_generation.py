@@ -8,12 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from accel.backends.triton import kernel_fingerprint
 from accel.compiler.choice import add_choices
-from accel.compiler.kernel_jobs import module_of
 from accel.compiler.language import derive_generator
-from accel.ir.parser import parse_module
-from accel.ir.printer import print_module
 from accel.runtime.decoding import Limits, TokenLoop
 from accel.runtime.sampling import Sampling
 from tests.backends.triton_worker import Worker
@@ -99,15 +95,3 @@ def test_tokens_and_launches(worker: Worker, name: str, options: dict[str, Any],
     assert torch.equal(token[:, 0], best)
     assert torch.equal(history[:, 5], best) and torch.equal(running[:, 0], ~ended)
     assert torch.equal(made["again"][0][:, 0], torch.where(ended, 7, best))
-
-
-def test_a_job_compiles_the_very_kernel() -> None:
-    """Another process must know what is constant and what a call gives, or it makes other code."""
-    module = derive_generator(model_of("Mistral", sliding_window=6), CAPACITY, 1)
-    functions_of(module, InterpretedHost())
-    kernels = [op for f in module.functions.values() for op in f.ops if op.name == "kernel"]
-    assert len(kernels) > 20
-    for kernel in kernels:
-        sent = parse_module(print_module(module_of(kernel, alike=True)))
-        (copy,) = (op for op in sent.main.ops if op.name == "kernel")
-        assert kernel_fingerprint(copy) == kernel_fingerprint(kernel)

@@ -277,19 +277,18 @@ def test_processes_compile_what_this_one_would() -> None:
     for kernel, job in zip(kernels, jobs[::2], strict=True):
         entry = gpu.CompileCache().get(job.key)
         assert entry is not None and job.key == gpu.kernel_key(kernel, backend)
-        header, payload = gpu.compile_kernel(kernel, backend)
-        assert (entry.header["name"], entry.payload) == (header["name"], payload)
+        assert entry == gpu.compile_kernel(kernel, backend)
 
 
 def test_a_job_that_fails_says_why() -> None:
-    (kernel,) = kernels_of(program((FLAT, "pointwise")))
-    good = Job.of(kernel, TritonBackend())
-    bad = Job(**{**good.__dict__, "key": "other", "tile": "KernelTile(elements=99, warps=0)"})
+    good = Job.of(kernels_of(program((FLAT, "pointwise")))[0], TritonBackend())
+    bad = Job.of(kernels_of(program((WIDE, "gemv")))[0], TritonBackend(), HUGE)
     error = compile_job(bad)
-    assert isinstance(error, AccelError) and "KernelTile" in error.what
+    assert isinstance(error, AccelError) and "Triton does not compile" in error.what
     with Workers(2) as workers:
         done = workers.compile([good, bad])
-    assert done[good.key] is None and str(done["other"]) == str(error)
+    assert done[good.key] is None and str(done[bad.key]) == str(error)
+    assert not_cached([good, bad]) == [bad]
 
 
 # -- kernels that do not compile -------------------------------------------------------------

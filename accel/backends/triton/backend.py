@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from accel.backends.cubin.compile import Binary, Unit, capability
+from accel.backends.cubin.pool import Pool
 from accel.backends.loops import trace
 from accel.backends.loops.phases import REDUCTIONS
 from accel.backends.loops.reasons import type_reason
@@ -16,7 +19,7 @@ from accel.backends.triton import anchors, batched, dependent, float8, matmul, s
 from accel.backends.triton.addresses import size_name
 from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot, size_limits
 from accel.backends.triton.product_loop import FULL_PRECISION, TF32_PRECISION
-from accel.backends.triton.toolchain import Binary, capability, compile_source, version
+from accel.backends.triton.toolchain import version
 from accel.errors import BackendError
 from accel.ir.builder import Builder
 from accel.ir.fingerprint import region_fingerprint
@@ -70,6 +73,26 @@ class CompiledLaunches:
     def sources(self) -> dict[str, str]:
         """Readable source by launch name."""
         return {one.name: one.code.source for made in self.launches.values() for one in made}
+
+
+@dataclass(frozen=True)
+class Compiling:
+    """Kernels whose machine code is being made: by name their code, and a binary a launch."""
+
+    names: list[str]
+    code: Mapping[str, KernelCode]
+    binaries: Mapping[str, Sequence[Future[Binary]]]
+
+    def result(self) -> CompiledLaunches:
+        """Waits for it. Raises BackendError where Triton fails."""
+        made = CompiledLaunches(self.names)
+        for name, code in self.code.items():
+            made.launches[name] = [
+                CompiledLaunch(launch, binary.result())
+                for launch, binary in zip(code.launches, self.binaries[name], strict=True)
+            ]
+            made.scratch[name], made.zeroed[name] = code.scratch, code.zeroed
+        return made
 
 
 class TritonBackend:
@@ -182,19 +205,20 @@ class TritonBackend:
         return names, made
 
     def compile(self, kernels: Sequence[Op]) -> CompiledLaunches:
-        """Compiles `accel.kernel` ops for `arch`. No GPU is needed.
+        """Compiles `accel.kernel` ops for `arch`, in this process. No GPU is needed.
 
         Raises BackendError with the reason if an op has no code, or Triton fails.
         """
+        return self.start(kernels, Pool(0)).result()
+
+    def start(self, kernels: Sequence[Op], pool: Pool) -> Compiling:
+        """Writes the sources, and has the pool compile them. Raises BackendError without code."""
         names, made = self.generate(kernels)
-        result = CompiledLaunches(names)
-        for name, code in made.items():
-            result.launches[name] = [
-                CompiledLaunch(launch, _compile(launch, self.arch)) for launch in code.launches
-            ]
-            result.scratch[name] = code.scratch
-            result.zeroed[name] = code.zeroed
-        return result
+        binaries = {
+            name: [pool.submit(unit_of(launch, self.arch)) for launch in code.launches]
+            for name, code in made.items()
+        }
+        return Compiling(names, made, binaries)
 
     def _generate(self, name: str, kernel: Op) -> KernelCode:
         kind = str(kernel.attribute("kind"))
@@ -278,10 +302,11 @@ def kernel_fingerprint(kernel: Op) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _compile(launch: LaunchCode, arch: str) -> Binary:
-    return compile_source(
+def unit_of(launch: LaunchCode, arch: str) -> Unit:
+    """What Triton compiles for a launch."""
+    return Unit(
         launch.source, launch.name, launch.signature, launch.constants, launch.warps, arch,
-        gluon=launch.gluon,
+        launch.gluon,
     )  # fmt: skip
 
 

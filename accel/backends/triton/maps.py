@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from accel.backends.cubin.compile import SHARED
 from accel.backends.loops.index import Affine, Axis, Indexer
 from accel.backends.loops.survey import Survey
 from accel.backends.loops.trace import Index
@@ -21,9 +22,7 @@ from accel.ir.module import Value
 from accel.ir.types import SUB_BYTE_BITS, Dim, product
 
 FIRST_CAPABILITY = 90
-PARAMETERS = 5  # of the compiled function, for each: the map, two sizes, two strides
 MULTIPLE = 16  # bytes, of every stride
-SHARED = "shared"
 
 
 @dataclass(frozen=True)
@@ -50,24 +49,9 @@ class MapCode:
 
     @property
     def type(self) -> str:
-        """Triton's type of the parameter; `toolchain` knows what SHARED stands for."""
+        """Triton's type of the parameter; `accel.backends.cubin` knows what SHARED stands for."""
         tail = f",{SHARED}" if self.shared else ""
         return f"tensordesc<{self.element}[{self.box[0]}, {self.box[1]}]{tail}>"
-
-
-@dataclass(frozen=True)
-class MapLayout:
-    """What Triton has decided about a map.
-
-    Attributes:
-        box: rows and columns of one copy; a tile may take several.
-        width: bytes of an element; element, swizzle: CUDA's numbers of the type and the pattern.
-    """
-
-    box: tuple[int, int]
-    width: int
-    element: int
-    swizzle: int
 
 
 @dataclass(frozen=True)
@@ -136,21 +120,3 @@ def matrix(
 def _bits(value: Value) -> int:
     dtype: torch.dtype = value.dtype
     return SUB_BYTE_BITS.get(dtype, 8 * dtype.itemsize)
-
-
-# Triton counts element types as the device does, the driver in another order.
-_HOST_ELEMENT = {8: 10, 9: 8, 10: 9}
-
-
-def map_layouts(described: object) -> tuple[MapLayout, ...]:
-    """From Triton's metadata (`tensordesc_meta`)."""
-    found = described if isinstance(described, (list, tuple)) else ()
-    return tuple(
-        MapLayout(
-            (int(one["block_size"][0]), int(one["block_size"][1])),
-            int(one["elem_size"]),
-            _HOST_ELEMENT.get(int(one["elem_type"]), int(one["elem_type"])),
-            int(one["swizzle"]),
-        )
-        for one in found
-    )
