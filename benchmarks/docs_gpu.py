@@ -1,4 +1,5 @@
-"""The GPU's section of docs/benchmarks.md, from benchmarks/results/gpu.json."""
+"""The GPU's sections of docs/benchmarks.md: whole models and their rooflines, from gpu.json and
+gpu_roofline.json in benchmarks/results/; and the GPU's table of the README."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def gpu_lines(data: dict[str, Any]) -> list[str]:
         ratio = ratio_of(own)
         lines.append(_row([name, *cells, f"{ratio:.2f}" if ratio else ""]))
     found = {name: ratio for name, own in rows.items() if (ratio := ratio_of(own))}
-    lines += _row_of_mean(found, len(systems))
+    lines += [_row(cells) for cells in mean_and_worst(found, len(systems))]
     lines += [
         "",
         "Seconds from the model to the third call with nothing cached (none for a peer that was",
@@ -86,11 +87,14 @@ def ratio_of(own: dict[str, dict[str, Any]]) -> float | None:
     return min(times.values()) / mine if mine and times else None
 
 
-def _row_of_mean(found: dict[str, float], systems: int) -> list[str]:
-    empty, worst = [""] * systems, min(found, key=lambda name: found[name])
+def mean_and_worst(found: dict[str, float], empty: int) -> list[list[str]]:
+    """The last two rows of a table of ratios, whose cells in between are empty."""
+    if not found:
+        return []
+    between, worst = [""] * empty, min(found, key=lambda name: found[name])
     return [
-        _row(["geometric mean", *empty, f"{geometric_mean(list(found.values())):.2f}"]),
-        _row([f"worst: {worst}", *empty, f"{found[worst]:.2f}"]),
+        ["geometric mean", *between, f"{geometric_mean(list(found.values())):.2f}"],
+        [f"worst: {worst}", *between, f"{found[worst]:.2f}"],
     ]
 
 
@@ -104,24 +108,58 @@ def _compile_cell(row: dict[str, Any] | None) -> str:
     return ", ".join(parts)
 
 
+def roofline_lines(data: dict[str, Any]) -> list[str]:
+    """Floors of whole programs, and the kernels furthest from theirs."""
+    rates = ", ".join(f"{n} {rate / 1e12:.0f}" for n, rate in data["peak_flops"].items())
+    lines = [
+        "## GPU, rooflines",
+        "",
+        f"{data['machine']['gpu']}; torch {data['machine']['packages']['torch']}. Measured there:",
+        f"a copy at {data['bandwidth'] / 1e12:.2f} TB/s, large products at {rates} TFLOP/s.",
+        "",
+        "A kernel's floor is the longer of its bytes at the bandwidth of the copy and its",
+        "operations at the rate of the product; bytes count though they may still lie in the L2",
+        "cache. The kernels of a call run one by one, timed by CUPTI; a call is a CUDA graph, in",
+        "which kernels overlap. Share: of the ceilings, floor by call. Furthest: the kernels that",
+        "lose the most, equal ones together: what they take, and their floors.",
+        "",
+        _row(["workload", "floor us", "kernels us", "call us", "share", "launches", "furthest"]),
+        _row(["---", *["---:"] * 5, "---"]),
+    ]
+    for row in data["rows"]:
+        times = [f"{row[k]:.0f}" for k in ("floor_us", "steps_us", "call_us")]
+        far = "; ".join(_far(kernel) for kernel in row["furthest"])
+        share, launches = f"{row['share']:.2f}", str(row["launches"])
+        lines.append(_row([row["workload"], *times, share, launches, far]))
+    return [*lines, ""]
+
+
+def _far(kernel: dict[str, Any]) -> str:
+    ops = kernel["what"].split(", ")
+    what = ", ".join([*ops[:3], "..."] if len(ops) > 3 else ops)
+    count = f" x{kernel['calls']}" if kernel["calls"] > 1 else ""
+    return f"{what}{count}: {kernel['time_us']:.0f}, {kernel['floor_us']:.0f}"
+
+
 def readme_lines(*results: dict[str, Any]) -> list[str]:
-    """One line a workload: accel, the best peer of its run, the ratio."""
+    """One line a workload: accel, the best peer of its run, the ratio; the mean and the worst."""
     lines = ["| GPU, 16 bits | accel ms | best peer | its ms | ratio |", "|---|---:|---|---:|---:|"]
+    found: dict[str, float] = {}
     for data in results:
-        rows: dict[str, dict[str, float]] = {}
+        rows: dict[str, dict[str, dict[str, Any]]] = {}
         for row in data["rows"]:
-            if row["milliseconds"] is not None:
-                rows.setdefault(row["workload"], {})[row["system"]] = row["milliseconds"]
-        for name, times in rows.items():
-            own = times.pop("accel", None)
-            if own is None or not times or name not in TITLES:
+            rows.setdefault(row["workload"], {})[row["system"]] = row
+        for name, own in rows.items():
+            ratio = ratio_of(own)
+            if ratio is None or name not in TITLES:
                 continue
+            mine = own.pop("accel")["milliseconds"]
+            times = {s: r["milliseconds"] for s, r in own.items() if r["milliseconds"] is not None}
             best = min(times, key=lambda system: times[system])
-            lines.append(
-                f"| {TITLES[name]} | {own:.2f} | {_SYSTEMS[best]} | {times[best]:.2f} "
-                f"| {times[best] / own:.2f} |"
-            )
-    return lines
+            found[TITLES[name]] = ratio
+            cells = [TITLES[name], f"{mine:.2f}", _SYSTEMS[best], f"{times[best]:.2f}"]
+            lines.append(_row([*cells, f"{ratio:.2f}"]))
+    return lines + [_row(cells) for cells in mean_and_worst(found, 3)]
 
 
 def _row(cells: list[str]) -> str:

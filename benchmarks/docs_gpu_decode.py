@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.docs_gpu import mean_and_worst, ratio_of, time_cell
+
 NEW = 256  # tokens of a text
 _TITLES = {
     "transformers": "transformers",
@@ -40,11 +42,11 @@ def decode_lines(data: dict[str, Any]) -> list[str]:
         _line(["---"] * (len(head) + 2)),
     ]
     for name, own in rows.items():
-        known = {s: own[s]["milliseconds"] for s in systems if s in own}
-        peers = [v for s, v in known.items() if s != "accel" and v is not None]
-        ratio = f"{min(peers) / known['accel']:.2f}" if peers and "accel" in known else ""
-        cells = [_cell(own[s]) if s in own else "" for s in systems]
-        lines.append(_line([name, *cells, ratio]))
+        ratio = ratio_of(own)
+        cells = [time_cell(own.get(s)) for s in systems]
+        lines.append(_line([name, *cells, f"{ratio:.2f}" if ratio else ""]))
+    found = {name: ratio for name, own in rows.items() if (ratio := ratio_of(own))}
+    lines += [_line(cells) for cells in mean_and_worst(found, len(systems))]
     texts = [own["accel"] for own in rows.values() if own.get("accel", {}).get("step_milliseconds")]
     if texts:
         lines += ["", "Of accel's texts, with their prompts and what the host does in between:", ""]
@@ -72,12 +74,6 @@ def text_line(row: dict[str, Any]) -> str:
         f"{step:.3f} ms ({1e3 / step:.0f} a second), the prompt {prompt:.2f} ms, "
         f"the loop around them {100 * loop:.1f} % of the steps"
     )
-
-
-def _cell(row: dict[str, Any]) -> str:
-    if row["milliseconds"] is None:
-        return f"not ready in {row['compile_seconds']:.0f} s"
-    return f"{row['milliseconds']:.3f}"
 
 
 def _ready(row: dict[str, Any]) -> str:

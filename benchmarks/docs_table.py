@@ -18,7 +18,7 @@ from accel.cli.passes import describe
 from accel.passes.registry import load_passes
 from benchmarks.docs_coverage import coverage_lines, op_db_lines
 from benchmarks.docs_generation import text_lines
-from benchmarks.docs_gpu import gpu_lines, readme_lines
+from benchmarks.docs_gpu import gpu_lines, readme_lines, roofline_lines
 from benchmarks.docs_gpu_attention import attention_lines
 from benchmarks.docs_gpu_decode import decode_lines
 from benchmarks.docs_gpu_products import product_lines
@@ -91,6 +91,7 @@ def render() -> str:
     sections: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
         ("cpu", cpu_section),
         ("gpu", gpu_section),
+        ("gpu_roofline", roofline_section),
         ("gpu_products", products_section),
         ("gpu_attention", attention_section),
         ("gpu_decode", generation_section),
@@ -131,6 +132,10 @@ def gqa_section(data: dict[str, Any]) -> str:
 
 def gpu_section(data: dict[str, Any]) -> str:
     return "\n".join(gpu_lines(data))
+
+
+def roofline_section(data: dict[str, Any]) -> str:
+    return "\n".join(roofline_lines(data))
 
 
 def attention_section(data: dict[str, Any]) -> str:

@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,36 +61,45 @@ def prepare_all(
 ) -> list[str]:
     """A process for each row, at most `jobs` at once. Returns the rows whose process failed."""
     waiting, failed = list(rows), []
-    running: dict[str, tuple[subprocess.Popen[bytes], tempfile.TemporaryDirectory[str]]] = {}
-    threads = str(max(2, (os.cpu_count() or 2) // max(min(jobs, len(rows)), 1)))
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            row, scratch = waiting.pop(0), tempfile.TemporaryDirectory()
-            command = [
-                sys.executable, "-m", "benchmarks.prepare_peers", str(folder.resolve()),
-                "--one", row, "--systems", ",".join(systems), "--limit", str(limit),
-            ]  # fmt: skip
-            environment = {
-                "TORCHINDUCTOR_CACHE_DIR": f"{scratch.name}/inductor",
-                "TRITON_CACHE_DIR": f"{scratch.name}/triton",
-                "TORCHINDUCTOR_COMPILE_THREADS": threads,
-            }
-            process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
-            running[row] = process, scratch
-        time.sleep(0.2)
-        for row, (process, scratch) in list(running.items()):
-            if process.poll() is not None:
-                del running[row]
-                scratch.cleanup()
-                if process.returncode:
-                    failed.append(row)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    threads = max(2, (os.cpu_count() or 2) // max(min(jobs, len(rows)), 1))
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    row = waiting.pop(0)
+                    environment = {
+                        "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/{row}/inductor",
+                        "TRITON_CACHE_DIR": f"{scratch}/{row}/triton",
+                        "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
+                    }
+                    running[row] = _process(folder, row, systems, limit, environment)
+                time.sleep(0.2)
+                for row, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[row]
+                        failed += [row] if process.returncode else []
+        finally:
+            for process in running.values():
+                process.kill()
+                process.wait()
     return failed
+
+
+def _process(
+    folder: Path, row: str, systems: Sequence[str], limit: float, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable, "-m", "benchmarks.prepare_peers", str(folder.resolve()),
+        "--one", row, "--systems", ",".join(systems), "--limit", str(limit),
+    ]  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
 
 
 def _time_in_turns(path: Path) -> None:
     """From here on Inductor holds a lock, common to all processes, while it times a candidate."""
     own: Any = type(benchmarker)
-    alone = _alone(path)
+    alone = alone_with(path)
     for name in ("benchmark_gpu", "benchmark_gpu_with_cuda_graph"):
         if callable(getattr(own, name, None)):
             setattr(own, name, _within(alone, getattr(own, name)))
@@ -103,7 +113,7 @@ def _within(alone: Callable[[], Any], method: Callable[..., Any]) -> Callable[..
     return timed
 
 
-def _alone(path: Path) -> Callable[[], Any]:
+def alone_with(path: Path) -> Callable[[], Any]:
     """A lock between processes, as a block; a thread that has it may enter again."""
     file, own = path.open("w"), threading.RLock()
     depth = 0
@@ -120,7 +130,8 @@ def _alone(path: Path) -> Callable[[], Any]:
             finally:
                 depth -= 1
                 if not depth:
-                    torch.cuda.synchronize()
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
                     fcntl.flock(file, fcntl.LOCK_UN)
 
     return block
@@ -139,6 +150,7 @@ def main() -> None:
     if chosen.one:
         prepare(chosen.folder, chosen.one, systems, chosen.limit)
         return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     start = time.perf_counter()
     failed = prepare_all(chosen.folder, chosen.rows.split(","), systems, chosen.limit, chosen.jobs)
     print(f"{time.perf_counter() - start:.0f} s", *(f"{row} failed" for row in failed))
