@@ -101,6 +101,14 @@ CASES: dict[str, tuple[list[TensorType], Callable[..., Any], int]] = {
         [typed(BF16, 2, 2, 128, 64), typed(BF16, 2, 2, 128, 64), typed(BF16, 2, 2, 128, 128)],
         lambda b, *x: b.attention(*x, scale=0.2, causal=True), 0,
     ),
+    "a last block that ends with the keys": (three(2, 150, 197, 2, 1), plain, 0),
+    "the same, causal, a window": (
+        three(2, 197, 197, 2, 1), lambda b, *x: plain(b, *x, causal=True, window=90), 0,
+    ),
+    "the same, keys that are none": (
+        [*three(2, 130, 197, 2, 2), typed(BOOL, 2, 197)],
+        lambda b, *x: plain(b, *x, causal=True, offset=67), 0,
+    ),
     "symbolic": (
         [typed(BF16, 1, S, 6 * 64)], lambda b, x: fused(b, x, size=64, groups=1, causal=True), 140,
     ),
@@ -120,6 +128,7 @@ def test_against_the_oracle(worker: Worker, name: str) -> None:
         OverlappedTile(2, 128, 2),
         OverlappedTile(3, 64, 4, across=True),
         OverlappedTile(3, 128, 3, True, turns=True),
+        OverlappedTile(4, 64, 4, True),
         OverlappedTile(2, 64, 2, True, True, True),
     ],
     ids=str,
@@ -137,7 +146,7 @@ def random_case(seed: int) -> tuple[list[TensorType], Callable[..., Any], Overla
     r = random.Random(seed)
     groups, share, columns = r.choice((1, 2)), r.choice((1, 2, 3)), r.choice((64, 128))
     batch = r.choice((1, 2))
-    keys = columns * r.randrange(1, 6) if batch > 1 else r.randrange(2, 500)
+    keys = r.randrange(2 if batch == 1 else columns, 500)
     queries = r.randrange(2, keys + 2)
     attributes: dict[str, Any] = {"scale": r.choice((0.1, 0.2))}
     if r.random() < 0.7:
@@ -174,7 +183,7 @@ def test_what_is_refused() -> None:
             backend().generate([kernel_of(function_of(types, build), "attention")])
         return str(caught.value)
 
-    overrun = three(2, 128, 100, 1, 1)
+    overrun = three(2, 128, 40, 1, 1)  # less than a block
     assert "next batch" in why(overrun, plain)
     assert "size 40" in why(
         [typed(FP16, 1, 1, 128, 40)] * 3, lambda b, *x: b.attention(*x, scale=1.0)
@@ -198,7 +207,7 @@ def test_the_model_takes_it_on_hopper_where_it_fits() -> None:
     assert sources("sm_90", 2048)  # parts of all heads by length, programs stay
     assert not sources("sm_90", 1024)  # short texts, heads of 64: the loop was measured faster
     assert not sources("sm_80", 2048)  # no wgmma
-    assert not sources("sm_90", 2000)  # the last block of keys would read the next batch
+    assert sources("sm_90", 2000)  # the last block of keys ends with them
     assert not sources("sm_90", 128)
 
 

@@ -23,6 +23,7 @@ from accel.backends.triton.attention_tiles import (
 )
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, kind_of
 from accel.backends.triton.operands import StoredOperands
+from accel.backends.triton.powers import quick_powers
 from accel.ir.module import Op, Region
 from accel.ir.types import product
 
@@ -100,6 +101,7 @@ class AttentionGenerator(Generator):
         else:
             writer = AttentionWriter(made, emitter, write.name, tile)
         program = writer.write()
+        quick_powers(program)
         reads = [Slot("input", self.region.args.index(v)) for v in program.reads]
         reads.sort(key=lambda s: (s.kind, s.number))
         self._launch(program, reads, writes, [])

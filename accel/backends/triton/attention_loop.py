@@ -376,9 +376,9 @@ class AttentionWriter:
     def _finish(self) -> None:
         block = self.emitter.block
         if self._may_be_empty():
-            block.line("acc = acc / tl.where(total == 0.0, 1.0, total)")
+            block.line("acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))")
         else:
-            block.line("acc = acc / total")
+            block.line("acc = acc * (1.0 / total)")
         row = Side("row", self.queries, self.tile.rows, self.plan.place[2])
         column = Side("col", self.width, padded(self.width), self.plan.column)
         self._store("acc", self.target, self.plan.address, row, column)

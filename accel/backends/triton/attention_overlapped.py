@@ -24,8 +24,9 @@ from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import size_name, size_text
 from accel.backends.triton.attention_loop import AttentionWriter, Plan, over
 from accel.backends.triton.attention_tiles import OverlappedTile
+from accel.backends.triton.dependent import WAIT
 from accel.backends.triton.emitter import Scope
-from accel.backends.triton.head_tiles import Tiles, operands_of, reason
+from accel.backends.triton.head_tiles import Tiles, operands_of, reason, shifts
 from accel.backends.triton.maps import MapCode
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.program import Program
@@ -36,7 +37,11 @@ from accel.ir.module import Region
 from accel.ir.types import Dim, product
 
 _ROWS = 64  # of a group: what one wgmma takes
-_REGISTERS = {2: (240, 24), 3: (160, 32)}  # of a working thread, of the warp that brings
+_REGISTERS = {
+    2: (240, 24),
+    3: (160, 32),
+    4: (112, 24),
+}  # of a working thread, of the warp that brings
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _BARRIERS = ("query_ready", "query_free", "key_ready", "key_free", "value_ready", "value_free")
 
@@ -66,6 +71,8 @@ class OverlappedAttention(AttentionWriter):
             raise BackendError(f"no overlapped attention: {why}")
         self.tiles = found
         self.names = ["first"]  # where a part of the work lies
+        self.part = ""  # the part of a lap
+        self.shifts = shifts(self.keys, tile.columns)
 
     def write(self) -> Program:
         tile, emitter = self.overlapped, self.emitter
@@ -78,8 +85,8 @@ class OverlappedAttention(AttentionWriter):
         programs: Dim = parts
         if tile.persistent:
             programs = min(parts, self.sms) if isinstance(parts, int) else self.sms
-        self.parts = f"range(tl.program_id(0), {size_text(parts)}, {size_text(programs)})"
-        helpers = [self._constants(), place, self._bounds_function(), weigh,
+        laps = self._laps_function(parts, programs)
+        helpers = [self._constants(), *laps, place, self._bounds_function(), weigh,
                    self._bring_function(), self._step_function(loads),
                    self._attend_function(loads)]  # fmt: skip
         reads = [t.value for t in self.tiles] + list(emitter.used)
@@ -120,6 +127,32 @@ class OverlappedAttention(AttentionWriter):
         if result:
             body.line(f"return {result}")
         return f"@gluon.jit\ndef {head}:\n{body.source()}\n"
+
+    def _laps_function(self, parts: Dim, programs: Dim) -> list[str]:
+        """Which parts of the work a program takes: under a causal mask they are sorted by length,
+        so that laps from left to right and from right to left in turns even out."""
+        count, step = size_text(parts), size_text(programs)
+        if not (self.overlapped.persistent and self.causal):
+            self.parts = f"for part in range(tl.program_id(0), {count}, {step}):"
+            return []
+        self.parts = f"for lap in range(0, {self._call('laps')}):"
+        self.part = f"part = lap * {step} + position(lap{self._more()})"
+        position, laps = Block(self.top.block.names), Block(self.top.block.names)
+        position.line("at = tl.program_id(0)")
+        laps.line(f"whole = {count} // {step}")
+        laps.line(f"at = position(whole{self._more()})")
+        left = f"tl.minimum(tl.maximum({count} - whole * {step} - at, 0), 1)"
+        return [
+            self._function(f"position(lap{self._more()})", position,
+                           f"at + (lap % 2) * ({step} - 1 - 2 * at)"),
+            self._function(self._call("laps"), laps, f"whole + {left}"),
+        ]  # fmt: skip
+
+    def _call(self, name: str) -> str:
+        return f"{name}({', '.join(self.symbols)})"
+
+    def _more(self) -> str:
+        return "".join(f", {s}" for s in self.symbols)
 
     def _place_function(self) -> str:
         """Which queries of which head a part of the work is; binds the names for addresses."""
@@ -166,7 +199,7 @@ class OverlappedAttention(AttentionWriter):
         key_at, row_at = self.plan.key[2], self.plan.place[2]
         bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
         known = frozenset((*self.plan.outer, *row_at.axes, *key_at.axes))
-        past = over(self.keys, self.tile.columns)
+        past = over(self.keys, self.tile.columns) and not self.shifts
         with emitter.inside(Scope(body, known)):
             self._bind(row_at, "row", ROW, self.queries if self.mask is not None else 0,
                        self.tile.rows)  # fmt: skip
@@ -190,13 +223,17 @@ class OverlappedAttention(AttentionWriter):
         body.line("shrink = tl.exp2(best - origin)")
         body.line("total = total * shrink + tl.sum(weight, axis=1)")
         loads = [emitter.pointers[v] for v in emitter.used]
-        head = self._arguments("score", "best", "total", "row", "key", *self.names, *loads)
+        head = self._arguments("score", "best", "total", "row", self._keys(), *self.names, *loads)
         return self._function(f"weigh({head}, CUT: tl.constexpr)", body,
                               "weight, shrink, top, total"), loads  # fmt: skip
+
+    def _keys(self) -> str:
+        return "key, unseen" if self.shifts else "key"
 
     def _cut(self, past: bool) -> str:
         """What the ends of the keys, the diagonal and the window hide."""
         conditions = ["key_ok"] if past else []
+        conditions += ["(key >= unseen)"] if self.shifts else []
         distance = f"(key - row - {self.offset}" if self.offset else "(key - row"
         if self.causal:
             conditions.append(f"{distance} <= 0)")
@@ -210,10 +247,8 @@ class OverlappedAttention(AttentionWriter):
         bytes_ = [rows * self._wide(n) * 2 for n, rows in
                   enumerate((_ROWS, self.tile.columns, self.tile.columns))]  # fmt: skip
         code = [self._coordinates(one) for one in self.tiles]
-        names = ", ".join(self.names)
         loop = [
-            f"{names} = place({self._arguments('part')})",
-            f"low, full_low, full, stop = bounds({self._arguments('first')})",
+            *self._begin(),
             *(f"row{n} = {row}" for n, (row, _) in enumerate(code)),
             *(f"col{n} = {column}" for n, (_, column) in enumerate(code)),
             "for which in tl.static_range(GROUPS):",
@@ -222,7 +257,7 @@ class OverlappedAttention(AttentionWriter):
             f"    at = row0 + first.to(tl.int32) + which * {_ROWS}",
             "    bring_tile(m0, [at, col0], query_ready.index(which), queries.index(which))",
             "for block in range(0, stop - low):",
-            "    start = (stop - 1 - block) * COLS",
+            f"    start = {self._first_key('(stop - 1 - block)')}",
             "    slot = taken % STAGES",
             "    phase = ((taken // STAGES) & 1) ^ 1",
         ]
@@ -239,9 +274,24 @@ class OverlappedAttention(AttentionWriter):
         body.line("visit = 0")
         inner = Block(body.names)
         inner.lines = loop
-        body.nest(f"for part in {self.parts}:", inner)
+        body.nest(self.parts, inner)
         head = self._arguments("m0", "m1", "m2", "queries", "keys", "values", *self.barriers)
         return self._function(f"bring({head})", body)
+
+    def _begin(self) -> list[str]:
+        """Where a part lies, and its blocks of keys."""
+        return [
+            *([self.part] if self.part else []),
+            f"{', '.join(self.names)} = place({self._arguments('part')})",
+            f"low, full_low, full, stop = bounds({self._arguments('first')})",
+        ]
+
+    def _first_key(self, block: str) -> str:
+        """Where a block of keys starts. The last one ends with the keys, and has some of them
+        twice."""
+        if not self.shifts:
+            return f"{block} * COLS"
+        return f"tl.minimum({block} * COLS, {self.keys} - COLS)"
 
     def _coordinates(self, one: Tiles) -> tuple[str, str]:
         """Where a head starts."""
@@ -285,8 +335,11 @@ class OverlappedAttention(AttentionWriter):
             *end,
             "score = warpgroup_mma_wait(num_outstanding=1, deps=[score])",
             "mbarrier.arrive(key_free.index(slot), count=1)",
-            "key = block * COLS + tl.arange(0, COLS, tl.SliceLayout(0, SCORES))[None, :]",
-            f"weight, shrink, best, total = weigh(score, best, total, row, key, {more}, CUT)",
+            f"key = {self._first_key('block')} + "
+            "tl.arange(0, COLS, tl.SliceLayout(0, SCORES))[None, :]",
+            *(["unseen = block * COLS"] if self.shifts else []),
+            f"weight, shrink, best, total = weigh(score, best, total, row, {self._keys()}, "
+            f"{more}, CUT)",
             "acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])",
             "mbarrier.arrive(value_free.index(last), count=1)",
             "acc = acc * tl.convert_layout(shrink, tl.SliceLayout(1, RESULT))[:, None]",
@@ -317,14 +370,15 @@ class OverlappedAttention(AttentionWriter):
 
     def _attend_function(self, loads: Sequence[str]) -> str:
         """One group of warps."""
-        dtype, place = f"tl.{dtypes.storage(self.v.dtype)}", ", ".join(self.names)
+        dtype = f"tl.{dtypes.storage(self.v.dtype)}"
         (_, _, more), (begin, end) = self._state(loads), self._turns()
         cut = self.causal or over(self.keys, self.tile.columns) or self.window is not None
         loop = [
-            f"{place} = place({self._arguments('part')})",
-            f"low, full_low, full, stop = bounds({self._arguments('first')})",
+            *self._begin(),
             "row = first + which * 64 + tl.arange(0, 64, tl.SliceLayout(1, SCORES))[:, None]",
-            "key = (stop - 1) * COLS + tl.arange(0, COLS, tl.SliceLayout(0, SCORES))[None, :]",
+            f"key = {self._first_key('(stop - 1)')} + "
+            "tl.arange(0, COLS, tl.SliceLayout(0, SCORES))[None, :]",
+            *(["unseen = (stop - 1) * COLS"] if self.shifts else []),
             *self.sink.lines,
             f"best = tl.full([64], {self.before[0]}, tl.float32, tl.SliceLayout(1, SCORES))",
             f"total = tl.full([64], {self.before[1]}, tl.float32, tl.SliceLayout(1, SCORES))",
@@ -339,7 +393,8 @@ class OverlappedAttention(AttentionWriter):
             *end,
             "score = warpgroup_mma_wait(num_outstanding=0, deps=[score])",
             "mbarrier.arrive(key_free.index(slot), count=1)",
-            f"weight, shrink, best, total = weigh(score, best, total, row, key, {more}, {cut})",
+            f"weight, shrink, best, total = weigh(score, best, total, row, {self._keys()}, {more}, "
+            f"{cut})",
             f"weight = tl.convert_layout(weight.to({dtype}), WEIGHTS)",
             "taken += 1",
         ]
@@ -358,7 +413,7 @@ class OverlappedAttention(AttentionWriter):
         body.lines = ["query = queries.index(which)", "taken = 0", "visit = 0"]
         inner = Block(body.names)
         inner.lines = loop
-        body.nest(f"for part in {self.parts}:", inner)
+        body.nest(self.parts, inner)
         head = self._arguments("queries", "keys", "values", *self.barriers, self.target, *loads)
         return self._function(f"attend(which: tl.constexpr, {head})", body)
 
@@ -384,7 +439,7 @@ class OverlappedAttention(AttentionWriter):
         dtype = f"tl.{dtypes.storage(self.q.dtype)}"
         return [
             f"total = tl.convert_layout({divisor}, tl.SliceLayout(1, RESULT))",
-            f"result = tl.convert_layout((acc / total[:, None]).to({dtype}), STORED)",
+            f"result = tl.convert_layout((acc * (1.0 / total)[:, None]).to({dtype}), STORED)",
             "row = first + which * 64 + tl.arange(0, 64, tl.SliceLayout(1, STORED))[:, None]",
             "col = tl.arange(0, WIDTH, tl.SliceLayout(0, STORED))[None, :]",
             f"tl.store({self.target} + {address}, result{mask})",
@@ -417,6 +472,7 @@ class OverlappedAttention(AttentionWriter):
         registers = [working] * (groups - 1) + [bringing]
         lines += [
             "fence_async_shared()",
+            f"{WAIT}()",
             "tl.warp_specialize([",
             *(f"    (attend, ({which}, {work}))," for which in range(groups)),
             f"    (bring, ({bring})),",

@@ -26,6 +26,7 @@ from accel.backends.triton.cached_streamed import StreamedCachedTile, StreamedCa
 from accel.backends.triton.cached_tiles import Tiles
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.overlapped import SHARED_BYTES
+from accel.backends.triton.powers import quick_powers
 from accel.backends.triton.tiles import next_power
 from accel.ir.module import Op, Region, Value
 from accel.ir.types import Dim, product
@@ -174,6 +175,7 @@ class CachedGenerator(Generator):
             else CachedWriter(self.planner, plan, emitter, tile, 0)
         )
         program = writer.write()
+        quick_powers(program)
         writes = [Slot("result", i) for i in range(len(self.region.results))]
         if tile.split > 1:
             rows = int(product(a.extent for a in plan.rows))

@@ -103,6 +103,12 @@ def _fits(queries: Dim, keys: Dim, offset: int) -> bool:
     return isinstance(queries, int) and isinstance(keys, int) and queries + offset <= keys
 
 
+def shifts(keys: Dim, columns: int) -> bool:
+    """Whether the last block of keys ends with them: it has keys of the block before, and none of
+    the next batch."""
+    return isinstance(keys, int) and keys >= columns and keys % columns != 0
+
+
 def operands_reason(plan: Plan, tile: OverlappedTile) -> str | None:
     """Why TMA does not bring these operands in these tiles; None if it does."""
     return operands_of(plan, plan.indexer, tile)[1]
@@ -119,7 +125,8 @@ def operands_of(
     made = [t for t in found if t is not None]
     if len(made) < 3:
         return made, "operands that are no matrices that TMA can copy"
-    if over(k.shape[2], tile.columns) and made[2].row.terms:
+    keys = k.shape[2]
+    if over(keys, tile.columns) and not shifts(keys, tile.columns) and made[2].row.terms:
         # Values beyond the end have the weight 0, but 0 times what is no number is none.
         return made, "blocks of keys that overrun into the next batch"
     return made, None
