@@ -116,6 +116,11 @@ def bench(
         systems[name]["seconds"] = median
     data = {"what": what, "threads": torch.get_num_threads(), "systems": systems}
     parts = [_table(systems)]
+    best = min((n for n in systems if n != "accel"), key=lambda n: medians[n], default="")
+    if best:
+        data["best_peer"] = best
+        ratio = medians[best] / medians["accel"]
+        parts.append(facts([("best peer", f"{best}; accel is {ratio:.2f}x")]))
     if call.sizes:
         data["sizes"] = call.sizes
     if device.type == "cuda":

@@ -223,7 +223,7 @@ def test_bench_of_an_artifact_and_of_a_model(home: Path, at_home: Run) -> None:
     data = at_home("bench", home / "m.accel", *quick).json
     assert data["systems"]["accel"]["seconds"] > 0
     data = at_home("bench", f"{home}/model.py:with_inputs", *quick).json
-    assert set(data["systems"]) == {"eager", "accel"}
+    assert set(data["systems"]) == {"eager", "accel"} and data["best_peer"] == "eager"
     assert data["systems"]["accel"]["error"] < 1e-5
     data = at_home("bench", home / "m.accel", "--kernels", *quick).json
     line = data["roofline"]
