@@ -19,14 +19,14 @@ from collections.abc import Sequence
 
 import torch
 
-from accel.backends.loops.phases import region_symbols
 from accel.backends.triton import dtypes
-from accel.backends.triton.addresses import size_name, size_text
-from accel.backends.triton.attention_loop import AttentionWriter, Plan, over
+from accel.backends.triton.addresses import size_text
+from accel.backends.triton.attention_loop import Plan, over
+from accel.backends.triton.attention_parts import PartsWriter
 from accel.backends.triton.attention_tiles import OverlappedTile
 from accel.backends.triton.dependent import WAIT
 from accel.backends.triton.emitter import Scope
-from accel.backends.triton.head_tiles import Tiles, operands_of, reason, shifts
+from accel.backends.triton.head_tiles import Tiles, operands_of, reason
 from accel.backends.triton.maps import MapCode
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.program import Program
@@ -46,7 +46,7 @@ _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _BARRIERS = ("query_ready", "query_free", "key_ready", "key_free", "value_ready", "value_free")
 
 
-class OverlappedAttention(AttentionWriter):
+class OverlappedAttention(PartsWriter):
     """Writes the one program. Raises BackendError for what `reason` refuses, or operands that are
     no matrices."""
 
@@ -62,17 +62,13 @@ class OverlappedAttention(AttentionWriter):
         why = reason(plan.op)
         if why is not None:
             raise BackendError(f"no overlapped attention: {why}")
-        super().__init__(plan, emitter, target, tile)
-        self.overlapped, self.sms = tile, sms
+        super().__init__(plan, emitter, region, target, tile)
+        self.sms = sms
         self.barriers = (*_BARRIERS, "turn") if tile.turns else _BARRIERS
-        self.symbols = [size_name(s) for s in region_symbols(region)]
         found, why = operands_of(plan, emitter.indexer, tile)
         if why is not None:
             raise BackendError(f"no overlapped attention: {why}")
         self.tiles = found
-        self.names = ["first"]  # where a part of the work lies
-        self.part = ""  # the part of a lap
-        self.shifts = shifts(self.keys, tile.columns)
 
     def write(self) -> Program:
         tile, emitter = self.overlapped, self.emitter
@@ -119,77 +115,6 @@ class OverlappedAttention(AttentionWriter):
 
     def _wide(self, number: int) -> int:
         return self.width if number == 2 else self.depth
-
-    def _arguments(self, *names: str) -> str:
-        return ", ".join([*names, *self.symbols])
-
-    def _function(self, head: str, body: Block, result: str = "") -> str:
-        if result:
-            body.line(f"return {result}")
-        return f"@gluon.jit\ndef {head}:\n{body.source()}\n"
-
-    def _laps_function(self, parts: Dim, programs: Dim) -> list[str]:
-        """Which parts of the work a program takes: under a causal mask they are sorted by length,
-        so that laps from left to right and from right to left in turns even out."""
-        count, step = size_text(parts), size_text(programs)
-        if not (self.overlapped.persistent and self.causal):
-            self.parts = f"for part in range(tl.program_id(0), {count}, {step}):"
-            return []
-        self.parts = f"for lap in range(0, {self._call('laps')}):"
-        self.part = f"part = lap * {step} + position(lap{self._more()})"
-        position, laps = Block(self.top.block.names), Block(self.top.block.names)
-        position.line("at = tl.program_id(0)")
-        laps.line(f"whole = {count} // {step}")
-        laps.line(f"at = position(whole{self._more()})")
-        left = f"tl.minimum(tl.maximum({count} - whole * {step} - at, 0), 1)"
-        return [
-            self._function(f"position(lap{self._more()})", position,
-                           f"at + (lap % 2) * ({step} - 1 - 2 * at)"),
-            self._function(self._call("laps"), laps, f"whole + {left}"),
-        ]  # fmt: skip
-
-    def _call(self, name: str) -> str:
-        return f"{name}({', '.join(self.symbols)})"
-
-    def _more(self) -> str:
-        return "".join(f", {s}" for s in self.symbols)
-
-    def _place_function(self) -> str:
-        """Which queries of which head a part of the work is; binds the names for addresses."""
-        emitter, body = self.emitter, Block(self.top.block.names)
-        if emitter.kind == "int64":
-            body.line("part = part.to(tl.int64)")
-        self._part(body)
-        if self.plan.outer:
-            bound = (variable.text for _, variable in emitter.addresses.groups)
-            self.names += dict.fromkeys(("head", *bound))
-        return self._function(f"place({self._arguments('part')})", body, ", ".join(self.names))
-
-    def _bounds_function(self) -> str:
-        """Blocks of keys of a part: the first, the first and last whole ones, the end."""
-        body, keys, offset = Block(self.top.block.names), size_text(self.keys), self.offset
-        names = {"low": "0", "full_low": "0", "full": "full", "stop": "stop"}
-        if self.causal:
-            body.line(f"end = tl.minimum(first + {_plus('ROWS', offset)}, {keys}).to(tl.int32)")
-            body.line("stop = (end + COLS - 1) // COLS")
-            body.line(f"full = tl.minimum(first + {_plus('1', offset)}, {keys}).to(tl.int32)")
-            body.line("full = tl.minimum(full // COLS, stop - 1)")
-        elif isinstance(self.keys, int):
-            stop = parts_of(self.keys, self.tile.columns)
-            names |= {"full": f"{stop} - 1", "stop": str(stop)}
-        else:
-            body.line(f"stop = (({keys} + COLS - 1) // COLS).to(tl.int32)")
-            names["full"] = "stop - 1"
-        if self.window is not None:
-            behind = f"{_plus('first', offset)} - {self.window}"
-            body.line(f"low = tl.maximum({behind} + 1, 0).to(tl.int32) // COLS")
-            body.line(f"full_low = tl.maximum({behind} + ROWS, 0).to(tl.int32) + COLS - 1")
-            body.line("full = tl.maximum(full, low)")
-            body.line("full_low = tl.minimum(full_low // COLS, full)")
-            names |= {"low": "low", "full_low": "full_low"}
-        return self._function(
-            f"bounds({self._arguments('first')})", body, ", ".join(names.values())
-        )
 
     # -- the softmax -----------------------------------------------------------------------
 
@@ -277,21 +202,6 @@ class OverlappedAttention(AttentionWriter):
         body.nest(self.parts, inner)
         head = self._arguments("m0", "m1", "m2", "queries", "keys", "values", *self.barriers)
         return self._function(f"bring({head})", body)
-
-    def _begin(self) -> list[str]:
-        """Where a part lies, and its blocks of keys."""
-        return [
-            *([self.part] if self.part else []),
-            f"{', '.join(self.names)} = place({self._arguments('part')})",
-            f"low, full_low, full, stop = bounds({self._arguments('first')})",
-        ]
-
-    def _first_key(self, block: str) -> str:
-        """Where a block of keys starts. The last one ends with the keys, and has some of them
-        twice."""
-        if not self.shifts:
-            return f"{block} * COLS"
-        return f"tl.minimum({block} * COLS, {self.keys} - COLS)"
 
     def _coordinates(self, one: Tiles) -> tuple[str, str]:
         """Where a head starts."""
@@ -479,7 +389,3 @@ class OverlappedAttention(AttentionWriter):
             f"], {warps}, {registers})",
         ]
         return "\n".join(f"    {line}" for line in lines)
-
-
-def _plus(name: str, offset: Dim) -> str:
-    return name if offset == 0 else f"{name} + {size_text(offset)}"
