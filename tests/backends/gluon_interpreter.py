@@ -5,6 +5,10 @@ top of that interpreter: shared memory, mbarriers with their phases and counted 
 tiles of a matrix (zeros outside of it), and products that read their operands only when they are
 waited for, so that a slot which is freed too early gives a wrong result, and a barrier that nobody
 completes an error. Layouts mean nothing.
+
+Programs run one after another, but those of a pair at the same time (`accel.backends.cubin.pairs`):
+the first one waits for the second one to be launched. What is marked for both reaches both, which
+is an error if the other one has ended.
 """
 
 from __future__ import annotations
@@ -12,13 +16,15 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton.language as triton_language
 from torch import Tensor
+
+from accel.backends.cubin.pairs import BOTH, EVERYONE, MEET
 
 SECONDS = 20.0  # a wait that takes longer is a deadlock
 HEAD_START = "from triton.experimental import gluon\n"
@@ -41,6 +47,8 @@ def interpreted(source: str, name: str) -> str:
     start = source.index(HEAD_START)
     end = source.index("\n\n", source.index("\nstore_tile", start))
     source = source[:start] + HEAD + source[end:]
+    if MEET in source:
+        source = source.replace("tl.warp_specialize(", "tl.warp_specialize_pair(")
     found = re.search(rf"def {name}\((.*?)\):", source)
     assert found is not None
     entry = f"@triton.jit\ndef {name}_entry({found[1]}):\n    {name}({found[1]})\n"
@@ -76,20 +84,69 @@ class MapArgument:
         return slice(row, row + self.box[0]), slice(column, column + self.box[1])
 
 
-class Shared:
-    """Buffers in shared memory; rubbish at first."""
+@dataclass
+class RunningProgram:
+    """A program's number, what it has in shared memory, and the other one of its pair."""
 
-    def __init__(self, data: Tensor) -> None:
-        self.data = data
+    number: int
+    buffers: list[Any] = field(default_factory=list)
+    other: RunningProgram | None = None
+    parts: int = 0  # still running
+    started: bool = False
+
+    def twin(self, place: int) -> Any:
+        """What the other program has there."""
+        assert self.other is not None, "a program without a pair"
+        assert self.other.parts, "the other program of the pair has ended"
+        return self.other.buffers[place]
+
+
+_THREAD = threading.local()  # of a partition: its program, products in the order of their issue
+
+
+def _program() -> RunningProgram:
+    """The program that this thread runs; a new one if the interpreter has gone on to the next."""
+    found: RunningProgram | None = getattr(_THREAD, "program", None)
+    number = _tl_number()
+    if found is None or (
+        getattr(_THREAD, "top", True) and (found.started or found.number != number)
+    ):
+        found = _THREAD.program = RunningProgram(number)
+    return found
+
+
+def _tl_number() -> int:
+    return int(triton_language.program_id(0).handle.data.item())
+
+
+def _marked(mark: str) -> bool:
+    """Whether this thread said so just now."""
+    found = getattr(_THREAD, "mark", "") == mark
+    if found:
+        _THREAD.mark = ""
+    return found
+
+
+class Shared:
+    """Buffers in shared memory; rubbish at first. `place` is among those of its program."""
+
+    def __init__(self, data: Tensor, place: int) -> None:
+        self.data, self.place = data, place
 
     def index(self, place: Any) -> Shared:
-        return Shared(self.data[int(place)])
+        return Shared(self.data[int(place)], self.place)
 
     def slice(self, start: Any, length: Any, dim: int = 0) -> Shared:
-        return Shared(self.data.narrow(dim, int(start), int(length)))
+        return Shared(self.data.narrow(dim, int(start), int(length)), self.place)
 
     def permute(self, axes: Sequence[int]) -> Shared:
-        return Shared(self.data.permute(*axes))
+        return Shared(self.data.permute(*axes), self.place)
+
+    def twin(self) -> Shared:
+        """The same part of the other program's buffer."""
+        whole, own = _program().twin(self.place), self.data
+        part = whole.as_strided(own.shape, own.stride(), own.storage_offset())
+        return Shared(part, self.place)
 
     def load(self, layout: object) -> Any:
         return _tensor(self.data)
@@ -116,9 +173,14 @@ def _values(value: Any, dtype: torch.dtype) -> Tensor:
 class Barrier:
     """An mbarrier: a phase ends when all arrivals, and all bytes that were announced, are in."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: int, number: int) -> None:
         self.changed = threading.Condition()
+        self.place, self.number = place, number
         self.count = self.missing = self.bytes = self.phase = 0
+
+    def twin(self) -> Barrier:
+        made: Barrier = _program().twin(self.place)[self.number]
+        return made
 
     def _end_phase(self) -> None:
         if self.missing == 0 and self.bytes == 0:
@@ -147,10 +209,11 @@ class _Barriers:
 
     @staticmethod
     def arrive(one: Barrier, count: int = 1) -> None:
-        with one.changed:
-            assert one.missing >= count, "more arrivals than a barrier expects"
-            one.missing -= count
-            one._end_phase()
+        for each in [one, one.twin()] if _marked(EVERYONE) else [one]:
+            with each.changed:
+                assert each.missing >= count, "more arrivals than a barrier expects"
+                each.missing -= count
+                each._end_phase()
 
     @staticmethod
     def wait(one: Barrier, parity: Any) -> None:
@@ -170,11 +233,15 @@ def bring_tile(one: MapArgument, place: Sequence[Any], barrier: Barrier, target:
     rows, columns = one.tile(place)
     part = one.view[rows, columns]
     assert tuple(target.data.shape) == one.box
-    target.data.zero_()
-    target.data[: part.shape[0], : part.shape[1]] = part
-    with barrier.changed:
-        barrier.bytes -= target.data.numel() * target.data.element_size()
-        barrier._end_phase()
+    places = [(target, barrier)]
+    if _marked(BOTH):
+        places.append((target.twin(), barrier.twin()))
+    for there, arrival in places:
+        there.data.zero_()
+        there.data[: part.shape[0], : part.shape[1]] = part
+        with arrival.changed:
+            arrival.bytes -= there.data.numel() * there.data.element_size()
+            arrival._end_phase()
 
 
 def store_tile(one: MapArgument, place: Sequence[Any], source: Shared) -> None:
@@ -199,9 +266,6 @@ class Total:
 
     def __init__(self, data: Tensor, products: list[Product]) -> None:
         self.data, self.products = data, products
-
-
-_THREAD = threading.local()  # products of a partition, in the order in which they were issued
 
 
 def _issued() -> list[Product]:
@@ -251,6 +315,9 @@ def fence_async_shared() -> None:
     """Nothing is reordered here."""
 
 
+Part = tuple[Callable[..., None], Sequence[Any]]
+
+
 class _Language:
     """`gluon.language`: Triton's, with layouts, shared memory and partitions."""
 
@@ -277,28 +344,67 @@ class _Language:
     def inline_asm_elementwise(
         self, code: str, constraints: str, args: Sequence[Any], dtype: Any, is_pure: bool, pack: int
     ) -> Any:
+        if code.startswith((BOTH, EVERYONE)):
+            assert not getattr(_THREAD, "mark", ""), "two marks without an instruction in between"
+            _THREAD.mark = BOTH if code.startswith(BOTH) else EVERYONE
+            return None
+        if code.startswith(MEET):
+            return None
         assert code.startswith("cvt.rn.") and pack == 2, "another instruction than a rounding"
         return args[0].to(dtype)
+
+    def program_id(self, axis: int) -> Any:
+        if getattr(_THREAD, "top", True):
+            return triton_language.program_id(axis)
+        return _scalar(_program().number)
 
     def convert_layout(self, value: Any, layout: object) -> Any:
         return value
 
     def allocate_shared_memory(self, dtype: Any, shape: Sequence[int], layout: object) -> Any:
+        buffers = _program().buffers
+        place = len(buffers)
         if layout == "barriers":
-            return _BarrierArray(Barrier() for _ in range_(shape[0]))
-        return Shared(torch.full(tuple(shape), torch.nan, dtype=dtype))
+            made = _BarrierArray(Barrier(place, i) for i in range_(shape[0]))
+            buffers.append(made)
+            return made
+        buffers.append(torch.full(tuple(shape), torch.nan, dtype=dtype))
+        return Shared(buffers[-1], place)
 
-    def warp_specialize(
-        self, parts: Sequence[tuple[Callable[..., None], Sequence[Any]]], *_: object
-    ) -> None:
+    def warp_specialize(self, parts: Sequence[Part], *_: object) -> None:
+        program = _program()
+        program.started = True
+        self._run([(program, part) for part in parts])
+
+    def warp_specialize_pair(self, parts: Sequence[Part], *_: object) -> None:
+        """The program with an even number waits until the next one is here as well."""
+        program = _program()
+        program.started = True
+        mine = [(program, part) for part in parts]
+        if program.number % 2 == 0:
+            self._waiting = program, mine
+            return
+        first, others = self._waiting
+        assert first.number + 1 == program.number, "a program whose pair was not launched"
+        first.other, program.other = program, first
+        self._run([*others, *mine])
+
+    def _run(self, parts: Sequence[tuple[RunningProgram, Part]]) -> None:
         failures: list[BaseException] = []
+        lock = threading.Lock()
 
-        def run(function: Callable[..., None], args: Sequence[Any]) -> None:
+        def run(program: RunningProgram, part: Part) -> None:
+            function, args = part
+            _THREAD.program, _THREAD.top = program, False
             try:
                 function(*args)
             except BaseException as error:
                 failures.append(error)
+            with lock:
+                program.parts -= 1
 
+        for program, _ in parts:
+            program.parts += 1
         threads = [threading.Thread(target=run, args=part) for part in parts]
         for thread in threads:
             thread.start()
@@ -311,11 +417,15 @@ class _Language:
 range_ = range
 
 
-def _scalars(*bounds: Any) -> Iterator[Any]:
-    """`range`, whose values are scalars of the interpreter."""
+def _scalar(value: int) -> Any:
     from triton.runtime.interpreter import _implicit_cvt
 
-    return (_implicit_cvt(i) for i in range_(*(int(b) for b in bounds)))
+    return _implicit_cvt(value)
+
+
+def _scalars(*bounds: Any) -> Iterator[Any]:
+    """`range`, whose values are scalars of the interpreter."""
+    return (_scalar(i) for i in range_(*(int(b) for b in bounds)))
 
 
 range = _scalars  # what sources see

@@ -13,6 +13,7 @@ import torch
 from accel.backends.triton import TritonBackend
 from accel.backends.triton.cooperative import CooperativeTile
 from accel.backends.triton.overlapped import OverlappedTile
+from accel.backends.triton.paired import PairedTile
 from accel.errors import BackendError
 from accel.ir import TensorType
 from accel.ir.module import Value
@@ -22,7 +23,8 @@ from tests.backends.test_tvm_kernels import randn, typed
 from tests.backends.triton_worker import Worker
 
 BF16, FP16 = torch.bfloat16, torch.float16
-TILES = (OverlappedTile(64, 64, 32, 3), CooperativeTile(128, 128, 32, 3))
+TILES = (OverlappedTile(64, 64, 32, 3), CooperativeTile(128, 128, 32, 3),
+         PairedTile(128, 128, 32, 3, 4))  # fmt: skip
 # Few programs, so that each has many tiles.
 BACKENDS = {type(tile).__name__: TritonBackend("sm_90", sms=2, tile=tile) for tile in TILES}
 BACKEND = BACKENDS["OverlappedTile"]

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from accel.backends.cubin.pairs import paired
 from accel.errors import BackendError, MissingDependencyError
 
 PARAMETERS = 5  # of the compiled function, for each map: the map, two sizes, two strides
@@ -194,7 +195,8 @@ def _run_stages(function: Any, unit: Unit) -> tuple[dict[str, Any], dict[str, An
     with knobs.compilation.scope():
         knobs.compilation.disable_line_info = True  # of a file that is gone by then
         for name in list(stages)[list(stages).index(function.ext) :]:
-            module = made[name] = stages[name](module, metadata)
+            module = stages[name](module, metadata)
+            made[name] = module = paired(module) if name == "ptx" else module
     return made, metadata
 
 

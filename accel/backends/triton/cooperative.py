@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from accel.backends.triton.bringing import GROUPS
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.operands import TileEmitter
-from accel.backends.triton.overlapped import GROUPS, OverlappedTile, OverlappedWriter
+from accel.backends.triton.overlapped import OverlappedTile, OverlappedWriter
 from accel.backends.triton.text import Block
 
 

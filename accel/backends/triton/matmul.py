@@ -24,6 +24,7 @@ from accel.backends.triton.overlapped import (
     OverlappedWriter,
     operands_of,
 )
+from accel.backends.triton.paired import PairedTile, PairedWriter
 from accel.backends.triton.product_costs import (
     BANDWIDTH,
     LAUNCH,
@@ -269,6 +270,10 @@ def _streams(rows: int, columns: int, depth: int, width: int) -> bool:
     return width * rows * columns * depth / _OWN_RATE < _SLACK * moved / BANDWIDTH
 
 
+_WRITERS = ((PairedTile, PairedWriter), (CooperativeTile, CooperativeWriter),
+            (OverlappedTile, OverlappedWriter))  # fmt: skip
+
+
 # -- the code --------------------------------------------------------------------------------
 
 
@@ -295,8 +300,7 @@ class MatmulGenerator(Generator):
             tile = tile.overlapped if copied else tile.loop
         if isinstance(tile, OverlappedTile):
             over = TileEmitter(self.planner.indexer, pointers, set(), self.kind)
-            together = isinstance(tile, CooperativeTile)
-            writer = CooperativeWriter if together else OverlappedWriter
+            writer = next(w for kind, w in _WRITERS if isinstance(tile, kind))
             program = writer(made, over, self.region, targets, tile, self.sms).write()
         else:
             emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)

@@ -28,22 +28,20 @@ from accel.backends.loops.index import Axis, Indexer
 from accel.backends.loops.phases import region_symbols
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
-from accel.backends.triton.addresses import size_name, size_text
+from accel.backends.triton.addresses import size_name
+from accel.backends.triton.bringing import GROUPS, BringingWriter
 from accel.backends.triton.dependent import WAIT, WAIT_AFTER
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.maps import MapCode, Matrix, matrix
 from accel.backends.triton.operands import TileEmitter
 from accel.backends.triton.pairs import pairwise
-from accel.backends.triton.product_loop import MatmulWriter
 from accel.backends.triton.product_plan import Plan
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block
-from accel.backends.triton.tiles import parts_of
 from accel.errors import BackendError
 from accel.ir.module import Region, Value
-from accel.ir.types import Dim, product
+from accel.ir.types import Dim
 
-GROUPS = 2  # of warps that multiply
 _WARPS = 4  # of a group
 _REGISTERS = (232, 40)  # of a thread of the second group, and of the warp that copies
 SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
@@ -83,13 +81,13 @@ def operands_of(plan: Plan, indexer: Indexer) -> tuple[Matrix, list[Matrix]] | N
     return (left, found) if len(found) == len(right) else None
 
 
-class OverlappedWriter(MatmulWriter):
+class OverlappedWriter(BringingWriter):
     """Writes the one program of a product in Gluon. Raises BackendError for other operands than
     matrices in 16-bit floats."""
 
-    turns = True  # groups have tiles of their own, one after the other
     row0, col0 = "row0", "col0"  # of what a group stores at once, and where it lies before
     place = "out"
+    bring_warps = 1
 
     def __init__(
         self,
@@ -117,7 +115,7 @@ class OverlappedWriter(MatmulWriter):
         self._find_resident(emitter)
 
     def write(self) -> Program:
-        emitter, tile = self.emitter, self.overlapped
+        emitter = self.emitter
         self._make_maps()
         body = Block(emitter.scopes[0].block.names)
         with emitter.inside(Scope(body, frozenset())):
@@ -127,19 +125,19 @@ class OverlappedWriter(MatmulWriter):
             body.line("number += 1")
         head = f"for tile in range({self._first()}, {self._tiles()}, {self._stride()}):"
         before = emitter.scopes[0].block
-        before.line(f"{WAIT}()")
+        for line in (*self._before_parts(), f"{WAIT}()"):
+            before.line(line)
         before.line(f"step = {self._first_step()}")
         before.line("number = 0")
         before.nest(head, body)
         if self.out is not None:
             before.line("tma.store_wait(0)")
-        tiles = product((parts_of(self.rows, tile.rows), parts_of(self.columns, self.width)))
-        programs: Dim = min(tiles, self.sms) if isinstance(tiles, int) else self.sms
+        programs = self._programs()
         used = list(emitter.used)
         reads = [self.left.value, *(m.value for m in self.right), *used]
         shared = self._shared(used)
         roundings, code = pairwise(before.source())
-        helpers = [self._constants(programs), *roundings, self._place_source(),
+        helpers = [self._constants(programs), *roundings, *self._helpers(), self._place_source(),
                    self._bring_source(),
                    f"@gluon.jit\ndef multiply(which: tl.constexpr, left, right, out, ready, free, "
                    f"turn, arrived, {shared}):\n{self._layouts()}\n{code}\n",
@@ -186,7 +184,7 @@ class OverlappedWriter(MatmulWriter):
 
     def _make_maps(self) -> None:
         tile = self.tile
-        operands = [(self.left, tile.rows), *((m, self.width) for m in self.right[:1])]
+        operands = [(self.left, tile.rows), *((m, self._brought()) for m in self.right[:1])]
         for number, (one, rows) in enumerate(operands):
             pointer = self.emitter.pointers[one.value]
             self.maps.append(self._map(number, pointer, one, (rows, tile.depth)))
@@ -214,23 +212,8 @@ class OverlappedWriter(MatmulWriter):
 
     # -- a tile ----------------------------------------------------------------------------
 
-    def _first(self) -> str:
-        """A group's first tile, in which step of the program it comes, and how far the next is."""
-        return "tl.program_id(0) + which * PROGRAMS"
-
-    def _first_step(self) -> str:
-        return f"which * {self._steps()}"
-
-    def _stride(self) -> str:
-        return f"{GROUPS} * PROGRAMS"
-
-    def _tiles(self) -> str:
-        down = size_text(parts_of(self.rows, self.tile.rows))
-        across = size_text(parts_of(self.columns, self.width))
-        return f"{down} * {across}"
-
-    def _steps(self) -> int:
-        return -(-self.depth // self.tile.depth)
+    def _helpers(self) -> list[str]:
+        return []
 
     def _start_tile(self, body: Block) -> None:
         body.line("row0, col0 = place(tile)" if not self._sizes() else
@@ -265,14 +248,14 @@ class OverlappedWriter(MatmulWriter):
             "mbarrier.wait(ready.index(slot), (step // STAGES) & 1)",
             f"total = {product_}",
             "total = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=[total]))",
-            "mbarrier.arrive(free.index(last), count=1)",
         ):
             loop.line(line)
+        self._release(loop, "last")
         body.nest(f"for _ in range(1, {self._steps()}):", loop)
         if self.turns:
             body.line("mbarrier.arrive(turn.index(1 - which), count=1)")
         body.line("sums = warpgroup_mma_wait(num_outstanding=0, deps=[total])")
-        body.line("mbarrier.arrive(free.index(slot), count=1)")
+        self._release(body, "slot")
         others = (GROUPS - 1) * self._steps() if self.turns else 0
         body.line(f"step += {1 + others}")
         if self.count == 1 and self.piece == self.width:
@@ -283,6 +266,14 @@ class OverlappedWriter(MatmulWriter):
         if self.count > 1:
             body.line("acc_0 = tl.convert_layout(first, layout)")
             body.line("acc_1 = tl.convert_layout(second, layout)")
+
+    def _release(self, body: Block, slot: str) -> None:
+        """A slot that has been multiplied."""
+        body.line(f"mbarrier.arrive(free.index({slot}), count=1)")
+
+    def _releases(self) -> int:
+        """How many of these make a slot free."""
+        return 1 if self.turns else GROUPS
 
     def _left(self) -> str:
         """A group's rows of x."""
@@ -326,9 +317,6 @@ class OverlappedWriter(MatmulWriter):
 
     # -- the functions ---------------------------------------------------------------------
 
-    def _sizes(self) -> list[str]:
-        return sorted(size_name(str(s)) for s in getattr(self.rows, "free_symbols", ()))
-
     def _shared(self, used: Sequence[Value]) -> str:
         """Parameters that all parts of the program have in common."""
         names = [m.name for m in self.maps]
@@ -342,7 +330,7 @@ class OverlappedWriter(MatmulWriter):
         tile = self.overlapped
         values = {"ROWS": self.height, "COLS": tile.columns, "DEPTH": tile.depth,
                   "STAGES": self.stages, "EARLY": min(self.stages, self._steps()),
-                  "GROUP": tile.group, "PROGRAMS": programs}  # fmt: skip
+                  "GROUP": self._group(), "PROGRAMS": programs}  # fmt: skip
         lines = [f"{name} = tl.constexpr({value})" for name, value in values.items()]
         return "\n".join(lines)
 
@@ -351,55 +339,6 @@ class OverlappedWriter(MatmulWriter):
         form = "tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {}, {}])"
         return (f"    wide: tl.constexpr = {form.format('COLS', bits)}\n"
                 f"    layout: tl.constexpr = {form.format(self.piece, bits)}")  # fmt: skip
-
-    def _place_source(self) -> str:
-        down = size_text(parts_of(self.rows, self.tile.rows))
-        across = size_text(parts_of(self.columns, self.width))
-        arguments = ", ".join(["tile", *self._sizes()])
-        return (
-            f"@gluon.jit\ndef place({arguments}):\n"
-            f"    first = tile // (GROUP * {across}) * GROUP\n"
-            f"    height = tl.minimum({down} - first, GROUP)\n"
-            f"    inside = tile % (GROUP * {across})\n"
-            f"    row0 = (first + inside % height) * {self.tile.rows}\n"
-            f"    return row0.to(tl.int32), (inside // height * {self.width}).to(tl.int32)\n"
-        )
-
-    def _weight_copies(self, slot: str, k: str) -> list[str]:
-        """Copies of a step's tile of the weight; its barrier is told of those of x as well."""
-        tile, width = self.tile, self.left.value.dtype.itemsize
-        bytes_ = (tile.rows + tile.columns) * tile.depth * width
-        lines = [f"mbarrier.expect(ready.index({slot}), {bytes_})"]
-        for number, one in enumerate(self.right):
-            target = f"right.index({slot})"
-            if self.count > 1:
-                target += f".slice({number * self.width}, {self.width}, dim=0)"
-            lines.append(f"bring_tile(m1, [{_plus('col0', one.row0)}, {_plus(k, one.col0)}], "
-                         f"ready.index({slot}), {target})")  # fmt: skip
-        return lines
-
-    def _bring_source(self) -> str:
-        """The first tiles of the weight come while the kernel before this one still runs."""
-        place = f"[{_plus('row0', self.left.row0)}, {_plus('k', self.left.col0)}]"
-        sizes = "".join(f", {s}" for s in self._sizes())
-        return (
-            f"@gluon.jit\ndef bring(left, right, ready, free, m0, m1{sizes}):\n"
-            f"    if tl.program_id(0) < {self._tiles()}:\n"
-            f"        row0, col0 = place(tl.program_id(0){sizes})\n"
-            "        for i in tl.static_range(EARLY):\n"
-            + "".join(f"            {line}\n" for line in self._weight_copies("i", "i * DEPTH"))
-            + f"    {WAIT}()\n"
-            "    step = 0\n"
-            f"    for tile in range(tl.program_id(0), {self._tiles()}, PROGRAMS):\n"
-            f"        row0, col0 = place(tile{sizes})\n"
-            f"        for k in range(0, {self.depth}, DEPTH):\n"
-            "            slot = step % STAGES\n"
-            "            if step >= EARLY:\n"
-            "                mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)\n"
-            + "".join(f"                {line}\n" for line in self._weight_copies("slot", "k"))
-            + f"            bring_tile(m0, {place}, ready.index(slot), left.index(slot))\n"
-            "            step += 1\n"
-        )
 
     def _main(self, shared: str) -> str:
         sizes = "".join(f", {s}" for s in self._sizes())
@@ -420,7 +359,7 @@ class OverlappedWriter(MatmulWriter):
         lines += [
             "for i in tl.static_range(STAGES):",
             "    mbarrier.init(ready.index(i), count=1)",
-            f"    mbarrier.init(free.index(i), count={1 if self.turns else GROUPS})",
+            f"    mbarrier.init(free.index(i), count={self._releases()})",
             f"for i in tl.static_range({GROUPS}):",
             "    mbarrier.init(turn.index(i), count=1)",
             "    mbarrier.init(arrived.index(i), count=1)",
@@ -430,10 +369,6 @@ class OverlappedWriter(MatmulWriter):
             *(f"    (multiply, ({i}, left, right, {self._out(i)}, ready, free, turn, "
               f"arrived.index({i}), {shared}))," for i in range(GROUPS)),
             f"    (bring, (left, right, ready, free, m0, m1{sizes})),",
-            f"], [{_WARPS}, 1], [{_REGISTERS[0]}, {_REGISTERS[1]}])",
+            f"], [{_WARPS}, {self.bring_warps}], [{_REGISTERS[0]}, {_REGISTERS[1]}])",
         ]  # fmt: skip
         return "\n".join(f"    {line}" for line in lines)
-
-
-def _plus(name: str, offset: Dim) -> str:
-    return name if offset == 0 else f"{name} + {size_text(offset)}"

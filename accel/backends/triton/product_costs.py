@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from accel.backends.loops.trace import COSTLY
+from accel.backends.triton.bringing import GROUPS
 from accel.backends.triton.cooperative import CooperativeTile
-from accel.backends.triton.overlapped import GROUPS, OverlappedTile
+from accel.backends.triton.overlapped import OverlappedTile
 from accel.ir.module import Op
 
 _SMS = 132  # of the device that was measured: rates are those of all together

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from accel.backends.triton.bringing import plus
 from accel.backends.triton.dependent import WAIT, WAIT_AFTER
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.maps import MapCode, Matrix
 from accel.backends.triton.operands import StoredOperands
-from accel.backends.triton.overlapped import _TMA_NAMES, SHARED_BYTES, _plus, operands_of
+from accel.backends.triton.overlapped import _TMA_NAMES, SHARED_BYTES, operands_of
 from accel.backends.triton.product_plan import Plan
 from accel.backends.triton.program import Program
 from accel.backends.triton.skinny_loop import SkinnyWriter
@@ -137,12 +138,12 @@ class StreamedWriter(SkinnyWriter):
             target = f"left.index({slot})"
             if len(self.right) > 1:
                 target += f".slice({number} * COLS, COLS, dim=0)"
-            place = f"{_plus('tile * COLS', one.row0)}, {_plus(step, one.col0)}"
+            place = f"{plus('tile * COLS', one.row0)}, {plus(step, one.col0)}"
             lines.append(f"bring_tile(m1, [{place}], ready.index({slot}), {target})")
         return lines
 
     def _x(self, slot: str, step: str) -> str:
-        place = f"{self.left.row0}, {_plus(step, self.left.col0)}"
+        place = f"{self.left.row0}, {plus(step, self.left.col0)}"
         return f"bring_tile(m0, [{place}], ready.index({slot}), right.index({slot}))"
 
     def _fill(self, block: Block) -> None:
