@@ -35,16 +35,16 @@ import torch
 from torch import Tensor, nn
 
 import accel
-from accel.compiler.dynamo import accel_backend
 from accel.compiler.targets import target_of
 from benchmarks import peer_caches
 from benchmarks.bounded import OutOfTime, at_most
-from benchmarks.gpu_roofline import Program, measure_all
+from benchmarks.gpu_roofline import Program, Recorder, measure_all, part
 from benchmarks.gpu_workloads import WORKLOADS, Workload
 from benchmarks.measure import RESULTS, geometric_mean, machine, merged, time_calls
 from benchmarks.training import training_step
 
 Call = Callable[..., Any]
+RECORDER = Recorder()  # accel's backend, whose functions can be looked at
 # A system makes two things of a workload whose model is on the GPU: the call that is checked, with
 # its outputs (or the loss), and the model that it runs.
 Build = Callable[[Workload], tuple[Call, nn.Module]]
@@ -70,7 +70,7 @@ def inductor(mode: str | None) -> Build:
 def accel_compiled(work: Workload) -> tuple[Call, nn.Module]:
     if work.trains:
         model = on_device(work)
-        return torch.compile(model, backend=accel_backend), model
+        return torch.compile(model, backend=RECORDER.backend), model
     target = target_of(torch.device("cuda"))
     return accel.compile(work.model, kwargs=work.kwargs, target=target), work.model
 
@@ -212,10 +212,12 @@ def _measure(
         milliseconds = time_calls(partial(timed, **inputs))
     print(f"{name:16} {system:26} {milliseconds:8.3f} ms  compile {seconds:6.1f} s"
           f"{' from its cache' if cached else ''}  error {error:.1e}", flush=True)  # fmt: skip
-    if options.programs is not None and isinstance(call, accel.Compiled):
-        model_of = call._latest()[1]
-        given = [("main", list(inputs.values()))]
-        options.programs.append(Program(name, model_of, given, milliseconds))
+    if options.programs is not None and system == "accel":
+        if isinstance(call, accel.Compiled):
+            parts = [part(call._latest()[1], "main", list(inputs.values()))]
+        else:
+            parts = RECORDER.record(lambda: results(work, call, model, inputs))
+        options.programs.append(Program(name, parts, milliseconds))
     return Row(name, system, milliseconds, None if cached else seconds, error)
 
 

@@ -13,7 +13,7 @@ All systems are timed before any step is: a profiler that has run once can slow 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.cli.figures import measured
+from accel.cli.figures import kernels_of, measured_function
+from accel.compiler.dynamo import compile_graph
 from accel.compiler.measure import ceilings
 from accel.compiler.roofline import Roofline, Row, fold
+from accel.frontends.dynamo import make_backend
+from accel.ir.module import Function, Module
+from accel.runtime.executor import CompiledFunction
 from accel.runtime.model import CompiledModel
 from benchmarks.docs_gpu import TITLES
 from benchmarks.measure import RESULTS, machine, merged
@@ -33,13 +37,57 @@ _FURTHEST, _PRINTED = 3, 8
 
 
 @dataclass
+class Part:
+    """A compiled function, its kernel-level IR, and the arguments of a call."""
+
+    function: CompiledFunction
+    ir: Function | None
+    inputs: Sequence[Tensor]
+
+
+@dataclass
 class Program:
-    """What was timed: calls of a model's entry points, and what all of them take together."""
+    """What was timed: functions, and what all of them take together."""
 
     workload: str
-    model: CompiledModel
-    calls: Sequence[tuple[str, Sequence[Tensor]]]  # entry point, its arguments
+    parts: Sequence[Part]
     milliseconds: float
+
+
+def part(model: CompiledModel, entry: str, inputs: Sequence[Tensor]) -> Part:
+    """A call of a model's entry point."""
+    point = model.entry_points[entry]
+    return Part(point.function, kernels_of(model, point), inputs)
+
+
+class Recorder:
+    """A backend of torch.compile that is accel's, and can keep the calls of what it compiled."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] | None = None  # of the calls that were made since this was a list
+        self.backend = make_backend(self._compile)
+
+    def _compile(
+        self, module: Module, options: Mapping[str, Any], device: torch.device
+    ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        function = compile_graph(module, options, device)
+
+        def call(inputs: Sequence[Tensor]) -> list[Tensor]:
+            if self.parts is not None and isinstance(function, CompiledFunction):
+                self.parts.append(Part(function, module.main, list(inputs)))
+            return function(inputs)
+
+        return call
+
+    def record(self, call: Callable[[], object]) -> list[Part]:
+        """The functions that one call runs."""
+        made: list[Part] = []
+        self.parts = made
+        try:
+            call()
+        finally:
+            self.parts = None
+        return made
 
 
 def measure_all(programs: Sequence[Program], path: Path = PATH) -> None:
@@ -59,7 +107,7 @@ def measure_all(programs: Sequence[Program], path: Path = PATH) -> None:
 @torch.no_grad()
 def figures(program: Program) -> dict[str, Any]:
     """One row of the table."""
-    lines = [_line(program, entry, inputs) for entry, inputs in program.calls]
+    lines = [_line(each) for each in program.parts]
     rows = [row for line in lines for row in line.rows]
     call = program.milliseconds * 1e3
     floor = 1e6 * sum(line.floor for line in lines)
@@ -79,10 +127,9 @@ def figures(program: Program) -> dict[str, Any]:
     }
 
 
-def _line(program: Program, entry: str, inputs: Sequence[Tensor]) -> Roofline:
-    point = program.model.entry_points[entry]
-    sizes = point.function.signature.bind(inputs)
-    return measured(program.model, point, inputs, sizes)
+def _line(each: Part) -> Roofline:
+    sizes = each.function.signature.bind(each.inputs)
+    return measured_function(each.function, each.ir, each.inputs, sizes)
 
 
 def _kernel(row: Row) -> dict[str, Any]:

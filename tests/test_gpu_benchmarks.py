@@ -11,7 +11,7 @@ from torch import nn
 
 import accel
 from benchmarks import docs_gpu, docs_gpu_decode, gpu, peer_caches
-from benchmarks.gpu_roofline import Program, figures
+from benchmarks.gpu_roofline import Program, Recorder, figures, part
 from benchmarks.prepare_peers import alone_with
 
 FACTS = {"gpu": "G", "packages": {"torch": "2", "transformers": "5"}}
@@ -73,15 +73,30 @@ def test_rooflines_of_a_program() -> None:
     layers = [nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)) for _ in range(3)]
     x = torch.randn(8, 64)
     fast = accel.compile(nn.Sequential(*layers).eval(), inputs=(x,))
-    made = figures(Program("bert_b1", fast._latest()[1], [("main", [x])], 0.5))
+    made = figures(Program("bert_b1", [part(fast._latest()[1], "main", [x])], 0.5))
     assert made["matched"] and made["call_us"] == 500
     assert made["share"] == pytest.approx(made["floor_us"] / 500)
     assert made["flops"] >= 3 * 2 * 8 * 64 * 64 and len(made["furthest"]) <= 3
     lost = [k["time_us"] - k["floor_us"] for k in made["furthest"]]
     assert lost == sorted(lost, reverse=True)
-    for part in ("floor_us", "time_us"):
-        total = made["steps_us" if part == "time_us" else part]
-        assert sum(k[part] for k in made["kernels"]) == pytest.approx(total)
+    for name, total in (("floor_us", made["floor_us"]), ("time_us", made["steps_us"])):
+        assert sum(k[name] for k in made["kernels"]) == pytest.approx(total)
     data = {"machine": FACTS, "bandwidth": 4.3e12, "peak_flops": {"float16": 7e14}, "rows": [made]}
     lines = docs_gpu.roofline_lines(data)
     assert any(line.startswith("| bert_b1 | ") and "linear" in line for line in lines)
+
+
+def test_a_training_step_is_recorded_with_its_arguments() -> None:
+    torch.manual_seed(0)
+    recorder, model = Recorder(), nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    call, x = torch.compile(model, backend=recorder.backend), torch.randn(8, 16)
+
+    def step() -> None:
+        call(x).sum().backward()
+
+    step()
+    parts = recorder.record(step)
+    assert len(parts) == 2 and recorder.parts is None  # forward, backward
+    made = figures(Program("gpt2_train_b8", parts, 0.5))
+    products = 2 * 8 * 16 * 32
+    assert made["matched"] and made["flops"] >= 2 * products + 3 * products

@@ -11,8 +11,10 @@ from accel.cli.output import format_bytes, format_seconds, table
 from accel.compiler.measure import ceilings, device_name
 from accel.compiler.roofline import Roofline, Row, filled_rows, fold, roofline, time_steps
 from accel.compiler.targets import get_target, host_target
+from accel.ir.module import Function
 from accel.ir.parser import parse_module
 from accel.runtime.artifact import Artifact
+from accel.runtime.executor import CompiledFunction
 from accel.runtime.model import CompiledModel, EntryPoint
 from accel.runtime.plan import FunctionPlan
 
@@ -23,10 +25,23 @@ def measured(
     model: CompiledModel, entry: EntryPoint, inputs: Sequence[Tensor], sizes: Mapping[str, int]
 ) -> Roofline:
     """Runs the entry point's steps one by one on its device, and times each."""
-    function = entry.function
-    ir = None
-    if _STAGE in model.stages():
-        ir = parse_module(model.ir(_STAGE)).functions.get(function.plan.name)
+    return measured_function(entry.function, kernels_of(model, entry), inputs, sizes)
+
+
+def kernels_of(model: CompiledModel, entry: EntryPoint) -> Function | None:
+    """The entry point's kernel-level IR, if the model has it."""
+    if _STAGE not in model.stages():
+        return None
+    return parse_module(model.ir(_STAGE)).functions.get(entry.function.plan.name)
+
+
+def measured_function(
+    function: CompiledFunction,
+    ir: Function | None,
+    inputs: Sequence[Tensor],
+    sizes: Mapping[str, int],
+) -> Roofline:
+    """`measured`, of a function by itself."""
     filled = filled_rows(ir, inputs) if ir is not None else None
     if function.device.type == "cuda":
         limits, source = ceilings(function.device), f"measured on {device_name(function.device)}"

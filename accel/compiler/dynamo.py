@@ -18,9 +18,10 @@ from accel.frontends.dynamo import make_backend
 from accel.ir.module import Module
 
 
-def _compile(
+def compile_graph(
     module: Module, options: Mapping[str, Any], device: torch.device
 ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """What `make_backend` asks for: a graph of torch.compile, for the device of its tensors."""
     rest = dict(options)
     target = rest.pop("target", None)
     chosen = target_of(device) if target is None else get_target(str(target))
@@ -29,4 +30,4 @@ def _compile(
     return compile_function(module, rest, chosen, device=place, keep=keep)
 
 
-accel_backend = make_backend(_compile)
+accel_backend = make_backend(compile_graph)
