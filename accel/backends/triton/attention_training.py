@@ -29,6 +29,7 @@ from accel.backends.triton.attention_tiles import AttentionTile, BackwardTile, c
 from accel.backends.triton.cached_plan import through_views
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, kind_of
 from accel.backends.triton.operands import StoredOperands
+from accel.backends.triton.powers import quick_powers
 from accel.backends.triton.program import Program
 from accel.errors import BackendError
 from accel.ir.module import Op, Region
@@ -215,6 +216,7 @@ class TrainingGenerator(Generator):
         reads = [Slot("input", self.region.args.index(v)) for v in program.reads]
         reads.sort(key=lambda s: s.number)
         writes = [Slot("result", n) for n in sorted(results)] + ([made] if made else [])
+        quick_powers(program)
         self._launch(program, [*reads, *more], writes, [])
 
 
