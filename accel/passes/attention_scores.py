@@ -133,11 +133,15 @@ def read_scores(softmax: Op, lead: Shape) -> Scores:
         if beside is None:
             return _stop(scores, softmax, "the weights are a part of a softmax")
         value = beside
+    whole, users = _before_maximum(value)
+    centred = whole if whole is not value and set(whole.users) <= users else None
+    if centred is not None:  # less the largest of each row is the same to a softmax
+        value = centred
     for _ in range(_LONGEST):
         op = value.op
         if op is None:
             return _stop(scores, softmax, "the scores are an argument")
-        if len(op.result.uses) != 1:
+        if len(op.result.uses) != 1 and value is not centred:
             return _stop(scores, op, "the scores have another user")
         if op.name == "matmul":
             return _finish(scores, op)

@@ -229,11 +229,16 @@ def _other_inputs(module: Module, batch: int, generator: torch.Generator) -> lis
 
 
 def empty_state(module: Module, batch: int, pages: int = 0) -> list[Tensor]:
-    """A state as @prefill takes it. What is never written must never be read: it is NaN."""
+    """A state as @prefill takes it. What is never written must never be read: it is NaN.
+
+    Of `finite` items it is read and must count for nothing: it is a number.
+    """
     made = []
-    for _, argument in _state(module):
+    for item, argument in _state(module):
         shape = [(pages or batch) if not isinstance(d, int) else d for d in argument.shape]
         value: float = float("nan") if argument.dtype.is_floating_point else 77
+        if item.get("finite"):
+            value = 1
         made.append(torch.full(shape, value, dtype=value_dtype(argument.dtype)))
     return made
 

@@ -35,9 +35,11 @@ import torch
 from accel.errors import CaptureError, OptionError
 from accel.ir.builder import Builder
 from accel.ir.module import Function, Module, Op, SymbolInfo, Value
+from accel.ir.storage import WeightStore
 from accel.ir.types import Dim, TensorType, symbol_names
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.equivalence import check_decode
+from accel.passes.mixing import check_order
 from accel.passes.narrow import WHOLE, Axes, depend_on, stored
 from accel.passes.row_positions import fix_rows, give_positions, row_axis
 from accel.passes.state import Held, Item, State
@@ -76,7 +78,7 @@ class InsertKvCache(Pass):
             raise OptionError(f"insert_kv_cache: a cache of {self.capacity} positions")
         if not 0 <= self.extend <= self.capacity:
             raise OptionError(f"insert_kv_cache: extend = {self.extend}")
-        model = _Model(module.main, self)
+        model = _Model(module.main, self, module.weights)
         if not context.rewrite(self.name):
             return
         decode = self._decode(model, context)
@@ -130,7 +132,8 @@ class InsertKvCache(Pass):
 class _Model:
     """What @main says: which argument holds the ids, its sizes, and what must be kept."""
 
-    def __init__(self, main: Function, options: InsertKvCache) -> None:
+    def __init__(self, main: Function, options: InsertKvCache, weights: WeightStore) -> None:
+        self.weights = weights
         self.main, self.capacity, self.extend = main, options.capacity, options.extend
         self.ids, self.length = _ids(main)
         self.others = [a for a in main.args if a is not self.ids]
@@ -255,6 +258,8 @@ class _Model:
         tokens.start(start.position, start.ids, start.held, self.state, self.slots)
         tokens.made |= start.fixed
         logits = tokens(self.main.results[0])
+        if tokens.kept or tokens.unproven:
+            check_order(tokens, self.weights)
         return self.finish(start.held, logits, b)
 
     def encode(self) -> Function:
@@ -319,6 +324,8 @@ def _table_rows(main: Function, ids: Value) -> Dim:
 
 def _check_causal(op: Op) -> None:
     place = str(op.location or "")
+    if not op.attribute("causal") and op.attribute("offset") == 0 and op.operand("mask"):
+        return  # the mask may say it in its own way: `accel.passes.mixing.check_order`
     if not op.attribute("causal") or op.attribute("offset") != 0:
         raise CaptureError(
             "accel.attention: a token sees tokens after it, or its mask is not known to be causal",

@@ -19,6 +19,7 @@ from accel.ir.storage import WeightStore
 from accel.ir.types import Dim, same_dim, same_shape, simplify_dim
 from accel.passes.algebra import without_leading_ones
 from accel.passes.position_rules import larger, smaller
+from accel.passes.stored_masks import StoredMask, chosen, read_stored
 
 # Scores this much lower than others have weight 0 after softmax, in every float format.
 HIDDEN = -6e4
@@ -96,7 +97,7 @@ class MaskReader:
 
     def __init__(self, weights: WeightStore) -> None:
         self.weights = weights
-        self._stored: dict[tuple[str, bool], Band | None] = {}
+        self._stored: dict[tuple[Value, bool], Band | None] = {}
 
     def boolean(self, value: Value, rows: Dim, columns: Dim, wanted: bool = True) -> Mask:
         """A boolean mask as a band and the rest. It broadcasts to [..., rows, columns].
@@ -122,6 +123,9 @@ class MaskReader:
         if joins and all(v.dtype == torch.bool for v in op.operands):
             parts = [self.boolean(v, rows, columns, wanted) for v in op.operands]
             return parts[0].also(parts[1]) or whole
+        truth = chosen(op)
+        if truth is not None:
+            return self.boolean(truth[0], rows, columns, wanted is truth[1])
         found: Band | None
         if op.name == "tri_mask" and same_shape(value.shape, (rows, columns)):
             band = _tri_band(op, columns)
@@ -154,10 +158,13 @@ class MaskReader:
         if op.name == "add":
             parts = [self.additive(v, rows, columns) for v in op.operands]
             return parts[0].also(parts[1]) or whole
-        if op.name == "where":
-            found = hidden_unless(op)
-            if found is None:
-                return whole
+        if op.name in ("mul", "div"):  # a mask that is scaled with the scores
+            factor = splat_value(op.operands[1])
+            read = self.additive(op.operands[0], rows, columns)
+            scaled = isinstance(factor, float) and 0.02 <= factor <= 50
+            return read if scaled and not read.bias else whole
+        found = hidden_unless(op) if op.name == "where" else None
+        if found is not None:
             condition, wanted, shown = found
             seen = self.boolean(condition, rows, columns, wanted)
             return seen.also(self.additive(shown, rows, columns)) or whole
@@ -174,20 +181,29 @@ class MaskReader:
 
     def _stored_band(self, value: Value, rows: Dim, columns: Dim, wanted: bool) -> Band | None:
         """The band that a stored mask spells out, or None if it is none."""
-        name = constant_name(value)
-        if name is None or len(value.shape) < 2 or not value.type.is_static:
+        if len(value.shape) < 2 or any(d != 1 for d in value.shape[:-2]):
             return None
         if not (same_dim(value.shape[-2], rows) and same_dim(value.shape[-1], columns)):
             return None
-        if any(d != 1 for d in value.shape[:-2]):
-            return None
         if value.dtype != torch.bool and not value.dtype.is_floating_point:
             return None
-        key = (name, wanted)
+        key = (value, wanted)
         if key not in self._stored:
-            tensor = self.weights.tensor(name)
-            self._stored[key] = band_of(tensor if wanted else ~tensor)
+            stored = read_stored(value, self.weights)
+            self._stored[key] = None if stored is None else _part_band(stored, wanted)
         return self._stored[key]
+
+
+def _part_band(stored: StoredMask, wanted: bool) -> Band | None:
+    """The band of a part of a stored mask, counted from where the part begins."""
+    band = band_of(stored.matrix if wanted else ~stored.matrix)
+    if band is None:
+        return None
+    shift = stored.column - stored.row
+    upper, lower = (
+        None if d is None else simplify_dim(d - shift) for d in (band.upper, band.lower)
+    )
+    return Band(upper, lower)
 
 
 def _tri_band(op: Op, columns: Dim) -> Band:

@@ -72,6 +72,7 @@ class Narrow(ABC):
         self.made: dict[tuple[Value, Axes], Value] = {}
         self.plans: dict[tuple[Value, Axes], Plan] = {}
         self.from_tokens = depend_on([ids])
+        self.kept: set[Value] = set()  # whole ones, from a state (`accel.passes.mixing`)
 
     def __call__(self, wanted: Value) -> Value:
         """The value narrowed on all its sequence axes."""
@@ -87,7 +88,7 @@ class Narrow(ABC):
             if key not in self.made and key not in self.plans:
                 self.plans[key] = self._plan(*key)
                 pending.extend(self.plans[key].needs)
-        for key in sorted(self.plans, key=lambda k: (order[made_by(k[0])], bool(k[1]))):
+        for key in sorted(self.plans, key=lambda k: (order[made_by(k[0])], self._turn(*k))):
             if key not in self.made:
                 plan = self.plans[key]
                 self.b.location = made_by(key[0]).location
@@ -98,6 +99,11 @@ class Narrow(ABC):
                         axes = self.sequence_axes(result) if key[1] else WHOLE
                         self.made.setdefault((result, axes), new)
         return self.made[goal]
+
+    def _turn(self, value: Value, axes: Axes) -> int:
+        """When a demand comes among those on one op's results: windows are cut of whole values,
+        and whole values that are kept are written from windows."""
+        return 1 if axes else 2 * (value in self.kept)
 
     # -- what the two windows differ in ------------------------------------------------------
 

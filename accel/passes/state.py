@@ -32,6 +32,7 @@ class Item:
         type: of the tensor.
         axis: along which tokens lie; -1 where none do.
         ring: whether a token's slot is its position modulo the number of slots.
+        finite: whether places that no token has reached are read, and count for nothing.
         streams: whether `sinks` first tokens stay, in front of the ring.
     """
 
@@ -43,12 +44,15 @@ class Item:
     ring: bool = False
     streams: bool = False
     sinks: int = 0
+    finite: bool = False
 
     def describe(self) -> dict[str, Any]:
         """As JSON, for the runtime and for checks."""
         facts: dict[str, Any] = {"name": self.name, "kind": self.kind, "axis": self.axis}
         if self.ring:
             facts["ring"] = True
+        if self.finite:
+            facts["finite"] = True
         if self.streams:
             facts["sinks"] = self.sinks
         return facts

@@ -10,7 +10,8 @@ random: an op that mixes tokens is found unless it does so for no input that is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +27,7 @@ from accel.ir.storage import WeightStore
 from accel.ir.types import Dim, TensorType, simplify_dim, symbol_names, value_dtype
 
 _TOKENS = 3
+_LONGER = 7  # tokens of texts whose later ones must not matter
 _BATCH = 2
 _MOST_ELEMENTS = 1 << 26
 
@@ -72,14 +74,109 @@ def _token_wise(
     return True
 
 
-def are_token_wise(
-    ops: Sequence[Op], inputs: Sequence[Value], result: Value, length: sympy.Symbol
+def is_token_wise_in(
+    op: Op, axes: frozenset[int], needs: Sequence[frozenset[int]], length: sympy.Symbol
 ) -> bool:
-    """Whether ops, in order, narrow together: `result` at a token follows from inputs at it."""
-    if any(op.regions or op.has(Trait.RANDOM) for op in ops):
+    """Whether narrowing each operand on its axes of `needs` narrows the one result on `axes`."""
+    if op.regions or op.definition.evaluate is None or op.has(Trait.RANDOM):
         return False
-    if sum(_elements(v.type, length) for v in inputs) > _MOST_ELEMENTS:
+    if _mentions(op, length):
         return False
+    types = tuple(v.type for v in op.operands)
+    attributes = tuple(op.attributes.items())
+    return _token_wise_in(
+        op.definition, types, op.result.type, attributes, op.segments, length, axes, tuple(needs)
+    )
+
+
+@lru_cache(4096)
+def _token_wise_in(
+    meaning: OpDefinition,
+    types: tuple[TensorType, ...],
+    result: TensorType,
+    attributes: tuple[tuple[str, Any], ...],
+    segments: tuple[int, ...] | None,
+    length: sympy.Symbol,
+    axes: frozenset[int],
+    needs: tuple[frozenset[int], ...],
+) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    operands = [_random(t, length, generator) for t in types]
+    complete = meaning.complete_attributes(
+        {name: _sized(v, length, _TOKENS) for name, v in attributes}
+    )
+
+    def run(values: Sequence[Tensor]) -> Tensor:
+        assert meaning.evaluate is not None
+        made = meaning.evaluate(*meaning.group_operands(values, segments), **complete)
+        assert isinstance(made, Tensor)
+        return made
+
+    try:
+        everything = run(operands)
+        for token in (_TOKENS - 1, 0):
+            given = [_at(x, t, length, token, n) for x, t, n in zip(operands, types, needs)]
+            wanted, made = _at(everything, result, length, token, axes), run(given)
+            if wanted.shape != made.shape or not _close(wanted, made):
+                return False
+    except (RuntimeError, IndexError, ValueError, TypeError, AccelError):
+        return False  # sizes that do not fit
+    return True
+
+
+def follows_tokens(
+    ops: Sequence[Op],
+    inputs: Sequence[Value],
+    result: Value,
+    length: sympy.Symbol,
+    weights: WeightStore,
+) -> bool:
+    """Whether `result` at a token stays the same whatever inputs are at tokens after it.
+
+    Constants among the ops are what they are: masks that are stored may be among them.
+    """
+    if any(op.has(Trait.RANDOM) for op in ops):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with _probe(ops, inputs, result) as function:
+        given = [_random(v.type, length, generator, _LONGER) for v in inputs]
+        try:
+            first = interpret(function, given, weights)[0]
+            if bool(first.isnan().all()):
+                return False
+            for token in (_LONGER - 2, _LONGER // 2, 0):
+                changed = [
+                    _changed(x, v.type, length, token, generator) for x, v in zip(given, inputs)
+                ]
+                second = interpret(function, changed, weights)[0]
+                for place in range(token + 1):
+                    pair = (
+                        _at(x, result.type, length, place, None, _LONGER) for x in (first, second)
+                    )
+                    if not _close(*pair):
+                        return False
+        except (RuntimeError, IndexError, ValueError, TypeError, AccelError):
+            return False  # sizes that do not fit
+    return True
+
+
+def _changed(
+    x: Tensor, type_: TensorType, length: sympy.Symbol, token: int, generator: torch.Generator
+) -> Tensor:
+    """Other data at the tokens after `token`, along the first sequence axis."""
+    other = _random(type_, length, generator, _LONGER)
+    for axis, dim in enumerate(type_.shape):
+        if not isinstance(dim, int) and length in dim.free_symbols:
+            places = torch.arange(x.shape[axis])
+            after = places * _LONGER // x.shape[axis] if dim == length else places % _LONGER
+            keep = (after <= token).reshape(-1, *[1] * (x.dim() - axis - 1))
+            return torch.where(keep, x, other)
+    return x
+
+
+@contextmanager
+def _probe(ops: Sequence[Op], inputs: Sequence[Value], result: Value) -> Iterator[Function]:
+    """A function of these ops, for as long as it is looked at."""
     function = Function("probe", [v.type for v in inputs])
     names = {
         s.name
@@ -93,21 +190,34 @@ def are_token_wise(
     for op in ops:
         function.body.append(clone_op(op, mapping))
     function.body.append(Op(definition("return"), [mapping[result]], {}, ()))
-    generator = torch.Generator().manual_seed(0)
-    given = [_random(v.type, length, generator) for v in inputs]
     try:
-        everything = interpret(function, given, WeightStore())[0]
-        for token in (_TOKENS - 1, 0):
-            part = [_at(x, v.type, length, token) for x, v in zip(given, inputs)]
-            one = interpret(function, part, WeightStore())[0]
-            wanted = _at(everything, result.type, length, token)
-            if wanted.shape != one.shape or not _close(wanted, one):
-                return False
-        return True
-    except (RuntimeError, IndexError, ValueError, TypeError, AccelError):
-        return False  # sizes that do not fit: the ops do not take one token
+        yield function
     finally:
         function.body.clear()
+
+
+def are_token_wise(
+    ops: Sequence[Op], inputs: Sequence[Value], result: Value, length: sympy.Symbol
+) -> bool:
+    """Whether ops, in order, narrow together: `result` at a token follows from inputs at it."""
+    if any(op.regions or op.has(Trait.RANDOM) for op in ops):
+        return False
+    if sum(_elements(v.type, length) for v in inputs) > _MOST_ELEMENTS:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    given = [_random(v.type, length, generator) for v in inputs]
+    with _probe(ops, inputs, result) as function:
+        try:
+            everything = interpret(function, given, WeightStore())[0]
+            for token in (_TOKENS - 1, 0):
+                part = [_at(x, v.type, length, token) for x, v in zip(given, inputs)]
+                one = interpret(function, part, WeightStore())[0]
+                wanted = _at(everything, result.type, length, token)
+                if wanted.shape != one.shape or not _close(wanted, one):
+                    return False
+            return True
+        except (RuntimeError, IndexError, ValueError, TypeError, AccelError):
+            return False  # sizes that do not fit: the ops do not take one token
 
 
 def _elements(type_: TensorType, length: sympy.Symbol) -> int:
@@ -190,23 +300,34 @@ def _zeros(type_: TensorType, length: sympy.Symbol, tokens: int) -> Tensor:
     return torch.zeros([_number(d, length, tokens) for d in type_.shape], dtype=type_.dtype)
 
 
-def _random(type_: TensorType, length: sympy.Symbol, generator: torch.Generator) -> Tensor:
+def _random(
+    type_: TensorType, length: sympy.Symbol, generator: torch.Generator, tokens: int = _TOKENS
+) -> Tensor:
     """Small data of a type; integers are 0 or 1, which most ops take as indices."""
-    shape = [_number(d, length, _TOKENS) for d in type_.shape]
+    shape = [_number(d, length, tokens) for d in type_.shape]
     dtype = value_dtype(type_.dtype)
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     return torch.randint(0, 2, shape, generator=generator).to(dtype)
 
 
-def _at(x: Tensor, type_: TensorType, length: sympy.Symbol, token: int) -> Tensor:
-    """One token of every sequence axis; batch and length may be one axis."""
+def _at(
+    x: Tensor,
+    type_: TensorType,
+    length: sympy.Symbol,
+    token: int,
+    axes: frozenset[int] | None = None,
+    tokens: int = _TOKENS,
+) -> Tensor:
+    """One token of every sequence axis, or of these; batch and length may be one axis."""
     for axis, dim in enumerate(type_.shape):
         if isinstance(dim, int) or length not in dim.free_symbols:
             continue
+        if axes is not None and axis not in axes:
+            continue
         others = [s for s in dim.free_symbols if s != length]
         outer = _BATCH ** len(others)
-        split = x.unflatten(axis, (outer, _TOKENS, x.shape[axis] // (outer * _TOKENS)))
+        split = x.unflatten(axis, (outer, tokens, x.shape[axis] // (outer * tokens)))
         x = split.narrow(axis + 1, token, 1).flatten(axis, axis + 2)
     return x
 

@@ -11,7 +11,7 @@ from accel.errors import CaptureError
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Value
 from accel.ir.types import Dim, TensorType, same_dim, simplify_dim
-from accel.passes import recurrent, routing, streaming
+from accel.passes import mixing, recurrent, routing, streaming
 from accel.passes.narrow import WHOLE, Axes, Emit, Narrow, Plan, made_by, stored
 from accel.passes.state import Held, Item, State
 from accel.passes.token_wise import is_prefix_stable
@@ -145,6 +145,7 @@ class NextTokens(Narrow):
         self._places: dict[tuple[str, Dim], Value] = {}
         self._firsts: dict[int, NextTokens] = {}
         self.streams: dict[tuple[int, int], streaming.Places] = {}
+        self.unproven: list[Value] = []  # of attention that is not known to be causal
         self.made[self.ids, self.sequence_axes(self.ids)] = ids
 
     def place(self, b: Builder, dtype: torch.dtype, offset: Dim = 0) -> Value:
@@ -213,6 +214,8 @@ class NextTokens(Narrow):
         masks += [] if sinks is None else [(sinks, WHOLE)]
         if not self.is_sequence(k.shape[2]):  # keys of something else, such as an encoder
             return Plan([*rows, (k, WHOLE), (v, WHOLE), *masks], self.clone(op))
+        if not op.attribute("causal"):
+            self.unproven.append(op.result)
         leaves = list(dict.fromkeys((*stored(k), *stored(v))))
         axes = [row if self.is_sequence(leaf.shape[2]) else WHOLE for leaf in leaves]
 
@@ -290,7 +293,10 @@ class NextTokens(Narrow):
     def whole(self, value: Value) -> Plan:
         """Only what no token has a say in, and what a longer text would not change."""
         if value in self.from_tokens:
-            raise self.refuse(value, "mixes tokens: it is needed for all of them at once")
+            kept = mixing.keep(self, value)
+            if kept is None:
+                raise self.refuse(value, "mixes tokens: it is needed for all of them at once")
+            return kept
         if not is_prefix_stable(value, self.main, self.length):
             raise self.refuse(value, "depends on the length of the text")
         op = made_by(value)
@@ -301,9 +307,11 @@ class NextTokens(Narrow):
         if kept is not None:
             return kept
         if value in self.from_tokens:
-            routed = routing.plan(self, value, axes)
-            if routed is not None:
-                return routed
+            product = made_by(value).name == "matmul"  # what mixes tokens most often
+            mixed = mixing.part(self, value, axes) if product else None
+            mixed = mixed or routing.plan(self, value, axes) or mixing.part(self, value, axes)
+            if mixed is not None:
+                return mixed
             raise self.refuse(value, "mixes tokens")
         if any(not same_dim(value.shape[a], self.length) for a in axes):
             raise self.refuse(value, "orders positions in a way that is not understood")
