@@ -210,6 +210,16 @@ def test_compiles(arch: str, rows: int) -> None:
     assert all(one.binary.cubin for one in launches)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_positions_of_64_bits_compile(arch: str) -> None:
+    """Of an unknown number of rows."""
+    n = symbol("n")
+    types = [TensorType((n, 64), BF16), typed(BF16, 8, 128, 64), TensorType((n, 2), I64)]
+    compiled = TritonBackend(arch).compile([kernel_of(function_of(types, gate_up), "experts", 1)])
+    first, second = compiled.launches[compiled.names[0]]
+    assert first.binary.cubin and "tl.int64" in second.code.source
+
+
 def test_the_choice_fills_the_device() -> None:
     one = choose(8, 64, 1024, 2048, 2, 132)
     assert isinstance(one, SkinnyTile) and one.split == 1

@@ -189,7 +189,8 @@ class ManyWriter(_ExpertRows):
         block.line(f"begin = tl.load({ends} + bin - 1, mask=bin > 0, other=0)")
         block.line(f"count = tl.where(bin < {self.experts}, (end - begin + ROWS - 1) // ROWS, 0)")
         block.line("passed = tl.cumsum(count, 0)")
-        block.line(f"{EXPERT} = tl.sum((passed <= tile).to(tl.int32), 0)")
+        number = "tl.sum((passed <= tile).to(tl.int32), 0)"
+        block.line(f"{EXPERT} = {self._wide(number)}")  # one type in and out of the branch
 
     def _rows(self, block: Block) -> None:
         """The rows of the tile: those from `start` on that are the expert's."""
@@ -200,7 +201,6 @@ class ManyWriter(_ExpertRows):
         block.line(f"{ROWS_OK} = place < high")
         loaded = f"tl.load({self.scratch[0]} + place, mask={ROWS_OK}, other=0)"
         block.line(f"row = {self._wide(loaded)}")
-        block.line(f"{EXPERT} = {self._wide(EXPERT)}")
 
 
 def bins(experts: int) -> int:
