@@ -19,7 +19,7 @@ from accel.compiler.options import Options
 from accel.compiler.pipeline import Program, compile_module, tensor_pipeline
 from accel.compiler.targets import Target, get_target
 from accel.errors import CaptureError, InputError, OptionError
-from accel.frontends.export import capture
+from accel.frontends.export import capture, small_sizes
 from accel.ir.module import Module
 from accel.passes.pipeline import parse_pipeline
 from accel.runtime.artifact import GoldenCase, write_artifact
@@ -47,8 +47,9 @@ def compile(
 
     Parameters and buffers are frozen into constants. With example `inputs` the model is captured
     and compiled now, for their shapes (sizes in `dynamic_shapes` may vary), and a call that does
-    not fit raises InputError. Without, each new structure, dtype or shape of inputs compiles at its
-    first call.
+    not fit raises InputError. Calls with no or one element along a dynamic axis are a program of
+    their own, compiled at the first one (not for a model with state). Without `inputs`, each new
+    structure, dtype or shape of inputs compiles at its first call.
 
     Args:
         model: a module, or any callable over tensors.
@@ -132,15 +133,22 @@ class Compiled:
         self.model, self.target, self.options = model, target, options
         self._dynamic_shapes, self._calibration = dynamic_shapes, calibration
         self._fixed: CompiledModel | None = None
+        self._small: dict[Any, CompiledModel] = {}  # by the sizes of 0 and 1 along dynamic axes
         self._programs: dict[Any, tuple[Program, CompiledModel, list[Tensor]]] = {}
         self._calls: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._generators: list[tuple[Any, int, int, CompiledModel]] = []
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._fixed is not None:
+        if self._fixed is None:
+            return self._specialize(args, kwargs)(*args, **kwargs)
+        try:
             return self._fixed(*args, **kwargs)
-        return self._specialize(args, kwargs)(*args, **kwargs)
+        except InputError as error:
+            small = self._for_small(self._fixed, args, kwargs)
+            if small is None:
+                raise error
+        return small(*args, **kwargs)
 
     def generate(self, input_ids: Any, *, capacity: int | None = None, **options: Any) -> Any:
         """Text of a causal language model: prompts and what follows them, int64 [B, n + new].
@@ -204,11 +212,34 @@ class Compiled:
                     self._calls[key] = (tuple(args), dict(kwargs))
         return self._programs[key][1]
 
-    def _compile(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
+    def _for_small(
+        self, fixed: CompiledModel, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> CompiledModel | None:
+        """A program for a call with no or one element along dynamic axes, compiled at the first
+        such call; None where there are none, and for models with state, of which there is one."""
+        (entry, *_), ((_, _, examples), *_) = fixed.entry_points.values(), self._programs.values()
+        leaves = tree.flatten((tuple(args), dict(kwargs)))[0]
+        ranks = [t.dim() for t in leaves if isinstance(t, Tensor)]
+        alike = len(ranks) == len(leaves) and ranks == [t.dim() for t in examples]
+        stateless = all(a.kind == "input" for a in entry.convention.arguments)
+        if self._dynamic_shapes is None or not alike or not stateless:
+            return None
+        sizes = tuple(small_sizes(self.model, args, kwargs, self._dynamic_shapes))
+        with self._lock:
+            if sizes and sizes not in self._small:
+                with collection_paused():
+                    self._small[sizes] = to_model(self._compile(args, kwargs, small=True))
+        return self._small.get(sizes)
+
+    def _compile(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], small: bool = False
+    ) -> Program:
         start = time.perf_counter()
         with gpu.processes(self.target, self.options) as pool:
             args, kwargs = self._on_models_device(args, kwargs)
-            module = capture(self.model, args, kwargs, dynamic_shapes=self._dynamic_shapes)
+            module = capture(
+                self.model, args, kwargs, dynamic_shapes=self._dynamic_shapes, small=small
+            )
             forward = self.model.forward if isinstance(self.model, nn.Module) else self.model
             module.main.metadata["parameters"] = describe_parameters(forward)
             seconds = time.perf_counter() - start

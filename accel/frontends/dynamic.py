@@ -67,11 +67,16 @@ class _Axis:
 class DynamicShapes:
     """The dynamic axes of a capture's inputs.
 
+    With `small`, axes of which the inputs have no or one element are as in the inputs: what such a
+    size broadcasts with, and which way a model branches on it, no larger size tells.
+
     Raises OptionError where `dynamic_shapes` does not fit the inputs.
     """
 
-    def __init__(self, spec: Any, inputs: tree.Node, names: Sequence[str], model: Any) -> None:
-        self.names = names
+    def __init__(
+        self, spec: Any, inputs: tree.Node, names: Sequence[str], model: Any, small: bool = False
+    ) -> None:
+        self.names, self._small = names, small
         self.axes: list[_Axis] = []
         self._sizes: list[tuple[_Axis, torch.SymInt]] = []
         self._fixed_at: Location | None = None
@@ -90,13 +95,16 @@ class DynamicShapes:
             return mode.from_tensor(tensor, static_shapes=True)
         rank = tensor.dim()
         kinds = [DimDynamic.STATIC] * rank
-        for axis in mine:
-            if tensor.shape[axis.axis] < 2:
+        for axis in list(mine):
+            if tensor.shape[axis.axis] < 2 and self._small:
+                mine.remove(axis)
+            elif tensor.shape[axis.axis] < 2:
                 raise OptionError(
                     f"axis {axis.axis} of '{self.names[index]}' is dynamic, but the example has "
                     f"size {tensor.shape[axis.axis]} there",
                     advice="give an example of size 2 or more along dynamic axes",
                 )
+        for axis in mine:
             kinds[axis.axis] = DimDynamic.DYNAMIC
         context: Any = StatelessSymbolicContext(
             dynamic_sizes=kinds,
@@ -114,6 +122,12 @@ class DynamicShapes:
             assert isinstance(size, torch.SymInt)
             self._sizes.append((axis, size))
         return fake
+
+    def small_sizes(self, tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+        """(input, axis, size) of the dynamic axes that have no or one element in these inputs, and
+        may."""
+        sizes = ((a, tensors[a.leaf].shape[a.axis]) for a in self.axes)
+        return [(a.leaf, a.axis, n) for a, n in sizes if n < 2 and n >= (a.low or 0)]
 
     def relate(self) -> None:
         """States ranges, and that axes of one name are equal."""

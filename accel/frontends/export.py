@@ -41,6 +41,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    small: bool = False,
 ) -> Module:
     """The program that `model(*args, **kwargs)` runs, for inference.
 
@@ -50,11 +51,26 @@ def capture(
         args, kwargs: example inputs. Tensors become arguments; other values are fixed.
         dynamic_shapes: as for `torch.export`: per input (by name, or in order) a dict from axis to
             `torch.export.Dim`, or to a name, e.g. `{"input_ids": {0: "batch", 1: "length"}}`.
+        small: dynamic axes of which the example has no or one element are static.
 
     Raises CaptureError, with the user's file and line, for control flow or sizes that depend on
     data, for a dynamic size that the model fixes, and for what the IR cannot express.
     """
-    return _Capture(model, args, kwargs or {}, dynamic_shapes).module
+    return _Capture(model, args, kwargs or {}, dynamic_shapes, small).module
+
+
+def small_sizes(
+    model: nn.Module | Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+) -> list[tuple[int, int, int]]:
+    """(input, axis, size) of each dynamic axis of which a call has no or one element, as its
+    declaration allows: a program for more elements says nothing about such a call, which gets one
+    of its own (`capture(..., small=True)`)."""
+    leaves, inputs = tree.flatten((tuple(args), dict(kwargs)))
+    names = _leaf_names(model, inputs, len(leaves))
+    return DynamicShapes(dynamic_shapes, inputs, names, model).small_sizes(leaves)
 
 
 class _Probe(nn.Module):
@@ -73,14 +89,19 @@ class _Probe(nn.Module):
 
 class _Capture:
     def __init__(
-        self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
+        self,
+        model: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        dynamic_shapes: Any,
+        small: bool = False,
     ) -> None:
         self.leaves, self.inputs = tree.flatten((tuple(args), dict(kwargs)))
         for leaf in self.leaves:
             if not isinstance(leaf, Tensor):
                 raise InputError("example inputs must be concrete: got a symbolic number")
         self.names = _leaf_names(model, self.inputs, len(self.leaves))
-        self.dynamic = DynamicShapes(dynamic_shapes, self.inputs, self.names, model)
+        self.dynamic = DynamicShapes(dynamic_shapes, self.inputs, self.names, model, small)
         self.fake_mode = FakeTensorMode(
             allow_non_fake_inputs=True, shape_env=self.dynamic.shape_env
         )

@@ -147,9 +147,12 @@ class Signature:
             if values[name] < low or (high is not None and values[name] > high):
                 place = self._place(name)
                 bounds = f"{low} and up" if high is None else f"{low} to {high}"
+                small = "compile for it: no or one element along an axis is a program of its own"
                 raise self._error(
                     f"was compiled for {name} of {bounds}; {place} gives {values[name]}",
-                    "compile with a wider range for this size",
+                    small
+                    if values[name] < low <= 2
+                    else "compile with a wider range for this size",
                 )
 
     def _place(self, name: str) -> str:
