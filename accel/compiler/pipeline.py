@@ -53,6 +53,7 @@ KERNEL_PIPELINE = (
     "select_depthwise",
     "select_matmul",
     "select_products",
+    "open_pages{kernels=true}",
     "select_cached",
     "select_attention",
     "select_libraries",

@@ -23,23 +23,42 @@ from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 @register_pass
 @dataclass
 class OpenPages(Pass):
-    """Writes attention over pages as reads through a table."""
+    """Writes attention over pages as reads through a table.
+
+    `kernels`: only where a generated kernel takes it; the rest is left to a library's call.
+    """
 
     name: ClassVar[str] = "open_pages"
     contract: ClassVar[Contract] = EXACT
 
+    kernels: bool = False
+
     def run(self, module: Module, context: Context) -> None:
         for function in module.functions.values():
             for op in [o for o in function.ops if o.name == "paged_attention"]:
-                if context.rewrite(self.name, op):
-                    self._open(op)
+                before = op.prev
+                made = self._opened(op)
+                reason = self._refusal(made, context)
+                if reason is None and context.rewrite(self.name, op):
+                    op.replace_with([made])
+                    continue
+                if reason is not None:
+                    context.miss(self.name, op, reason)
+                while op.prev is not None and op.prev is not before:
+                    op.prev.erase()
 
-    def _open(self, op: Op) -> None:
+    def _opened(self, op: Op) -> Value:
         b = Builder(before=op, location=op.location, made_by=self.name)
         (made,) = b.decompose(op)
-        for value in made.op.operands[1:3]:  # type: ignore[union-attr]
+        assert made.op is not None
+        for value in made.op.operands[1:3]:
             _read_through(b, value)
-        op.replace_with([made])
+        return made
+
+    def _refusal(self, made: Value, context: Context) -> str | None:
+        if not self.kernels or context.generator is None or made.op is None:
+            return None
+        return context.generator.supports_anchor(made.op, made.op.name)
 
 
 def _read_through(b: Builder, cache: Value) -> None:

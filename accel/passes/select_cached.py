@@ -128,7 +128,7 @@ def _decoding(op: Op, generator: KernelGenerator) -> set[Op]:
         made = pending.pop()
         if made is None or made in found or made.has(Trait.UPDATE):
             continue
-        if not _decodes(made, generator) or any(
+        if not _decodes(made, op, generator) or any(
             user is not op and user not in found for user in made.result.users
         ):
             continue
@@ -137,7 +137,9 @@ def _decoding(op: Op, generator: KernelGenerator) -> set[Op]:
     return found
 
 
-def _decodes(op: Op, generator: KernelGenerator) -> bool:
+def _decodes(op: Op, anchor: Op, generator: KernelGenerator) -> bool:
+    if op.name == "gather":  # pages
+        return generator.supports_neighbour(anchor, op) is None
     known = op.has(Trait.DECODE) or _is_pointwise(op, generator)
     return known and generator.supports_decoding(op) is None and len(op.results) == 1
 
@@ -159,7 +161,7 @@ def _updates_of(
     """The updates of its keys and values, or of what they are computed from, if it takes all."""
     read = [*op.operands[1:3], *(v for o in decoding for v in o.operands)]
     found = dict.fromkeys(v.op for v in read)
-    updates = [u for u in found if u is not None and u.name == "dynamic_update"]
+    updates = [u for u in found if u is not None and u.has(Trait.UPDATE)]
     updates.sort(key=order.__getitem__)
     if len(updates) < 2:
         return []

@@ -210,3 +210,104 @@ def test_a_view_of_what_lies_in_memory_is_refused() -> None:
     types = [f32(1, 2, 1, 16), f32(1, 1, 70, 16), f32(1, 70, 8), f32(32, 8), I64]
     op = next(op for op in function_of(types, make).ops if op.name == "cached_attention")
     assert "view" in str(cached.reason(op))
+
+
+def _paged(page: int, rows: int, batch: int, pages: int) -> tuple[Function, Function]:
+    """The step over pages as the compiler writes it, and as the interpreter reads it."""
+
+    def make(b: Any, qkv: Any, cos: Any, sin: Any, keys: Any, values: Any, table: Any, at: Any,
+             gather: bool) -> Any:  # fmt: skip
+        split = b.permute(b.reshape(qkv, shape=(batch, rows, 8, 32)), axes=(0, 2, 1, 3))
+        q, k, v = (b.slice(split, axis=1, start=i, stop=j) for i, j in ((0, 4), (4, 6), (6, 8)))
+        keys = b.update_pages(keys, b.rope(k, cos, sin), table, at)
+        values = b.update_pages(values, v, table, at)
+        q = b.rope(q, cos, sin)
+        if gather:
+            whole = [
+                b.reshape(
+                    b.permute(b.gather(x, table, axis=0), axes=(0, 2, 1, 3, 4)),
+                    shape=(batch, 2, pages * page, 32),
+                )
+                for x in (keys, values)
+            ]
+            y = b.cached_attention(q, *whole, at, scale=0.3)
+        else:
+            y = b.paged_attention(q, keys, values, table, at, scale=0.3)
+        merged = b.reshape(b.permute(y, axes=(0, 2, 1, 3)), shape=(batch, rows, 128))
+        return keys, values, merged
+
+    pool = f32(batch * pages + 3, 2, page, 32)
+    angles = f32(1, 1, rows, 32)
+    table = TensorType((batch, pages), torch.int32)
+    at = TensorType((batch,), torch.int64) if batch > 1 else I64
+    types = [f32(batch, rows, 256), angles, angles, pool, pool, table, at]
+    return tuple(  # type: ignore[return-value]
+        function_of(types, lambda b, *x, how=how: make(b, *x, gather=how)) for how in (True, False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("page", "rows", "batch", "pages"),
+    [(16, 1, 1, 9), (32, 1, 3, 5), (4, 1, 1, 20), (16, 5, 2, 6), (48, 2, 1, 3), (16, 1, 1, 70)],
+)
+def test_pages_are_written_and_read_where_they_lie(
+    page: int, rows: int, batch: int, pages: int
+) -> None:
+    function, plain = _paged(page, rows, batch, pages)
+    runner = Runner([function], ["cached_attention"])
+    assert sorted(i for _, i in runner.compiled.updates[runner.compiled.symbols[0]]) == [3, 4]
+    capacity = pages * page
+    for place in (0, page - 1, page, 63, capacity // 2, capacity - rows):
+        generator = torch.Generator().manual_seed(place)
+        inputs = [
+            torch.randn([int(d) for d in a.shape], generator=generator) for a in function.args[:5]
+        ]
+        order = torch.randperm(batch * pages + 3, generator=generator)[: batch * pages]
+        inputs.append(order.reshape(batch, pages).to(torch.int32))
+        places = [min(place, capacity - rows), 0, capacity - rows][:batch]
+        inputs.append(torch.tensor(places if batch > 1 else places[0]))
+        for pool in inputs[3:5]:  # what no text has reached is not read
+            held = torch.full_like(pool, float("nan"))
+            for row, first in zip(inputs[5], places):
+                for slot in range(first):
+                    held[row[slot // page], :, slot % page] = pool[
+                        row[slot // page], :, slot % page
+                    ]
+            pool.copy_(held)
+        got = runner(0, inputs)
+        wanted = interpret(plain, inputs, WeightStore(), oracle=True)
+        for made, right in zip(got, wanted):
+            torch.testing.assert_close(made, right.float(), rtol=0, atol=1e-5, equal_nan=True)
+        assert bool(got[2].isfinite().all())
+
+
+LONG: dict[str, tuple[tuple[TensorType, ...], dict[str, Any]]] = {
+    "groups of three": ((f32(1, 9, 1, 64), f32(1, 3, 1500, 64), f32(1, 3, 1500, 64), I64), {}),
+    "one head": ((f32(1, 1, 1, 16), f32(1, 1, 4000, 16), f32(1, 1, 4000, 48), I64), {}),
+    "a group of ten": ((f32(1, 10, 1, 32), f32(1, 1, 1100, 32), f32(1, 1, 1100, 32), I64), {}),
+    "window": ((f32(2, 2, 1, 32), f32(2, 1, 2000, 32), f32(2, 1, 2000, 32), I64), {"window": 600}),
+    "sinks": (
+        (f32(1, 2, 1, 16), f32(1, 2, 1024, 16), f32(1, 2, 1024, 16), I64, f32(2)),
+        {"softcap": 3.0},
+    ),
+    "queries": ((f32(1, 2, 3, 16), f32(1, 2, 800, 16), f32(1, 2, 800, 16), I64), {}),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_tasks_that_share_the_keys_of_a_query(name: str) -> None:
+    types, attributes = LONG[name]
+    made = function_of(list(types), lambda b, *x: _attend(b, *x, **attributes))
+    runner = Runner([made], ["cached_attention"])
+    assert "_p1" in runner.compiled.sources[runner.compiled.symbols[0]]  # what adds the parts up
+    last = int(types[1].shape[2]) - int(types[0].shape[2])
+    for place in (0, 63, 64, 500, last):
+        generator = torch.Generator().manual_seed(place)
+        inputs = [torch.randn([int(d) for d in t.shape], generator=generator) for t in types]
+        inputs[3] = torch.tensor(place)
+        for held in inputs[1:3]:
+            held[:, :, place + int(types[0].shape[2]) :] = float("nan")
+        (got,) = runner(0, inputs)
+        (wanted,) = interpret(made, inputs, WeightStore(), oracle=True)
+        assert not bool(got.isnan().any())
+        assert float((got - wanted).abs().max()) <= 5e-6

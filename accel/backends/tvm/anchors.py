@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accel.backends.loops.phases import Phase, Planner
-from accel.backends.tvm import attention, blocked, cached, depthwise, updates
+from accel.backends.tvm import (
+    attention,
+    blocked,
+    cached,
+    cached_merge,
+    cached_nest,
+    depthwise,
+    updates,
+)
 from accel.ir.module import Op, Region
 
 
@@ -45,10 +53,16 @@ ANCHORS: dict[str, Anchor] = {
         ("cached_attention",),
         cached.reason,
         cached.plan,
-        cached.CachedPhase,
-        cached.CachedNest,
-        {"dynamic_update": updates.reason},
-        {"dequantize": cached.computed_reason, "rope": cached.computed_reason},
+        cached_nest.CachedPhase,
+        cached_nest.CachedNest,
+        {"dynamic_update": updates.reason, "update_pages": updates.reason},
+        {
+            "dequantize": cached.computed_reason,
+            "rope": cached.computed_reason,
+            "reshape": cached.pages_reason,
+            "permute": cached.pages_reason,
+            "gather": cached.pages_reason,
+        },
     ),
     "matmul": Anchor(
         ("linear", "conv"),
@@ -76,10 +90,17 @@ def find(region: Region, kind: str) -> tuple[Anchor, Op] | None:
     return None if op is None else (anchor, op)
 
 
+# Phases before and after an anchor's own.
+_AROUND: dict[type[Phase], Callable[..., Any]] = {
+    updates.UpdatePhase: updates.UpdateNest,
+    cached_nest.MergePhase: cached_merge.MergeNest,
+}
+
+
 def nest_of(phase: Phase) -> Callable[..., Any] | None:
     """What emits an anchor's phase; None for other phases."""
-    if type(phase) is updates.UpdatePhase:
-        return updates.UpdateNest
+    if type(phase) in _AROUND:
+        return _AROUND[type(phase)]
     return next((a.nest for a in ANCHORS.values() if type(phase) is a.phase), None)
 
 

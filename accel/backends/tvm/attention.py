@@ -150,10 +150,7 @@ class AttentionNest:
             self._each(self.width, partial(self._set, self.results[m], 0.0))
             block.store(self.best[m], tir.f32(-pymath.inf), tir.i64(0))
             if self.sinks is not None:
-                # What the softmax has seen first: a key whose value is 0.
-                sink = self.emitter.element(self.sinks, (self.head,))
-                block.store(self.best[m], sink, tir.i64(0))
-                block.store(self.sums[m], tir.f32(1.0), tir.i64(0))
+                self._see_sink(m)
         step = tir.var("step")
         low, high = self._blocks()
         with self.emitter.scope() as body:
@@ -166,6 +163,14 @@ class AttentionNest:
         block.loop(step, high - low, body)
         for m in range(self.queries):
             self._store(m)
+
+    def _see_sink(self, m: int) -> None:
+        """What the softmax has seen first: a key whose value is 0."""
+        with self._query(m, self._place(m)) as body:
+            sink = self.emitter.element(self.sinks, (self.head,))
+            self.emitter.block.store(self.best[m], sink, tir.i64(0))
+            self.emitter.block.store(self.sums[m], tir.f32(1.0), tir.i64(0))
+        self.emitter.block.statements.extend(body.statements)
 
     def _arrays(self, name: str, length: int) -> list[Buffer]:
         made = [tir.local_array(f"{name}{m}", length, "float32") for m in range(self.queries)]
@@ -205,8 +210,9 @@ class AttentionNest:
     # -- arithmetic ------------------------------------------------------------------------
 
     @contextmanager
-    def _query(self, place: Expr) -> Iterator[Block]:
-        """Code for one query; what does not depend on it moves out."""
+    def _query(self, m: int, place: Expr) -> Iterator[Block]:
+        """Code for query m of the task, which is number `place`; what does not depend on it moves
+        out."""
         emitter, axis = self.emitter, self.query.single_axis
         bound: tuple[Axis, ...] = () if axis is None else (axis,)
         with emitter.scope(bound) as body:
@@ -219,7 +225,7 @@ class AttentionNest:
     def _load_query(self, m: int) -> None:
         emitter = self.emitter
         scale = tir.f32(float(self.op.attribute("scale")))
-        with self._query(self._place(m)) as body:
+        with self._query(m, self._place(m)) as body:
             depth = emitter.indexer.of(self.depth_axis)
             with emitter.loop((self.depth_axis,), tir.i64(self.depth)):
                 value = emitter.element(self.q, (self.batch, self.head, self.query, depth))
@@ -267,7 +273,7 @@ class AttentionNest:
         if self._masks():
             with emitter.loop((self.keys_axis,), steps, self.base):
                 for m in range(self.queries):
-                    with self._query(self._place(m)) as body:
+                    with self._query(m, self._place(m)) as body:
                         self._mask_one(m)
                     emitter.block.statements.extend(body.statements)
         if not whole:
@@ -380,28 +386,38 @@ class AttentionNest:
         start = emitter.addresses.code(head) + self.base * tir.i64(size)
         return emitter.buffers[value], emitter.block.let(start, "start")
 
-    def _store(self, m: int) -> None:
-        emitter, block = self.emitter, self.emitter.block
-        sums, half = self.sums[m], KEYS
+    def _total(self, m: int) -> Expr:
+        """The sum of the weights."""
+        block, sums, half = self.emitter.block, self.sums[m], KEYS
         while half > 1:
             half //= 2
             lane, inner = tir.var("lane"), Block()
             inner.store(sums, tir.load(sums, lane) + tir.load(sums, lane + tir.i64(half)), lane)
             block.loop(lane, tir.i64(half), inner)
-        total = block.let(tir.load(sums, tir.i64(0)), "total")
+        return block.let(tir.load(sums, tir.i64(0)), "total")
+
+    def _inverse(self, total: Expr) -> Expr:
         inverse: Any = tir.f32(1.0) / total
         if self._may_be_empty():
             inverse = select(tir.eq(total, tir.f32(0.0)), tir.f32(0.0), inverse)
-        inverse = block.let(inverse, "inverse")
-        column = self.column.single_axis
+        return self.emitter.block.let(inverse, "inverse")
+
+    def _store(self, m: int) -> None:
+        inverse = self._inverse(self._total(m))
+        with self._query(m, self.first + tir.i64(m)) as body:
+            self._store_row(self.results[m], inverse)
+        seen = self.first + tir.i64(m) < self.sizes.code(self.q.shape[2])
+        self.emitter.block.branch(seen, body)
+
+    def _store_row(self, sums: Buffer, inverse: Expr) -> None:
+        """The result of a query of a head: sums times the inverse."""
+        emitter, column = self.emitter, self.column.single_axis
         assert column is not None
-        query, width = self._query(self.first + tir.i64(m)), tir.i64(self.width)
-        with query as body, emitter.loop((column,), width):
+        with emitter.loop((column,), tir.i64(self.width)):
             lane = emitter.addresses.code(self.column)
-            value = emitter.block.let(tir.load(self.results[m], lane) * inverse, "value")
+            value = emitter.block.let(tir.load(sums, lane) * inverse, "value")
             stored = dtypes.to_storage(value, self.op.result.dtype, emitter.block)
             emitter.block.store(self.out, stored, emitter.addresses.code(self.address))
-        block.branch(self.first + tir.i64(m) < self.sizes.code(self.q.shape[2]), body)
 
     def _may_be_empty(self) -> bool:
         """Whether a query without keys gives 0 (else 0 / 0, as softmax of -inf)."""

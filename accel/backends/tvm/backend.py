@@ -196,13 +196,13 @@ def _index_reason(op: Op) -> str | None:
         return "a floating arange"
     if op.name in ("full", "pad") and isinstance(op.attribute("value"), complex):
         return "complex numbers"
-    if op.name in ("arange", "iota") and op.result.dtype in dtypes.READ_ONLY:
+    if op.name in ("arange", "iota") and op.result.dtype in dtypes.ONLY_CAST:
         return f"dtype {op.result.dtype}"
     return None
 
 
 def _reduction_reason(op: Op) -> str | None:
-    if op.operands[0].dtype in dtypes.READ_ONLY:
+    if op.operands[0].dtype in dtypes.ONLY_CAST:
         return f"a reduction of {op.operands[0].dtype}"
     attributes = {a.name for a in op.definition.attributes}
     if "axes" not in attributes and op.attribute("axis") is None:

@@ -27,7 +27,9 @@ _STORED_AS = {
     torch.float8_e5m2: "uint8",
     torch.bool: "uint8",
 }
-READ_ONLY = {torch.float8_e4m3fn, torch.float8_e5m2, *SUB_BYTE_BITS}
+READ_ONLY = {torch.float8_e5m2, *SUB_BYTE_BITS}
+_BEYOND = int(torch.tensor(math.inf).to(torch.float8_e4m3fn).view(torch.uint8))  # 448 or NaN
+ONLY_CAST = {torch.float8_e4m3fn, *READ_ONLY}  # no other op has code for them
 
 
 def storage(dtype: torch.dtype) -> str:
@@ -73,7 +75,25 @@ def to_storage(value: Expr, dtype: torch.dtype, block: Block) -> Expr:
         return cast(_bfloat16_bits(value, block), "uint16")
     if dtype == torch.float16:
         return cast(value, "float16")
+    if dtype == torch.float8_e4m3fn:
+        return cast(_e4m3_bits(value, block), "uint8")
     return value
+
+
+def _e4m3_bits(value: Expr, block: Block) -> Expr:
+    """The nearest float8_e4m3fn, ties to even, as uint32; beyond 464 what torch makes of it."""
+    raw = block.let(bits(block.let(value, "wide"), "uint32"), "raw")
+    size = block.let(raw & const(0x7FFFFFFF, "uint32"), "size")
+    # Below 2^-6 steps are 2^-9: the last bit of a float32 near 2^14.
+    step = tir.f32(2.0**14)
+    small = bits(bits(size, "float32") + step, "uint32") - bits(step, "uint32")
+    odd = (size >> const(20, "uint32")) & const(1, "uint32")
+    large = size + odd + const(0x7FFFF, "uint32") - const(120 << 23, "uint32")
+    large = large >> const(20, "uint32")
+    made = select(size < const(121 << 23, "uint32"), small, large)
+    made = select(size > const(0x43E80000, "uint32"), const(_BEYOND, "uint32"), made)  # 464
+    made = select(size > const(0x7F800000, "uint32"), const(0x7F, "uint32"), made)
+    return made | ((raw >> const(24, "uint32")) & const(0x80, "uint32"))
 
 
 def _bfloat16_bits(value: Expr, block: Block) -> Expr:
@@ -93,6 +113,8 @@ def rounded(value: Expr, dtype: torch.dtype, block: Block) -> Expr:
         return bits(_bfloat16_bits(value, block) << const(16, "uint32"), "float32")
     if dtype == torch.float16:
         return cast(block.let(cast(value, "float16"), "half"), "float32")
+    if dtype == torch.float8_e4m3fn:
+        return _from_e4m3(block.let(_e4m3_bits(value, block), "byte"), block)
     return value
 
 

@@ -37,7 +37,7 @@ def supports(op: Op) -> str | None:
     if op.name == "gelu":
         own = op.attribute("approximate") == "none" and dtypes.compute(op.result.dtype) == "float32"
         return None if own else "has a decomposition"
-    if any(v.dtype in dtypes.READ_ONLY for v in (*op.operands, *op.results)):
+    if any(v.dtype in dtypes.ONLY_CAST for v in (*op.operands, *op.results)):
         return f"arithmetic on {op.operands[0].dtype}"
     dtype = op.operands[0].dtype if op.name != "where" else op.operands[1].dtype
     if op.name in _ANY or op.name in ("where", "bitcast", "clamp", "relu"):
