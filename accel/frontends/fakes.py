@@ -4,17 +4,19 @@ PyTorch works out the result of a call on fake tensors in Python, 0.1 to 0.5 ms 
 model repeats the same few dozen calls. `ResultMemo.call` keeps how results look (shape, strides,
 dtype, and whether they share memory with an argument), keyed by all that a result can depend on,
 and makes an equal fake tensor in a tenth of the time: equal layers go through shape functions once.
-Only plain cases are kept: dense tensors of static sizes on the CPU, and ops that write nothing.
-Everything else is asked anew.
+Sizes may be symbols: then the key has their expressions, and what a call told torch about them the
+first time (a guard) stays true. Only plain cases are kept: dense tensors on the CPU, and ops that
+write nothing. Everything else is asked anew.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -22,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from accel.frontends.calls import storage_key
 
 Key: TypeAlias = tuple[Any, ...]
+Size: TypeAlias = int | torch.SymInt
 
 _CPU = torch.device("cpu")
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout,
@@ -32,10 +35,10 @@ _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layou
 class _Made:
     """How one result looks; `argument` >= 0: the tensor argument whose memory it shares."""
 
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    shape: tuple[Size, ...]
+    stride: tuple[Size, ...]
     dtype: torch.dtype
-    offset: int = 0
+    offset: Size = 0
     argument: int = -1
     same: bool = False  # the argument itself
 
@@ -99,7 +102,10 @@ def _add(values: Any, parts: list[Any], tensors: list[FakeTensor]) -> bool:
             twins = tuple(
                 (i, t is value) for i, t in enumerate(tensors) if _storage(t) == _storage(value)
             )
-            parts += (value.shape, value.stride(), value.dtype, value.storage_offset(), twins)
+            look = _look(value)
+            if look is None:
+                return False
+            parts += (look, value.dtype, twins)
             tensors.append(value)
         elif kind in (tuple, list):
             parts.append(len(value))
@@ -107,18 +113,42 @@ def _add(values: Any, parts: list[Any], tensors: list[FakeTensor]) -> bool:
                 return False
         elif kind in _PLAIN:
             parts.append(value)
+        elif kind is torch.SymInt:
+            found = _expressions((value,))
+            if found is None:
+                return False
+            parts.append(found)
         else:
             return False
     return True
 
 
+def _look(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Shape, strides and offset; None if one of them is known only when a program runs."""
+    if not tensor._has_symbolic_sizes_strides:
+        return tensor.shape, tensor.stride(), tensor.storage_offset()
+    return _expressions((*tensor.shape, *tensor.stride(), tensor.storage_offset()))
+
+
+def _expressions(sizes: Iterable[Size]) -> tuple[Any, ...] | None:
+    """Sizes as numbers and expressions; None if one is known only when a program runs."""
+    made = []
+    for size in sizes:
+        if isinstance(size, torch.SymInt):
+            if not size.node.has_hint():
+                return None
+            made.append(size.node.expr)
+        else:
+            made.append(size)
+    return tuple(made)
+
+
 def _is_plain_fake(tensor: FakeTensor) -> bool:
-    """A dense fake tensor of static sizes on the CPU, of which nothing else is known."""
+    """A dense fake tensor on the CPU, of which nothing else is known."""
     return (
         tensor.constant is None
         and tensor.fake_device == _CPU
         and tensor.layout is torch.strided
-        and not tensor._has_symbolic_sizes_strides
         and not tensor.requires_grad
         and not tensor.is_conj()
         and not tensor.is_neg()
@@ -149,17 +179,25 @@ def _describe_one(result: Any, tensors: list[FakeTensor]) -> _Made | None:
         if _storage(tensor) == storage._cdata:
             if result.dtype != tensor.dtype:
                 return None
-            return _Made(shape, stride, result.dtype, int(result.storage_offset()), i)
+            return _Made(shape, stride, result.dtype, result.storage_offset(), i)
     if not _fills_storage(result):
         return None  # part of something that is not an argument
     return _Made(shape, stride, result.dtype)
 
 
 def _fills_storage(tensor: Tensor) -> bool:
-    shape, stride = tensor.shape, tensor.stride()
+    found = _expressions((*tensor.shape, *tensor.stride(), tensor.storage_offset()))
+    if found is None or found[-1] != 0:
+        return False
+    shape, stride = found[: tensor.dim()], found[tensor.dim() : -1]
     count = sum((d - 1) * s for d, s in zip(shape, stride)) + 1 if 0 not in shape else 0
-    whole = count * tensor.dtype.itemsize == tensor.untyped_storage().nbytes()
-    return whole and tensor.storage_offset() == 0
+    held = _expressions((tensor.untyped_storage().nbytes(),))
+    return held is not None and _equal(count * tensor.dtype.itemsize, held[0])
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether numbers or expressions are equal whatever the symbols are."""
+    return bool(one == other or sympy.expand(one - other) == 0)
 
 
 def _make(made: _Made, tensors: list[FakeTensor]) -> Tensor:
@@ -176,7 +214,7 @@ def _make(made: _Made, tensors: list[FakeTensor]) -> Tensor:
 
 
 def _new(
-    mode: FakeTensorMode, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+    mode: FakeTensorMode, shape: tuple[Size, ...], stride: tuple[Size, ...], dtype: torch.dtype
 ) -> FakeTensor:
     """With memory of its own."""
     with torch._C._DisableTorchDispatch():

@@ -9,6 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 from accel.frontends.calls import storage_key
 from accel.frontends.fakes import ResultMemo, fake_weights
@@ -60,6 +65,40 @@ def test_remembered_results_are_like_new_ones(
             seen = [a for a in args if isinstance(a, Tensor)] + inputs
             looks.append((look(memo.call(op, args, {}), seen), look(op(*args), seen)))
     assert all(remembered == own == looks[0][1] for remembered, own in looks)
+
+
+SYMBOLIC: dict[str, tuple[Any, Callable[[Tensor], tuple[Any, ...]]]] = {
+    "linear": (aten.linear.default, lambda x: (x, torch.empty(5, 4))),
+    "add": (aten.add.Tensor, lambda x: (x, x)),
+    "view": (aten.view.default, lambda x: (x, [2 * x.shape[1], 2, 2])),
+    "transpose": (aten.transpose.int, lambda x: (x, 1, 2)),
+    "slice": (aten.slice.Tensor, lambda x: (x, 1, 1, x.shape[1] - 1)),
+    "cat": (aten.cat.default, lambda x: ([x, x[:, :2]], 1)),
+    "split": (aten.split.Tensor, lambda x: (x, 2, 2)),
+    "arange": (aten.arange.start_step, lambda x: (0, x.shape[1], 2)),
+}
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_results_of_unknown_sizes_are_like_new_ones(name: str) -> None:
+    op, arguments = SYMBOLIC[name]
+    memo, mode = ResultMemo(), FakeTensorMode(shape_env=ShapeEnv())
+    sizes = [DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
+    context = StatelessSymbolicContext(dynamic_sizes=sizes)  # type: ignore[var-annotated]
+    given = mode.from_tensor(torch.empty(2, 7, 4), symbolic_context=context)
+    other = mode.from_tensor(torch.empty(2, 11, 4), symbolic_context=context)
+    with torch.no_grad(), mode:
+        for x in (given, given + 1, other, given.transpose(0, 2).transpose(0, 2)):
+            args = arguments(x)
+            seen = [a for a in args if isinstance(a, Tensor)]
+            for _ in range(2):
+                assert told(memo.call(op, args, {}), seen) == told(op(*args), seen)
+
+
+def told(result: Any, inputs: list[Tensor]) -> str:
+    """`look` as text, with the expressions of sizes, and the size of a result's memory."""
+    memory = result.untyped_storage().nbytes() if isinstance(result, Tensor) else ""
+    return f"{look(result, inputs)} {memory}"
 
 
 def remember(op: Any, *calls: tuple[Any, ...]) -> list[Any]:
