@@ -18,6 +18,7 @@ from torch.export import Dim
 from accel.errors import CaptureError, FixedSizeError
 from accel.frontends.checkpoints import LanguageModel
 from accel.frontends.export import capture
+from accel.frontends.token_loops import token_by_token
 from accel.ir.module import Module, SymbolInfo
 from accel.passes.generalize import generalize
 from accel.passes.manager import run_pipeline
@@ -51,12 +52,13 @@ def capture_text(model: Any, capacity: int, batch: int = 1) -> Module:
     if len(names) == 2:
         examples.insert(0, torch.zeros(rows, _EXAMPLE_SOURCE, dtype=torch.int64))
         shapes.insert(0, source)
-    try:
-        return capture(plain, tuple(examples), dynamic_shapes=tuple(shapes))
-    except FixedSizeError:
-        if len(names) == 2:
-            raise
-        return _capture_loops(plain, rows, first, capacity)
+    with token_by_token(plain):
+        try:
+            return capture(plain, tuple(examples), dynamic_shapes=tuple(shapes))
+        except FixedSizeError:
+            if len(names) == 2:
+                raise
+            return _capture_loops(plain, rows, first, capacity)
 
 
 def _capture_loops(plain: nn.Module, rows: int, first: dict[int, Any], capacity: int) -> Module:

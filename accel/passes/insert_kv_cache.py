@@ -258,7 +258,7 @@ class _Model:
         tokens.start(start.position, start.ids, start.held, self.state, self.slots)
         tokens.made |= start.fixed
         logits = tokens(self.main.results[0])
-        if tokens.kept or tokens.unproven:
+        if tokens.kept or tokens.unproven or tokens.unstable:
             check_order(tokens, self.weights)
         return self.finish(start.held, logits, b)
 

@@ -23,7 +23,7 @@ from accel.ir.storage import WeightStore
 from accel.ir.types import TensorType, same_dim
 from accel.passes.narrow import WHOLE, Axes, Plan, made_by
 from accel.passes.state import Item
-from accel.passes.token_wise import follows_tokens, is_token_wise_in
+from accel.passes.token_wise import is_token_wise_in, what_follows_wrongly
 
 if TYPE_CHECKING:
     from accel.passes.windows import NextTokens
@@ -34,7 +34,8 @@ _MOST_CHOICES = 64
 def part(tokens: NextTokens, value: Value, axes: Axes) -> Plan | None:
     """A value on some of its sequence axes, or from operands that are needed whole in part."""
     op = made_by(value)
-    if len(axes) != 1 or len(op.results) != 1 or op.definition.infer is None:
+    alike = all(len(r.shape) == len(value.shape) for r in op.results)
+    if len(axes) != 1 or not alike or op.definition.infer is None:
         return None
     for choice in _choices(tokens, op):
         if is_token_wise_in(op, axes, choice, tokens.length):
@@ -85,18 +86,20 @@ def keep(tokens: NextTokens, value: Value) -> Plan | None:
 
 
 def check_order(tokens: NextTokens, weights: WeightStore) -> None:
-    """Raises CaptureError where a later token has a say in what is made of kept values, or of
-    attention whose mask is not known to be causal."""
+    """Raises CaptureError where a later token, or how long the text is, has a say in what is made
+    of kept values, of what changes with the length, or of attention whose mask is not known to be
+    causal."""
     for value in _ends(tokens):
         ops, leaves = _between(tokens, value)
-        if not follows_tokens(ops, leaves, value, tokens.length, weights):
-            raise tokens.refuse(value, "mixes tokens: one sees those after it, or may")
+        why = what_follows_wrongly(ops, leaves, value, tokens.length, weights)
+        if why:
+            raise tokens.refuse(value, why)
 
 
 def _ends(tokens: NextTokens) -> list[Value]:
     """Where what was mixed has one token a place again."""
     found: dict[Value, None] = dict.fromkeys(tokens.unproven)
-    pending = [(v, WHOLE) for v in tokens.kept]
+    pending = [(v, WHOLE) for v in (*tokens.kept, *tokens.unstable)]
     users: dict[tuple[Value, Axes], list[tuple[Value, Axes]]] = {}
     for key, plan in tokens.plans.items():
         for need in plan.needs:
@@ -105,7 +108,8 @@ def _ends(tokens: NextTokens) -> list[Value]:
     while pending:
         for key in users.get(pending.pop(), []):
             value, axes = key
-            if axes and axes == tokens.sequence_axes(value):
+            here = axes and axes == tokens.sequence_axes(value)
+            if here and value in tokens.from_tokens:
                 found[value] = None
             elif key not in seen:
                 seen.add(key)

@@ -95,10 +95,17 @@ class Narrow(ABC):
                 made = plan.emit(self.b, [self.made[need] for need in plan.needs])
                 self.made[key] = made[key[0].index if len(made) > 1 else 0]
                 if len(made) > 1:  # an op is there once, whichever of its results are wanted
-                    for result, new in zip(made_by(key[0]).results, made):
-                        axes = self.sequence_axes(result) if key[1] else WHOLE
-                        self.made.setdefault((result, axes), new)
+                    self._others(key, made)
         return self.made[goal]
+
+    def _others(self, key: tuple[Value, Axes], made: Sequence[Value]) -> None:
+        """Remembers an op's other results."""
+        value, axes = key
+        full = axes == self.sequence_axes(value)
+        for result, new in zip(made_by(value).results, made):
+            own = self.sequence_axes(result) if axes and full else axes
+            if full or not axes or len(result.shape) == len(value.shape):
+                self.made.setdefault((result, own), new)
 
     def _turn(self, value: Value, axes: Axes) -> int:
         """When a demand comes among those on one op's results: windows are cut of whole values,

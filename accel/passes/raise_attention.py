@@ -87,7 +87,9 @@ class AttentionMask(Rule):
             if not parts.band.every_row_sees_something(rows, columns):
                 return None
         left = [*(value for value, _ in parts.rest), *parts.bias]
-        if parts.band.is_everything and (len(left) > 1 or left == [mask]):
+        inverted = mask.op is not None and mask.op.name == "logical_not"
+        same = left == [mask] or (inverted and left == list(mask.op.operands))
+        if parts.band.is_everything and (len(left) > 1 or same):
             return None
         attributes = _attributes(op, parts.band, context)
         if attributes is None:

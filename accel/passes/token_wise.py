@@ -27,7 +27,7 @@ from accel.ir.storage import WeightStore
 from accel.ir.types import Dim, TensorType, simplify_dim, symbol_names, value_dtype
 
 _TOKENS = 3
-_LONGER = 7  # tokens of texts whose later ones must not matter
+_LONGER, _MORE = 7, 4  # tokens of texts whose later ones must not matter, and of longer ones
 _BATCH = 2
 _MOST_ELEMENTS = 1 << 26
 
@@ -77,15 +77,20 @@ def _token_wise(
 def is_token_wise_in(
     op: Op, axes: frozenset[int], needs: Sequence[frozenset[int]], length: sympy.Symbol
 ) -> bool:
-    """Whether narrowing each operand on its axes of `needs` narrows the one result on `axes`."""
+    """Whether narrowing each operand on its axes of `needs` narrows every result on `axes`."""
     if op.regions or op.definition.evaluate is None or op.has(Trait.RANDOM):
-        return False
-    if _mentions(op, length):
         return False
     types = tuple(v.type for v in op.operands)
     attributes = tuple(op.attributes.items())
     return _token_wise_in(
-        op.definition, types, op.result.type, attributes, op.segments, length, axes, tuple(needs)
+        op.definition,
+        types,
+        tuple(r.type for r in op.results),
+        attributes,
+        op.segments,
+        length,
+        axes,
+        tuple(needs),
     )
 
 
@@ -93,7 +98,7 @@ def is_token_wise_in(
 def _token_wise_in(
     meaning: OpDefinition,
     types: tuple[TensorType, ...],
-    result: TensorType,
+    results: tuple[TensorType, ...],
     attributes: tuple[tuple[str, Any], ...],
     segments: tuple[int, ...] | None,
     length: sympy.Symbol,
@@ -106,58 +111,79 @@ def _token_wise_in(
         {name: _sized(v, length, _TOKENS) for name, v in attributes}
     )
 
-    def run(values: Sequence[Tensor]) -> Tensor:
+    def run(values: Sequence[Tensor]) -> list[Tensor]:
         assert meaning.evaluate is not None
         made = meaning.evaluate(*meaning.group_operands(values, segments), **complete)
-        assert isinstance(made, Tensor)
-        return made
+        return [made] if isinstance(made, Tensor) else list(made)
 
     try:
         everything = run(operands)
         for token in (_TOKENS - 1, 0):
             given = [_at(x, t, length, token, n) for x, t, n in zip(operands, types, needs)]
-            wanted, made = _at(everything, result, length, token, axes), run(given)
-            if wanted.shape != made.shape or not _close(wanted, made):
-                return False
+            for type_, whole, made in zip(results, everything, run(given)):
+                wanted = _at(whole, type_, length, token, axes)
+                if wanted.shape != made.shape or not _close(wanted, made):
+                    return False
     except (RuntimeError, IndexError, ValueError, TypeError, AccelError):
         return False  # sizes that do not fit
     return True
 
 
-def follows_tokens(
+def what_follows_wrongly(
     ops: Sequence[Op],
     inputs: Sequence[Value],
     result: Value,
     length: sympy.Symbol,
     weights: WeightStore,
-) -> bool:
-    """Whether `result` at a token stays the same whatever inputs are at tokens after it.
+) -> str:
+    """What else than inputs at a token and before it `result` at the token depends on; "" if
+    nothing.
 
     Constants among the ops are what they are: masks that are stored may be among them.
     """
-    if any(op.has(Trait.RANDOM) for op in ops):
-        return False
     generator = torch.Generator().manual_seed(0)
     with _probe(ops, inputs, result) as function:
         given = [_random(v.type, length, generator, _LONGER) for v in inputs]
+
+        def differs(other: Sequence[Tensor], tokens: int, place: int) -> bool:
+            made = interpret(function, other, weights)[0]
+            old = _at(first, result.type, length, place, None, _LONGER)
+            return not _close(old, _at(made, result.type, length, place, None, tokens))
+
         try:
             first = interpret(function, given, weights)[0]
             if bool(first.isnan().all()):
-                return False
+                return "is no number for any input that was tried"
             for token in (_LONGER - 2, _LONGER // 2, 0):
                 changed = [
                     _changed(x, v.type, length, token, generator) for x, v in zip(given, inputs)
                 ]
-                second = interpret(function, changed, weights)[0]
-                for place in range(token + 1):
-                    pair = (
-                        _at(x, result.type, length, place, None, _LONGER) for x in (first, second)
-                    )
-                    if not _close(*pair):
-                        return False
-        except (RuntimeError, IndexError, ValueError, TypeError, AccelError):
-            return False  # sizes that do not fit
-    return True
+                if any(differs(changed, _LONGER, place) for place in range(token + 1)):
+                    return "mixes tokens: one sees those after it"
+            longer = [_extended(x, v.type, length, generator) for x, v in zip(given, inputs)]
+            if any(differs(longer, _LONGER + _MORE, place) for place in range(_LONGER)):
+                return "depends on the length of the text"
+        except (RuntimeError, IndexError, ValueError, TypeError, AccelError) as error:
+            return f"mixes tokens in a way that cannot be tried: {error}"
+    return ""
+
+
+def _extended(
+    x: Tensor, type_: TensorType, length: sympy.Symbol, generator: torch.Generator
+) -> Tensor:
+    """The data of a longer text that begins like this one."""
+    made = _random(type_, length, generator, _LONGER + _MORE)
+    for axis, dim in enumerate(type_.shape):
+        if not isinstance(dim, int) and length in dim.free_symbols:
+            inner = dim / length
+            outer = _BATCH ** len(inner.free_symbols) if isinstance(inner, sympy.Expr) else 1
+            parts = [
+                t.unflatten(axis, (outer, n, t.shape[axis] // (outer * n)))
+                for t, n in ((x, _LONGER), (made, _LONGER + _MORE))
+            ]
+            joined = torch.cat([parts[0], parts[1].narrow(axis + 1, _LONGER, _MORE)], axis + 1)
+            return joined.flatten(axis, axis + 2)
+    return x
 
 
 def _changed(

@@ -145,6 +145,7 @@ class NextTokens(Narrow):
         self._places: dict[tuple[str, Dim], Value] = {}
         self._firsts: dict[int, NextTokens] = {}
         self.streams: dict[tuple[int, int], streaming.Places] = {}
+        self.unstable: list[Value] = []  # what changes with the length of the text
         self.unproven: list[Value] = []  # of attention that is not known to be causal
         self.made[self.ids, self.sequence_axes(self.ids)] = ids
 
@@ -200,9 +201,12 @@ class NextTokens(Narrow):
             sizes, total = self.sizes, self.total
             first = NextTokens(self.main, self.ids, self.b, self.length, sizes, total, count)
             first.position = self.b.scalar(0, torch.int64)
-            first._places = {}
+            first._places, first.unstable = {}, []
             self._firsts[count] = first
-        return self._firsts[count](value)
+        made = self._firsts[count](value)
+        for changing in self._firsts[count].unstable:
+            raise self.refuse(changing, "depends on the length of the text")
+        return made
 
     def attend(self, op: Op) -> Plan:
         if op.name == "streaming_attention":
@@ -291,14 +295,14 @@ class NextTokens(Narrow):
         return self._places[which, slots]
 
     def whole(self, value: Value) -> Plan:
-        """Only what no token has a say in, and what a longer text would not change."""
+        """What no token has a say in, or what is kept of all tokens."""
         if value in self.from_tokens:
             kept = mixing.keep(self, value)
             if kept is None:
                 raise self.refuse(value, "mixes tokens: it is needed for all of them at once")
             return kept
         if not is_prefix_stable(value, self.main, self.length):
-            raise self.refuse(value, "depends on the length of the text")
+            self.unstable.append(value)
         op = made_by(value)
         return Plan([(v, WHOLE) for v in op.operands], self.clone(op))
 

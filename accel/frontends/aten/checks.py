@@ -24,7 +24,7 @@ def nothing(c: Importer, *ignored: Any, **also_ignored: Any) -> None:
     return None
 
 
-@lower("item", "_local_scalar_dense")
+@lower("item", "_local_scalar_dense", "is_nonzero")
 def item(c: Importer, x: Tensor) -> None:
     """A tensor's element as a Python number: arithmetic with it stays in the program.
 
