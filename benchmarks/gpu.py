@@ -3,16 +3,17 @@
     python -m benchmarks.gpu [--names bert_b1,gpt2_train_b8] [--systems eager,accel] [--out FILE]
                              [--caches FOLDER] [--limit SECONDS] [--roofline]
 
-All systems of a row run in this process, on the same inputs, one after another, and compile without
-anything cached; CUDA graphs are allowed to all. A figure is the median of many calls between two
-CUDA events; a call of a training row is forward, backward and optimizer. Each system's outputs (or
-gradients) are compared with eager float32 before it is timed. Rows that FILE has of other workloads
-stay, if they were measured on the same kind of GPU with the same torch.
+All systems of a row run in this process, on the same inputs, one after another; CUDA graphs are
+allowed to all. A figure is the median of many calls between two CUDA events; a call of a training
+row is forward, backward and optimizer. Each system's outputs (or gradients) are compared with eager
+float32 before it is timed. Rows that FILE has of other workloads stay, if they were measured on the
+same kind of GPU with the same torch.
 
-Two of Inductor's modes may come from caches that `benchmarks.prepare_peers` made: they are timed as
-the others, and have no seconds of compiling. A system that is not ready within `--limit` seconds
-gets a row that says so. `--roofline` times accel's kernels one by one at the end, beside their
-floors (`benchmarks.gpu_roofline`).
+accel and the first of Inductor's modes compile without anything cached. The other modes find its
+kernels, or come from caches that `benchmarks.prepare_peers` made: they are timed as all, and have
+no seconds of compiling. A system that is not ready within `--limit` seconds gets a row that says
+so. `--roofline` times accel's kernels one by one at the end, beside their floors
+(`benchmarks.gpu_roofline`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ import argparse
 import copy
 import gc
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -38,7 +37,7 @@ import accel
 from accel.compiler.targets import target_of
 from benchmarks import peer_caches
 from benchmarks.bounded import OutOfTime, at_most
-from benchmarks.gpu_roofline import Program, Recorder, measure_all, part
+from benchmarks.gpu_roofline import Options, Program, Recorder, add_options, measure_all, part
 from benchmarks.gpu_workloads import WORKLOADS, Workload
 from benchmarks.measure import RESULTS, geometric_mean, machine, merged, time_calls
 from benchmarks.training import training_step
@@ -77,8 +76,8 @@ def accel_compiled(work: Workload) -> tuple[Call, nn.Module]:
 
 SYSTEMS: dict[str, Build] = {
     "eager": eager,
-    "inductor": inductor(None),
     "inductor-reduce-overhead": inductor("reduce-overhead"),
+    "inductor": inductor(None),
     "inductor-max-autotune": inductor("max-autotune"),
     "accel": accel_compiled,
 }
@@ -91,7 +90,7 @@ class Row:
     training the distance of all gradients from those in float32, relative to their length.
 
     `milliseconds` is None for a system that was not ready in `compile_seconds`, and those are None
-    for one that came from a cache.
+    for one that did not compile from nothing (`peer_caches.row_caches`).
     """
 
     workload: str
@@ -99,16 +98,6 @@ class Row:
     milliseconds: float | None
     compile_seconds: float | None
     error: float | None
-
-
-@dataclass(frozen=True)
-class Options:
-    """Where peers' caches are, seconds in which a system must be ready (0: any), and programs of
-    accel to look at later (None: they are not kept)."""
-
-    caches: Path | None = None
-    limit: float = 0.0
-    programs: list[Program] | None = None
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
@@ -150,11 +139,12 @@ def measure(name: str, systems: Sequence[str], options: Options) -> list[Row]:
     work = WORKLOADS[name]()
     inputs = {k: v.cuda() for k, v in work.kwargs.items()}
     wide = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
-    with nullcontext() if work.trains else torch.no_grad():
+    grad = nullcontext() if work.trains else torch.no_grad()
+    with grad, peer_caches.row_caches(options.caches, name) as fresh:
         model = on_device(work).float()
         exact = [t.cpu() for t in results(work, model, model, wide)]
         del model
-        return [_measure(name, system, work, inputs, exact, options) for system in systems]
+        return [_measure(name, s, work, inputs, exact, options, fresh) for s in systems]
 
 
 def ready(name: str) -> Callable[[str], None]:
@@ -188,37 +178,34 @@ def _measure(
     inputs: dict[str, Tensor],
     exact: list[Tensor],
     options: Options,
+    fresh: Callable[[str], bool],
 ) -> Row:
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["ACCEL_CACHE_DIR"] = folder
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
-        os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
-        try:
-            cached = peer_caches.load(options.caches, name, system)
-            start = time.perf_counter()
-            with at_most(options.limit):
-                call, model, got = _start(work, system, inputs)
-        except (OutOfTime, peer_caches.NotReady) as late:
-            print(f"{name:16} {system:26} {late}", flush=True)
-            return Row(name, system, None, getattr(late, "seconds", options.limit), None)
-        seconds = time.perf_counter() - start
-        error = errors(work, [t.cpu() for t in got], exact)
-        if not error <= work.bound:
-            raise RuntimeError(f"{system} on {name} is off by {error}")
-        timed: Call = training_step(model, call) if work.trains else call
-        milliseconds = time_calls(partial(timed, **inputs))
+    try:
+        from_nothing = fresh(system)
+        start = time.perf_counter()
+        with at_most(options.limit):
+            call, model, got = _start(work, system, inputs)
+    except (OutOfTime, peer_caches.NotReady) as late:
+        print(f"{name:16} {system:26} {late}", flush=True)
+        return Row(name, system, None, getattr(late, "seconds", options.limit), None)
+    seconds = time.perf_counter() - start
+    error = errors(work, [t.cpu() for t in got], exact)
+    if not error <= work.bound:
+        raise RuntimeError(f"{system} on {name} is off by {error}")
+    timed: Call = training_step(model, call) if work.trains else call
+    milliseconds = time_calls(partial(timed, **inputs))
     print(f"{name:16} {system:26} {milliseconds:8.3f} ms  compile {seconds:6.1f} s"
-          f"{' from its cache' if cached else ''}  error {error:.1e}", flush=True)  # fmt: skip
+          f"{'' if from_nothing else ' with a cache'}  error {error:.1e}", flush=True)  # fmt: skip
     if options.programs is not None and system == "accel":
         if isinstance(call, accel.Compiled):
             parts = [part(call._latest()[1], "main", list(inputs.values()))]
         else:
             parts = RECORDER.record(lambda: results(work, call, model, inputs))
         options.programs.append(Program(name, parts, milliseconds))
-    return Row(name, system, milliseconds, None if cached else seconds, error)
+    return Row(name, system, milliseconds, seconds if from_nothing else None, error)
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -241,14 +228,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--names", default=",".join(WORKLOADS))
     parser.add_argument("--systems", default=",".join(USUAL))
-    parser.add_argument("--caches", type=Path, help="of peers, from benchmarks.peer_caches")
-    parser.add_argument("--limit", type=float, default=0.0, help="seconds to be ready in; 0: any")
-    parser.add_argument("--roofline", action="store_true", help="accel's kernels and their floors")
+    add_options(parser)
     parser.add_argument("--out", default=str(RESULTS / "gpu.json"))
     chosen = parser.parse_args()
     systems, path = chosen.systems.split(","), Path(chosen.out)
     facts = {**machine(), "gpu": torch.cuda.get_device_name()}
-    options = Options(chosen.caches, chosen.limit, [] if chosen.roofline else None)
+    options = Options.of(chosen)
     rows: list[Row] = []
     for name in chosen.names.split(","):
         rows += measure(name, systems, options)

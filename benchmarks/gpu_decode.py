@@ -24,7 +24,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ import accel
 from benchmarks import peer_caches
 from benchmarks.bounded import OutOfTime, at_most
 from benchmarks.docs_gpu_decode import NEW, text_line
-from benchmarks.gpu_roofline import Program, measure_all, part
+from benchmarks.gpu_roofline import Options, Program, add_options, measure_all, part
 from benchmarks.measure import RESULTS, machine, merged
 from benchmarks.static_llama import StaticLlama
 
@@ -48,7 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
            "head_dim": 128, "tie_word_embeddings": False},
 }  # fmt: skip
 LEAST_ERROR = 2.0  # times the error of eager bfloat16: rounding in another order
-INDUCTOR = {"inductor": None, "inductor-reduce-overhead": "reduce-overhead",
+INDUCTOR = {"inductor-reduce-overhead": "reduce-overhead", "inductor": None,
             "inductor-max-autotune": "max-autotune"}  # fmt: skip
 MOST_MILLISECONDS = 4000.0  # rounds of one system on one workload; one is always timed
 TEXTS_ONLY = ("transformers-compile",)
@@ -85,7 +85,7 @@ class Row:
     """One system on one workload.
 
     `milliseconds` of a step, a prompt or a text of 128 + 256 tokens; None if the system was not
-    ready in time, and `compile_seconds` is that time (None: it came from a cache). `error` of the
+    ready in time, and `compile_seconds` is that time (None: not from nothing). `error` of the
     logits is relative to the largest one, against eager float32 (None where that takes too long).
     `host_microseconds`: what a call costs the host, which does not wait for its end. Of accel's
     texts: `step_milliseconds` of a step in the middle of the text, and `prompt_milliseconds` of the
@@ -306,53 +306,60 @@ def exact_logits(model: Any, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(
-    name: str,
-    model: Any,
-    chosen: list[str],
-    limit: float = 0.0,
-    caches: Path | None = None,
-    programs: list[Program] | None = None,
-) -> list[Row]:
-    """One workload. `limit`: seconds in which a system must be ready; 0: none. `programs` gets
-    what accel ran."""
+def measure(name: str, model: Any, chosen: Sequence[str], options: Options) -> list[Row]:
+    """One workload: a row for every system."""
     work = ROWS[name]
     ids = tokens(work)
     exact = exact_logits(model, ids) if work.context <= 4096 else None
     allowed = 0.0 if exact is None else _error(Transformers(model, work).logits(ids), exact)
     rows: list[Row] = []
-    for system in chosen:
-        if system in TEXTS_ONLY and work.kind != "text":
-            continue
-        try:
-            cached = peer_caches.load(caches, name, system)
-            start = time.perf_counter()
-            with at_most(limit):
-                made, got, call = _start(model, work, system, ids)
-        except (OutOfTime, peer_caches.NotReady) as late:
-            rows.append(Row(name, system, None, getattr(late, "seconds", limit), None))
-            print(f"{name:14} {system:26} {late}", flush=True)
-            continue
-        seconds = time.perf_counter() - start
-        error = None if exact is None else _error(got, exact)
-        if error is not None and error > LEAST_ERROR * allowed:
-            raise RuntimeError(f"{system} on {name} is off by {error}, eager by {allowed}")
-        host = host_time(call) if work.kind == "decode" else None
-        milliseconds = time_calls(call, work.kind)
-        row = Row(name, system, milliseconds, None if cached else seconds, error, host)
-        if isinstance(made, Accel) and work.kind == "text":
-            row.step_milliseconds, row.prompt_milliseconds = made.parts(ids)
-            print(f"{name:14} {text_line(asdict(row))}", flush=True)
-        rows.append(row)
-        print(f"{name:14} {system:26} {milliseconds:9.3f} ms  ready {seconds:6.1f} s"
-              f"{' from its cache' if cached else ''}  error {error}  host {host} us",
-              flush=True)  # fmt: skip
-        if programs is not None and isinstance(made, Accel) and work.kind != "text":
-            programs.append(made.program(name, ids, milliseconds))
-        del made, got, call
-        gc.collect()
-        torch.cuda.empty_cache()
+    with peer_caches.row_caches(options.caches, name) as fresh:
+        for system in chosen:
+            if system in TEXTS_ONLY and work.kind != "text":
+                continue
+            try:
+                from_nothing = fresh(system)
+                start = time.perf_counter()
+                with at_most(options.limit):
+                    made, got, call = _start(model, work, system, ids)
+            except (OutOfTime, peer_caches.NotReady) as late:
+                rows.append(Row(name, system, None, getattr(late, "seconds", options.limit), None))
+                print(f"{name:14} {system:26} {late}", flush=True)
+                continue
+            seconds = time.perf_counter() - start if from_nothing else None
+            error = None if exact is None else _error(got, exact)
+            if error is not None and error > LEAST_ERROR * allowed:
+                raise RuntimeError(f"{system} on {name} is off by {error}, eager by {allowed}")
+            row = _timed(name, system, made, call, ids, options.programs)
+            row.compile_seconds, row.error = seconds, error
+            rows.append(row)
+            print(f"{name:14} {system:26} {row.milliseconds:9.3f} ms  ready {seconds} s  error "
+                  f"{error}  host {row.host_microseconds} us", flush=True)  # fmt: skip
+            del made, got, call
+            gc.collect()
+            torch.cuda.empty_cache()
     return rows
+
+
+def _timed(
+    name: str,
+    system: str,
+    made: Any,
+    call: Callable[[], Any],
+    ids: Tensor,
+    programs: list[Program] | None,
+) -> Row:
+    """What a system's calls take; `programs` gets what accel ran."""
+    kind = ROWS[name].kind
+    host = host_time(call) if kind == "decode" else None
+    milliseconds = time_calls(call, kind)
+    row = Row(name, system, milliseconds, None, None, host)
+    if isinstance(made, Accel) and kind == "text":
+        row.step_milliseconds, row.prompt_milliseconds = made.parts(ids)
+        print(f"{name:14} {text_line(asdict(row))}", flush=True)
+    elif isinstance(made, Accel) and programs is not None:
+        programs.append(made.program(name, ids, milliseconds))
+    return row
 
 
 def tokens(work: Workload) -> Tensor:
@@ -396,13 +403,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--systems", default=",".join(systems()))
-    parser.add_argument("--limit", type=float, default=0.0, help="seconds to be ready in; 0: none")
-    parser.add_argument("--caches", type=Path, help="of peers, from benchmarks.peer_caches")
-    parser.add_argument("--roofline", action="store_true", help="accel's kernels and their floors")
+    add_options(parser)
     parser.add_argument("--out", default=str(RESULTS / "gpu_decode.json"))
     chosen = parser.parse_args()
     path, names = Path(chosen.out), chosen.systems.split(",")
-    programs: list[Program] | None = [] if chosen.roofline else None
+    options = Options.of(chosen)
     rows: list[Row] = []
     model, shape = None, ""
     for name in chosen.rows.split(","):
@@ -412,14 +417,14 @@ def main() -> None:
             torch.cuda.empty_cache()
             shape = ROWS[name].shape
             model = build(shape)
-        rows += measure(name, model, names, chosen.limit, chosen.caches, programs)
+        rows += measure(name, model, names, options)
         own = {r.system: r.milliseconds for r in rows if r.workload == name and r.milliseconds}
         peers = [v for k, v in own.items() if k != "accel"]
         if peers and "accel" in own:
             print(f"{name:14} best peer {min(peers):.3f} ms, ratio {min(peers) / own['accel']:.3f}",
                   flush=True)  # fmt: skip
         write(rows, path)
-    measure_all(programs or [], path.with_name("gpu_roofline.json"))
+    measure_all(options.programs or [], path.with_name("gpu_roofline.json"))
 
 
 def write(rows: list[Row], path: Path) -> None:

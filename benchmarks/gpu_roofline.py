@@ -12,6 +12,7 @@ All systems are timed before any step is: a profiler that has run once can slow 
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -52,6 +53,26 @@ class Program:
     workload: str
     parts: Sequence[Part]
     milliseconds: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """How rows are measured: where peers' caches are, the seconds in which a system must be ready
+    (0: any), and accel's programs, to be looked at later (None: they are not kept)."""
+
+    caches: Path | None = None
+    limit: float = 0.0
+    programs: list[Program] | None = None
+
+    @classmethod
+    def of(cls, chosen: argparse.Namespace) -> Options:
+        return cls(chosen.caches, chosen.limit, [] if chosen.roofline else None)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--caches", type=Path, help="of peers, from benchmarks.prepare_peers")
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds to be ready in; 0: any")
+    parser.add_argument("--roofline", action="store_true", help="accel's kernels and their floors")
 
 
 def part(model: CompiledModel, entry: str, inputs: Sequence[Tensor]) -> Part:

@@ -1,4 +1,5 @@
-"""What peers compiled, kept in a folder: `benchmarks.prepare_peers` writes it, timing reads it.
+"""The compilers' caches while a row of a GPU benchmark is measured (`row_caches`), and what peers
+compiled before, kept in a folder: `benchmarks.prepare_peers` writes it, timing reads it.
 
 A peer that comes from a cache is the same code, and is timed as any other; only its seconds of
 compiling are no figure then, and the tables have none. Caches hold for one kind of GPU and one
@@ -8,9 +9,48 @@ torch, which torch checks; they are code: use a folder that you made.
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+
+@contextmanager
+def row_caches(kept: Path | None, row: str) -> Iterator[Callable[[str], bool]]:
+    """Empty caches for all compilers, for the time of the block.
+
+    Gives what is to be called before a system compiles: it says whether that starts from nothing.
+    Among the peers of torch.compile only the first one does: the next ones find its kernels, or
+    what was `kept` of them. Raises NotReady for a peer that was late before.
+    """
+    used = False
+
+    def starts_fresh(system: str) -> bool:
+        nonlocal used
+        if not system.startswith("inductor"):
+            return True
+        found, before = load(kept, row, system), used
+        used = True
+        return not (found or before)
+
+    with tempfile.TemporaryDirectory() as folder:
+        own = {
+            "ACCEL_CACHE_DIR": folder,
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+            "TRITON_CACHE_DIR": f"{folder}/triton",
+        }
+        outside = {name: os.environ.get(name) for name in own}
+        os.environ.update(own)
+        try:
+            yield starts_fresh
+        finally:
+            for name, value in outside.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 class NotReady(Exception):

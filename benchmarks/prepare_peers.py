@@ -34,7 +34,7 @@ from benchmarks import gpu, gpu_decode, peer_caches
 from benchmarks.bounded import OutOfTime, at_most
 from benchmarks.measure import ROOT
 
-SLOW = ("inductor", "inductor-max-autotune")  # whose seconds of compiling nobody asks for
+SLOW = "inductor-max-autotune"  # compiles for minutes; the other modes share their kernels
 _LOCK = "gpu.lock"
 
 
@@ -59,10 +59,12 @@ def prepare(folder: Path, row: str, systems: Sequence[str], limit: float) -> Non
 def prepare_all(
     folder: Path, rows: Sequence[str], systems: Sequence[str], limit: float, jobs: int
 ) -> list[str]:
-    """A process for each row, at most `jobs` at once. Returns the rows whose process failed."""
+    """A process for each row, at most `jobs` at once; each writes FOLDER/row.log. Returns the rows
+    whose process failed."""
+    folder.mkdir(parents=True, exist_ok=True)
     waiting, failed = list(rows), []
     running: dict[str, subprocess.Popen[bytes]] = {}
-    threads = max(2, (os.cpu_count() or 2) // max(min(jobs, len(rows)), 1))
+    threads = max(4, 2 * (os.cpu_count() or 2) // max(min(jobs, len(rows)), 1))
     with tempfile.TemporaryDirectory() as scratch:
         try:
             while waiting or running:
@@ -79,11 +81,21 @@ def prepare_all(
                     if process.poll() is not None:
                         del running[row]
                         failed += [row] if process.returncode else []
+                        print(_outcome(folder, row, process.returncode), flush=True)
         finally:
             for process in running.values():
                 process.kill()
                 process.wait()
     return failed
+
+
+def _outcome(folder: Path, row: str, code: int) -> str:
+    """What a process said of its systems, or how it ended."""
+    log = folder / f"{row}.log"
+    if code:
+        return f"{row}: ended with {code}, see {log}"
+    said = (line for line in log.read_text().splitlines() if line.startswith(f"{row} "))
+    return "\n".join(said)
 
 
 def _process(
@@ -93,7 +105,10 @@ def _process(
         sys.executable, "-m", "benchmarks.prepare_peers", str(folder.resolve()),
         "--one", row, "--systems", ",".join(systems), "--limit", str(limit),
     ]  # fmt: skip
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
+    with (folder / f"{row}.log").open("w") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=log
+        )
 
 
 def _time_in_turns(path: Path) -> None:
@@ -141,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", default=",".join([*gpu_decode.ROWS, *gpu.WORKLOADS]))
-    parser.add_argument("--systems", default=",".join(SLOW))
+    parser.add_argument("--systems", default=SLOW)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of each system")
     parser.add_argument("--jobs", type=int, default=8, help="processes at once")
     parser.add_argument("--one", default="", help="prepare this row, in this process")

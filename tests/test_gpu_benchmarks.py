@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,19 @@ def test_a_folder_says_what_was_kept_and_what_was_late(tmp_path: Path) -> None:
     (tmp_path / "vit_b1.inductor.cache").write_bytes(b"no cache")
     with pytest.raises(RuntimeError, match="not a cache"):
         peer_caches.load(tmp_path, "vit_b1", "inductor")
+
+
+def test_one_peer_of_a_row_compiles_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCEL_CACHE_DIR", "outside")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    systems = ["eager", "inductor-reduce-overhead", "inductor", "inductor-max-autotune", "accel"]
+    for _ in range(2):
+        with peer_caches.row_caches(None, "bert_b1") as fresh:
+            assert [fresh(s) for s in systems] == [True, True, False, False, True]
+            folder = Path(os.environ["ACCEL_CACHE_DIR"])
+            assert folder.is_dir() and os.environ["TRITON_CACHE_DIR"] == f"{folder}/triton"
+        assert os.environ["ACCEL_CACHE_DIR"] == "outside" and not folder.exists()
+        assert "TRITON_CACHE_DIR" not in os.environ
 
 
 def test_one_process_at_a_time_has_the_device(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Timing on a GPU: a function's steps, and what the device can do at best.
 
 A function is timed as a CUDA graph that holds it several times over, each time on inputs of its
-own, so that what one call leaves in the L2 cache does not serve the next. A device's ceilings (a
-copy's bandwidth, a large matrix product by dtype) are measured once and kept in the compile cache.
+own, so that what one call leaves in the L2 cache does not serve the next. A device's ceilings (the
+bandwidth of a long read or copy, a large matrix product by dtype) are measured once and kept in the
+compile cache.
 """
 
 from __future__ import annotations
@@ -162,7 +163,8 @@ def _last_position(user: Op, sizes: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured: bytes/s of a copy (read and written), FLOP/s of a large product by dtype name."""
+    """Measured: bytes/s of a long read or of a copy (read and written), whichever is faster, and
+    FLOP/s of a large product by dtype name."""
 
     device: str
     bandwidth: float
@@ -172,7 +174,7 @@ class Ceilings:
 def ceilings(device: torch.device, *, cached: bool = True) -> Ceilings:
     """The device's ceilings; measured in half a second where the cache does not know them."""
     name = device_name(device)
-    key = cache_key("ceilings", "2", name)
+    key = cache_key("ceilings", "3", name)
     cache = CompileCache()
     entry = cache.get(key) if cached else None
     if entry is None:
@@ -191,7 +193,7 @@ def _measure_ceilings(device: torch.device, name: str) -> Ceilings:
         size = 8192 if dtype != torch.float32 else 4096
         seconds = _product_seconds(size, dtype, device)
         flops[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
-    bandwidth = 2 * count / _copy_seconds(count, device)  # last: clocks are up by now
+    bandwidth = max(2 * count / _copy_seconds(count, device), count / _read_seconds(count, device))
     return Ceilings(name, bandwidth, flops)
 
 
@@ -199,6 +201,11 @@ def _copy_seconds(count: int, device: torch.device) -> float:
     """A kernel's copy: the copy engines, which `copy_` may use, are slower on some GPUs."""
     source = torch.randint(0, 1 << 30, (count // 4,), dtype=torch.int32, device=device)
     return graph_seconds([partial(torch.neg, source, out=torch.empty_like(source))] * 8, device)
+
+
+def _read_seconds(count: int, device: torch.device) -> float:
+    source = torch.randint(0, 1 << 30, (count // 4,), dtype=torch.int32, device=device)
+    return graph_seconds([partial(torch.sum, source.view(torch.float32))] * 8, device)
 
 
 def _product_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:

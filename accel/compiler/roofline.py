@@ -1,11 +1,11 @@
 """What each step of a plan costs at least, beside what it takes.
 
-A step's floor is the longer of two times: its bytes at the bandwidth of a copy, its operations at
-the rate of a large matrix product, both measured on the device (`measure.ceilings`) or, on a
-machine that is not there, the target's datasheet. Operations come from the kernel-level IR, whose
-ops are matched with the plan's steps in order; bytes are what crosses a kernel's border. Of a cache
-only the rows count that hold keys (`filled`), of attention only the pairs that its mask lets
-through. A plan whose IR is missing or does not match has bytes only, and `matched` says so.
+A step's floor is the longer of two times: its bytes at the bandwidth of a long read or copy, its
+operations at the rate of a large matrix product, both measured on the device (`measure.ceilings`)
+or, on a machine that is not there, the target's datasheet. Operations come from the kernel-level
+IR, whose ops are matched with the plan's steps in order; bytes are what crosses a kernel's border.
+Of a cache only the rows count that hold keys (`filled`), of attention only the pairs that its mask
+lets through. A plan whose IR is missing or does not match has bytes only, and `matched` says so.
 
 Every byte counts at the speed of memory: a small kernel whose operands still lie in the L2 cache
 can take less than its floor.
