@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from accel.backends.cubin.pairs import BOTH, EVERYONE
 from accel.backends.triton import TritonBackend
 from accel.backends.triton.cooperative import CooperativeTile
 from accel.backends.triton.overlapped import OverlappedTile
@@ -23,11 +24,16 @@ from tests.backends.test_tvm_kernels import randn, typed
 from tests.backends.triton_worker import Worker
 
 BF16, FP16 = torch.bfloat16, torch.float16
-TILES = (OverlappedTile(64, 64, 32, 3), CooperativeTile(128, 128, 32, 3),
-         PairedTile(128, 128, 32, 3, 4))  # fmt: skip
+TILES = {
+    "turns": OverlappedTile(64, 64, 32, 3),
+    "shared": CooperativeTile(64, 256, 16, 3),
+    "shared by three": CooperativeTile(192, 64, 32, 3, groups=3),
+    "paired": PairedTile(64, 256, 16, 3, 4),
+    "paired, by three": PairedTile(192, 64, 32, 3, 4, groups=3),
+}
 # Few programs, so that each has many tiles.
-BACKENDS = {type(tile).__name__: TritonBackend("sm_90", sms=2, tile=tile) for tile in TILES}
-BACKEND = BACKENDS["OverlappedTile"]
+BACKENDS = {name: TritonBackend("sm_90", sms=2, tile=tile) for name, tile in TILES.items()}
+BACKEND = BACKENDS["turns"]
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +103,15 @@ def test_symbolic_rows(worker: Worker, rows: int, tile: str) -> None:
     check(worker, function, inputs, "matmul", backend=BACKENDS[tile])
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(30))
 def test_no_order_of_barriers_hangs(worker: Worker, seed: int) -> None:
     """Tiles, steps and stages in any proportion; the interpreter's threads meet as they may."""
     chance = random.Random(seed)
     rows, columns = chance.randint(2, 300), 8 * chance.randint(1, 24)
     depth, stages = 8 * chance.randint(1, 20), chance.randint(2, 6)
     span, group = chance.choice((16, 32)), chance.randint(1, 4)
-    tile = (OverlappedTile(64, 64, span, stages, group) if seed % 2 else
-            CooperativeTile(128, 128, span, stages, group))  # fmt: skip
+    kinds = list(TILES.values())
+    tile = replace(kinds[seed % len(kinds)], depth=span, stages=stages, group=group)
     backend = TritonBackend("sm_90", sms=chance.randint(1, 3), tile=tile)
     types = [typed(BF16, rows, depth), typed(BF16, columns, depth), typed(BF16, rows, columns)]
     residual = chance.random() < 0.5
@@ -123,8 +129,7 @@ def test_a_constant_weight_comes_before_the_wait(worker: Worker, name: str, tile
     types, build = CASES[name]
     torch.manual_seed(0)
     function = function_of(types, build)
-    early = next(replace(t, early=True) for t in TILES if type(t).__name__ == tile)
-    backend = TritonBackend("sm_90", sms=2, tile=early)
+    backend = TritonBackend("sm_90", sms=2, tile=replace(TILES[tile], early=True))
     source = check(worker, function, inputs_for(types), "matmul", 1, backend)
     entry = source[source.index("gdc_launch_dependents()\n") :]
     assert "gdc_wait()" not in entry and source.index("m1, [") < source.index("gdc_wait()\n")
@@ -160,12 +165,21 @@ def test_what_is_no_matrix_is_refused() -> None:
         BACKEND.generate([kernel_of(function, "matmul")])
 
 
-@pytest.mark.parametrize("tile", [OverlappedTile(), CooperativeTile()])
+WHOLE = [OverlappedTile(), CooperativeTile(), CooperativeTile(192, 128, groups=3),
+         PairedTile(), PairedTile(192, 128, groups=3)]  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", WHOLE)
 @pytest.mark.parametrize("name", ["bias, gelu", "bias, residual", "gate times up", "odd columns"])
 def test_compiles_for_hopper(name: str, tile: OverlappedTile) -> None:
     types, build = CASES[name]
     backend = TritonBackend("sm_90", tile=tile)
     made = backend.compile([kernel_of(function_of(types, build), "matmul")])
     (launch,) = made.launches[made.names[0]]
-    assert launch.binary.warps == 12 and len(launch.binary.maps) == len(launch.code.maps)
+    assert launch.binary.warps == 4 * (tile.groups + 1)
+    marks = sum(launch.binary.ptx.count(mark) for mark in (BOTH, EVERYONE))
+    instructions = launch.binary.ptx.count(".multicast::cluster")
+    instructions += launch.binary.ptx.count("mapa.shared::cluster")
+    assert instructions == marks and (marks > 0) == isinstance(tile, PairedTile)
+    assert len(launch.binary.maps) == len(launch.code.maps)
     assert launch.binary.shared <= 227 << 10 and "wgmma" in launch.binary.ptx

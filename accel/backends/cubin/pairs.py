@@ -9,6 +9,9 @@ assembly before it, which is a comment for Triton:
 
 and has all threads of both programs execute MEET before the first of these, so that both programs
 are there, and their barriers ready. See "Asynchronous copy" and "mbarrier" in the PTX manual.
+
+LLVM takes equal lines of assembly out of the two sides of a branch. Marks there must differ in what
+follows (a number, say); one that has been moved away from its instruction is an error.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from accel.errors import BackendError
 BOTH, EVERYONE = "// for both programs:", "// for every program:"
 MEET = ("fence.mbarrier_init.release.cluster; barrier.cluster.arrive.release; "
         "barrier.cluster.wait.acquire;")  # fmt: skip
+_ELSEWHERE = re.compile(r"^\$\w+:|^\s*(?:@!?%p\d+\s+)?bra\b")  # a label, or a jump
 _THREADS = re.compile(r"^(\.reqntid .*)$", re.M)
 _COPY = re.compile(
     r"(?P<guard>@%p\d+\s+)?cp\.async\.bulk\.tensor\.2d\.shared::(?:cluster|cta)\.global"
@@ -48,6 +52,8 @@ def paired(ptx: str) -> str:
                 pending = mark
         if not pending:
             continue
+        if _ELSEWHERE.search(line):
+            raise BackendError(f"{pending!r} is not in front of its instruction in Triton's PTX")
         found = (_COPY if pending == BOTH else _ARRIVE).search(line)
         if found is not None:
             lines[number] = _copied(found) if pending == BOTH else _arrived(found)

@@ -14,20 +14,22 @@ from accel.backends.triton.product_loop import MatmulWriter
 from accel.backends.triton.tiles import parts_of
 from accel.ir.types import Dim, product
 
-GROUPS = 2  # of warps that multiply
-
 
 class BringingWriter(MatmulWriter):
     """Writes the order of tiles and the function `bring`.
 
     Attributes:
         width: columns of results of a tile; count: accumulators.
+        groups: groups of warps that multiply.
+        pieces_of_x: copies that bring x's rows of a step. A copy's rows are a power of 2.
         left, right: x, and the weight once for each accumulator.
         turns: groups of warps have tiles of their own, one after the other.
     """
 
     width: int
     count: int
+    groups: int
+    pieces_of_x: int
     sms: int
     left: Matrix
     right: list[Matrix]
@@ -41,7 +43,7 @@ class BringingWriter(MatmulWriter):
         return f"which * {self._steps()}"
 
     def _stride(self) -> str:
-        return f"{GROUPS} * PROGRAMS"
+        return f"{self.groups} * PROGRAMS"
 
     def _down(self) -> Dim:
         """Rows of tiles."""
@@ -106,6 +108,18 @@ class BringingWriter(MatmulWriter):
         return (f"bring_tile(m1, [{plus('col0', row0)}, {plus(k, one.col0)}], "
                 f"ready.index({slot}), right.index({slot}){part})")  # fmt: skip
 
+    def _copies_of_x(self) -> list[str]:
+        pieces, left = self.pieces_of_x, self.left
+        rows = int(self.tile.rows) // pieces
+        places = [(number * rows, f"slot * {pieces} + {number}") for number in range(pieces)]
+        if pieces == 1:
+            places = [(0, "slot")]
+        return [
+            f"bring_tile(m0, [{plus('row0', left.row0 + row)}, {plus('k', left.col0)}], "
+            f"ready.index(slot), left.index({slot}))"
+            for row, slot in places
+        ]
+
     def _bringing(self) -> tuple[str, str]:
         """The first tile of a program, and how far the next is, as the warp that brings sees it."""
         return "tl.program_id(0)", "PROGRAMS"
@@ -120,7 +134,6 @@ class BringingWriter(MatmulWriter):
 
     def _bring_source(self) -> str:
         """The first tiles of the weight come while the kernel before this one still runs."""
-        place = f"[{plus('row0', self.left.row0)}, {plus('k', self.left.col0)}]"
         sizes = "".join(f", {s}" for s in self._sizes())
         first, stride = self._bringing()
         return (
@@ -139,8 +152,9 @@ class BringingWriter(MatmulWriter):
             "            if step >= EARLY:\n"
             "                mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)\n"
             + "".join(f"                {line}\n" for line in self._weight_copies("slot", "k"))
-            + f"            bring_tile(m0, {place}, ready.index(slot), left.index(slot))\n"
-            "            step += 1\n" + self._after_bringing()
+            + "".join(f"            {line}\n" for line in self._copies_of_x())
+            + "            step += 1\n"
+            + self._after_bringing()
         )
 
 

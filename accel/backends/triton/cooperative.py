@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from accel.backends.triton.bringing import GROUPS
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.operands import TileEmitter
 from accel.backends.triton.overlapped import OverlappedTile, OverlappedWriter
 from accel.backends.triton.text import Block
+
+_STORED = 128  # columns of results that a group stores at once, at most
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class CooperativeWriter(OverlappedWriter):
 
     def _stored_at_once(self) -> tuple[int, int]:
         tile = self.overlapped
-        self.pieces = 2 // self.count
-        height, piece = tile.rows // GROUPS, tile.columns // 2
+        self.pieces = 2 if self.width > _STORED else 1
+        height, piece = tile.rows // self.groups, self.width // self.pieces
         self.row0 = f"(row0 + which * {height})"
         if self.pieces > 1:
             self.col0 = f"(col0 + piece * {piece})"
@@ -61,7 +62,7 @@ class CooperativeWriter(OverlappedWriter):
             self.out = self._result_map()
 
     def _buffers(self) -> int:
-        return GROUPS * (self.pieces if self.traced.resident is not None else 1)
+        return self.groups * (self.pieces if self.traced.resident is not None else 1)
 
     def _out(self, group: int) -> str:
         return "left" if self.out is None else "out"
@@ -76,6 +77,8 @@ class CooperativeWriter(OverlappedWriter):
         return "PROGRAMS"
 
     def _left(self) -> str:
+        if self.pieces_of_x > 1:
+            return f"left.index(slot * {self.pieces_of_x} + which)"
         return f"left.index(slot).slice(which * {self.height}, {self.height}, dim=0)"
 
     def _bring_resident(self, body: Block) -> None:

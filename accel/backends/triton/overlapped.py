@@ -29,7 +29,7 @@ from accel.backends.loops.phases import region_symbols
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import size_name
-from accel.backends.triton.bringing import GROUPS, BringingWriter
+from accel.backends.triton.bringing import BringingWriter
 from accel.backends.triton.dependent import WAIT, WAIT_AFTER
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.maps import MapCode, Matrix, matrix
@@ -38,12 +38,14 @@ from accel.backends.triton.pairs import pairwise
 from accel.backends.triton.product_plan import Plan
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block
+from accel.backends.triton.tiles import next_power
 from accel.errors import BackendError
 from accel.ir.module import Region, Value
 from accel.ir.types import Dim
 
 _WARPS = 4  # of a group
-_REGISTERS = (232, 40)  # of a thread of the second group, and of the warp that copies
+_REGISTERS = {2: 232, 3: 152}  # of a thread of each group but the first one, which gets the rest
+_FEW_REGISTERS = 40  # of a thread of the warp that copies
 SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
 _BARRIER_BYTES = 1 << 10
 _FEWEST_STAGES = 3  # with fewer, a result goes to memory without TMA
@@ -57,7 +59,7 @@ class OverlappedTile:
 
     `columns` are shared by the accumulators of gate and up. `capability`: the instructions are
     those of one architecture, Hopper's. `early`: the weight's first tiles come before the kernel
-    waits for its predecessor.
+    waits for its predecessor. `groups` of four warps multiply.
     """
 
     capability: ClassVar[int] = 90
@@ -68,6 +70,7 @@ class OverlappedTile:
     stages: int = 4
     group: int = 8
     early: bool = False
+    groups: int = 2
 
 
 def operands_of(plan: Plan, indexer: Indexer) -> tuple[Matrix, list[Matrix]] | None:
@@ -104,6 +107,8 @@ class OverlappedWriter(BringingWriter):
         self.region, self.overlapped, self.sms = region, tile, sms
         self.symbols = [size_name(s) for s in region_symbols(region)]
         self.width = tile.columns // self.count
+        self.groups = tile.groups
+        self.pieces_of_x = 1 if next_power(tile.rows) == tile.rows else tile.groups
         self.height, self.piece = self._stored_at_once()
         made = operands_of(plan, emitter.indexer)
         if made is None:
@@ -184,7 +189,10 @@ class OverlappedWriter(BringingWriter):
 
     def _make_maps(self) -> None:
         tile = self.tile
-        operands = [(self.left, tile.rows), *((m, self._brought()) for m in self.right[:1])]
+        operands = [
+            (self.left, tile.rows // self.pieces_of_x),
+            *((m, self._brought()) for m in self.right[:1]),
+        ]
         for number, (one, rows) in enumerate(operands):
             pointer = self.emitter.pointers[one.value]
             self.maps.append(self._map(number, pointer, one, (rows, tile.depth)))
@@ -204,7 +212,7 @@ class OverlappedWriter(BringingWriter):
 
     def _buffers(self) -> int:
         """Places in shared memory that hold `height` x `piece` results."""
-        return GROUPS
+        return self.groups
 
     def _out(self, group: int) -> str:
         """The place of a group of warps; something else where nothing is stored by TMA."""
@@ -256,7 +264,7 @@ class OverlappedWriter(BringingWriter):
             body.line("mbarrier.arrive(turn.index(1 - which), count=1)")
         body.line("sums = warpgroup_mma_wait(num_outstanding=0, deps=[total])")
         self._release(body, "slot")
-        others = (GROUPS - 1) * self._steps() if self.turns else 0
+        others = (self.groups - 1) * self._steps() if self.turns else 0
         body.line(f"step += {1 + others}")
         if self.count == 1 and self.piece == self.width:
             body.line("acc_0 = sums")
@@ -273,7 +281,7 @@ class OverlappedWriter(BringingWriter):
 
     def _releases(self) -> int:
         """How many of these make a slot free."""
-        return 1 if self.turns else GROUPS
+        return 1 if self.turns else self.groups
 
     def _left(self) -> str:
         """A group's rows of x."""
@@ -340,18 +348,23 @@ class OverlappedWriter(BringingWriter):
         return (f"    wide: tl.constexpr = {form.format('COLS', bits)}\n"
                 f"    layout: tl.constexpr = {form.format(self.piece, bits)}")  # fmt: skip
 
+    def _registers(self) -> list[int]:
+        return [*(self.groups - 1) * [_REGISTERS[self.groups]], _FEW_REGISTERS]
+
     def _main(self, shared: str) -> str:
         sizes = "".join(f", {s}" for s in self._sizes())
         barrier = "tl.allocate_shared_memory(tl.int64, [{}, 1], mbarrier.MBarrierLayout())"
-        left = f"[STAGES, {self.tile.rows}, DEPTH]"
+        pieces, own = self.pieces_of_x, self.tile.rows // self.pieces_of_x
+        left = f"[{'STAGES' if pieces == 1 else f'STAGES * {pieces}'}, {own}, DEPTH]"
+        multiplying = f"{_WARPS}, " * (self.groups - 1)
         weights = ", ".join(dict.fromkeys(self.emitter.pointers[m.value] for m in self.right))
         lines = [
             f"left = tl.allocate_shared_memory(m0.dtype, {left}, m0.layout)",
             "right = tl.allocate_shared_memory(m1.dtype, [STAGES, COLS, DEPTH], m1.layout)",
             f"ready = {barrier.format('STAGES')}",
             f"free = {barrier.format('STAGES')}",
-            f"turn = {barrier.format(GROUPS)}",
-            f"arrived = {barrier.format(GROUPS)}",
+            f"turn = {barrier.format(self.groups)}",
+            f"arrived = {barrier.format(self.groups)}",
         ]
         if self.out is not None:
             lines.append(f"out = tl.allocate_shared_memory(m2.dtype, [{self._buffers()}, ROWS, "
@@ -360,15 +373,15 @@ class OverlappedWriter(BringingWriter):
             "for i in tl.static_range(STAGES):",
             "    mbarrier.init(ready.index(i), count=1)",
             f"    mbarrier.init(free.index(i), count={self._releases()})",
-            f"for i in tl.static_range({GROUPS}):",
+            f"for i in tl.static_range({self.groups}):",
             "    mbarrier.init(turn.index(i), count=1)",
             "    mbarrier.init(arrived.index(i), count=1)",
             "fence_async_shared()",
             *([] if self.overlapped.early else [f"{WAIT}()"]),
             f"tl.warp_specialize([  {WAIT_AFTER}{weights}",
             *(f"    (multiply, ({i}, left, right, {self._out(i)}, ready, free, turn, "
-              f"arrived.index({i}), {shared}))," for i in range(GROUPS)),
+              f"arrived.index({i}), {shared}))," for i in range(self.groups)),
             f"    (bring, (left, right, ready, free, m0, m1{sizes})),",
-            f"], [{_WARPS}, {self.bring_warps}], [{_REGISTERS[0]}, {_REGISTERS[1]}])",
+            f"], [{multiplying}{self.bring_warps}], {self._registers()})",
         ]  # fmt: skip
         return "\n".join(f"    {line}" for line in lines)

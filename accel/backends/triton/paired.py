@@ -24,7 +24,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accel.backends.cubin.pairs import BOTH, EVERYONE, MEET
-from accel.backends.triton.bringing import GROUPS
 from accel.backends.triton.cooperative import CooperativeTile, CooperativeWriter
 from accel.backends.triton.text import Block
 from accel.backends.triton.tiles import parts_of
@@ -45,7 +44,7 @@ class PairedWriter(CooperativeWriter):
 
     def _programs(self) -> Dim:
         pairs = product((self._pairs(), parts_of(self.columns, self.width)))
-        most = self.sms // PAIR
+        most = max(1, self.sms // PAIR)
         return PAIR * (min(pairs, most) if isinstance(pairs, int) else most)
 
     def _pairs(self) -> Dim:
@@ -68,7 +67,7 @@ class PairedWriter(CooperativeWriter):
         return self._first(), self._stride()
 
     def _releases(self) -> int:
-        return PAIR * GROUPS
+        return PAIR * self.groups
 
     def _release(self, body: Block, slot: str) -> None:
         body.line("everyone()")
@@ -88,7 +87,7 @@ class PairedWriter(CooperativeWriter):
             first = one.row0 if self.count == PAIR else one.row0 + number * half
             lines += [
                 f"if tl.program_id(0) % {PAIR} == {number}:",
-                "    both()",
+                f"    both_{number}()",
                 "    " + self._copy(slot, k, one, first, f".slice({number * half}, {half}, dim=0)"),
             ]
         return lines
@@ -105,7 +104,8 @@ class PairedWriter(CooperativeWriter):
         )
 
     def _helpers(self) -> list[str]:
-        names = {"both": BOTH, "everyone": EVERYONE, "meet_pair": MEET}
+        names = {f"both_{i}": f"{BOTH} half {i}" for i in range(PAIR)}
+        names |= {"everyone": EVERYONE, "meet_pair": MEET}
         return [
             f"@gluon.jit\ndef {name}():\n"
             f'    tl.inline_asm_elementwise("{code} // $0", "=r", [], dtype=tl.int32, '

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from accel.backends.loops.trace import COSTLY
-from accel.backends.triton.bringing import GROUPS
 from accel.backends.triton.cooperative import CooperativeTile
 from accel.backends.triton.overlapped import OverlappedTile
 from accel.ir.module import Op
@@ -78,7 +77,7 @@ def overlapped_seconds(
     finish = (_STORE + sum(costs)) * tile.rows * tile.columns
     waves = _waves(rows, columns, tile.rows, tile.columns, sms)
     if together:
-        return rates.start + waves * (rates.wave + multiply + finish / GROUPS)
+        return rates.start + waves * (rates.wave + multiply + finish / tile.groups)
     each = rates.wave + max(multiply, (multiply + finish) / 2)
     return rates.start + waves * each + finish
 
