@@ -57,7 +57,7 @@ KERNEL_PIPELINE = (
     "select_topk",
     "flash_layout",
     "select_libraries",
-    "decompose",
+    "decompose{keep=embedding_backward}",  # torch sorts the places once and adds in float32
     "cse",
     "dce",
     "recompute_sums",

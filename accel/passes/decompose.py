@@ -22,10 +22,13 @@ from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 @register_pass
 @dataclass
 class Decompose(Pass):
-    """Lowers unsupported composites. Without a kernel generator only ops that torch cannot run."""
+    """Lowers unsupported composites. Without a kernel generator only ops that torch cannot run.
+    `keep` names one that torch runs better whole."""
 
     name: ClassVar[str] = "decompose"
     contract: ClassVar[Contract] = EXACT
+
+    keep: str = ""
 
     def run(self, module: Module, context: Context) -> None:
         for function in module.functions.values():
@@ -33,7 +36,7 @@ class Decompose(Pass):
             pending = [op for op in function.ops if op.has(Trait.COMPOSITE)]
             while pending:
                 op = pending.pop()
-                if not _wants_decomposition(op, context.generator):
+                if op.name == self.keep or not _wants_decomposition(op, context.generator):
                     continue
                 if not context.rewrite(f"decompose.{op.name}", op):
                     return

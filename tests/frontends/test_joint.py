@@ -141,3 +141,77 @@ def test_splits_are_slices_that_the_backward_takes_again() -> None:
     made, got = programs(Gate(), x)
     assert any(op.name == "slice" for op in made[0].main.ops)
     agree(got, results(Gate(), x), 1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_gradient_of_logits_is_made_with_the_loss(
+    reduction: str, dtype: torch.dtype, scale: float
+) -> None:
+    def loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        logits = F.linear(x, weight).float()
+        return F.cross_entropy(logits, target, reduction=reduction, ignore_index=2) * scale
+
+    x, weight = torch.randn(24, 16).to(dtype), torch.randn(40, 16).to(dtype)
+    target = torch.randint(0, 40, (24,))
+    target[3] = 2
+    made, got = programs(loss, x, weight, target)
+    forward, backward = made
+    assert any(op.name == "exp" for op in forward.main.ops)
+    assert not any(op.name == "exp" for op in backward.main.ops)
+    large = [v for v in backward.main.args if v.type.numel() == 24 * 40]
+    assert [v.dtype for v in large] == [dtype], "one tensor over all classes is kept, rounded"
+    exact = results(loss, x.double(), weight.double(), target)
+    agree(
+        [t.double() for t in got],
+        [t.double() for t in exact],
+        1e-6 if dtype == torch.float32 else 1e-2,
+    )
+
+
+def test_a_gradient_of_logits_that_something_else_reads_is_made_later() -> None:
+    def loss(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(torch.tanh(F.linear(x, weight) + bias), target)
+
+    x, weight, bias = torch.randn(24, 16), torch.randn(40, 16), torch.randn(40)
+    inputs = (x, weight, bias, torch.randint(0, 40, (24,)))
+    made, got = programs(loss, *inputs)
+    assert any(op.name == "exp" for op in made[1].main.ops)
+    agree(got, results(loss, *inputs), 1e-5)
+
+
+def test_float16_gradients_of_logits_are_scaled_before_they_are_rounded() -> None:
+    def loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight), target) * 65536
+
+    x, weight = torch.randn(24, 16).half(), torch.randn(40, 16).half() / 8
+    made, _ = programs(loss, x, weight, torch.randint(0, 40, (24,)))
+    assert any(op.name == "exp" for op in made[1].main.ops)
+
+
+@pytest.mark.parametrize("rows", [12, 16])
+def test_positions_need_no_scattering(rows: int) -> None:
+    def loss(x: Tensor, table: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], device=x.device)
+        return (x * F.embedding(places, table)).square().sum()
+
+    x, table = torch.randn(3, 12, 8), torch.randn(rows, 8)
+    made, got = programs(loss, x, table)
+    names = {op.name for module in made for op in module.main.ops}
+    assert not names & {"embedding_backward", "index_put"}
+    agree(got, results(loss, x, table), 1e-5)
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_other_places_are_scattered(padding: int | None) -> None:
+    def loss(x: Tensor, table: Tensor) -> Tensor:
+        places = torch.arange(2, 2 + x.shape[1], device=x.device)
+        if padding is not None:
+            places = places - 2
+        return (x * F.embedding(places, table, padding_idx=padding)).square().sum()
+
+    x, table = torch.randn(3, 12, 8), torch.randn(16, 8)
+    made, got = programs(loss, x, table)
+    assert any(op.name == "embedding_backward" for op in made[1].main.ops)
+    agree(got, results(loss, x, table), 1e-5)

@@ -22,6 +22,8 @@ from accel.ir.types import Dim, product
 
 _LEAST_BLOCKS = 4  # of a row: fewer are not worth a second launch
 _MOST_PARTS = 512
+_LARGE = 1 << 22  # elements: so many are worth several programs for each multiprocessor
+_WAVES = 4
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,13 @@ def plan_split(phase: Phase, writer: ProgramWriter, sms: int) -> Split | None:
     programs = parts_of(rows, shape.rows)
     assert isinstance(programs, int)
     blocks = -(-extent // columns[key].size)
-    if columns[key].held or programs * 2 > sms or blocks < _LEAST_BLOCKS:
+    large = rows * extent >= _LARGE
+    if columns[key].held or programs * 2 > (_WAVES if large else 1) * sms:
         return None
-    wanted = min(next_power(2 * sms // programs), next_power(blocks) // 2, _MOST_PARTS)
+    if blocks < _LEAST_BLOCKS:
+        return None
+    full = (_WAVES if large else 2) * sms
+    wanted = min(next_power(full // programs), next_power(blocks) // 2, _MOST_PARTS)
     share = -(-blocks // wanted)
     return Split(wanted, share * columns[key].size, rows)
 
