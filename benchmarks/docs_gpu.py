@@ -59,8 +59,8 @@ def gpu_lines(data: dict[str, Any]) -> list[str]:
     lines += [_row(cells) for cells in mean_and_worst(found, len(systems))]
     lines += [
         "",
-        "Seconds from the model to the third call with nothing cached (none for those of Inductor's",
-        "modes that found another one's kernels, or were compiled beforehand), and the largest error",
+        "Seconds from the model to the third call with nothing cached (none for Inductor's modes",
+        "that found another one's kernels, or were compiled beforehand), and the largest error",
         "against eager float32, relative to the largest output (for training, of all gradients).",
         "",
         _row(["workload", *head]),
