@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import pytest
+import torch
 
 from accel.compiler.gpu import portable
+from accel.config import c_compiler
 from accel.errors import AccelError, ArtifactError, MissingDependencyError, OutOfMemoryError
+from accel.runtime.cuda import CudaLibrary, driver
 from accel.runtime.cuda_code import CudaKernel, pack, unpack
 from accel.runtime.cuda_load import image_for, load_error
 
@@ -85,3 +92,32 @@ def test_ptx_is_portable_where_no_instruction_belongs_to_one_architecture() -> N
     assert portable(plain) == plain.replace("sm_90a", "sm_90").encode()
     assert portable(plain + "wgmma.mma_async.sync.aligned") == b""
     assert portable(".target sm_80\n") == b".target sm_80\n"
+
+
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+
+
+@WITHOUT_GPU
+def test_a_machine_without_a_gpu_is_said() -> None:
+    library = CudaLibrary(pack("sm_90", {"a": (KERNEL, b"cubin")}), torch.device("cuda", 0))
+    with pytest.raises(MissingDependencyError, match="for a GPU, and torch finds none here"):
+        library.function("a")
+    with pytest.raises(MissingDependencyError, match="no CUDA driver"):
+        driver()
+
+
+@WITHOUT_GPU
+def test_a_driver_without_the_functions_is_too_old(tmp_path: Path) -> None:
+    """A libcuda of CUDA 11, which has no cuLaunchKernelEx."""
+    source = tmp_path / "old.c"
+    source.write_text("int cuLaunchKernel(void) { return 0; }\n")
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run([c_compiler(), "-shared", "-fPIC", "-o", library, source], check=True)
+    program = "from accel.runtime.cuda import driver\ndriver()"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    last = "\n".join(done.stderr.strip().splitlines()[-2:])
+    assert done.returncode == 1 and "MissingDependencyError" in last
+    assert "driver is too old" in last and "cuLaunchKernelEx" in last and "CUDA 12" in last
