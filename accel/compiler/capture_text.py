@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from accel.errors import CaptureError, FixedSizeError
+from accel.errors import AccelError, CaptureError, FixedSizeError
 from accel.frontends.checkpoints import LanguageModel
 from accel.frontends.export import capture
 from accel.frontends.token_loops import token_by_token
+from accel.ir.interpret import interpret
 from accel.ir.module import Module, SymbolInfo
 from accel.passes.generalize import generalize
 from accel.passes.manager import run_pipeline
@@ -29,6 +30,8 @@ _EXAMPLE_SOURCE = 9
 _EXAMPLE_ROWS = 2
 # Lengths that hardly any other size of a model is equal to.
 _LENGTHS = (11, 13, 17)
+# How far logits of a long text may be off, relative to the largest: rounding adds up in loops.
+_SAME = 0.05
 
 
 def capture_text(model: Any, capacity: int, batch: int = 1) -> Module:
@@ -69,7 +72,37 @@ def _capture_loops(plain: nn.Module, rows: int, first: dict[int, Any], capacity:
         module = capture(plain, (ids,), dynamic_shapes=(first,) if first else None)
         run_pipeline(module, [Reroll(tokens)])
         modules.append(module)
-    return generalize(modules, _LENGTHS, SymbolInfo(2, capacity))
+    made = generalize(modules, _LENGTHS, SymbolInfo(2, capacity))
+    _check_longest(plain, made, rows, capacity)
+    return made
+
+
+def _check_longest(plain: nn.Module, made: Module, rows: int, capacity: int) -> None:
+    """Raises CaptureError where the longest text shows that short ones did not tell everything:
+    a model may work in blocks that they do not fill, or look back further than they reach."""
+    tables = [op.operands[0].shape[0] for op in made.main.ops if op.name == "embedding"]
+    first = next(plain.parameters(), torch.zeros(()))
+    if first.is_meta:
+        return
+    high = tables[0] if tables and isinstance(tables[0], int) else 2
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, high, (rows, capacity), generator=generator).to(first.device)
+    with torch.no_grad():
+        wanted = plain(ids)[:, -1].double()
+    try:
+        found = interpret(made.main, [ids], made.weights)[0][:, -1].double()
+    except (AccelError, RuntimeError, IndexError, ValueError) as error:
+        raise _too_long(capacity, str(error)) from error
+    if not float((found - wanted).abs().max()) <= _SAME * float(wanted.abs().max()):
+        raise _too_long(capacity, "its logits differ")
+
+
+def _too_long(capacity: int, why: str) -> CaptureError:
+    return CaptureError(
+        f"the model counts to the length of its text, and one of {capacity} tokens does not go on "
+        f"as {_LENGTHS[-1]} tokens do: {why}",
+        advice="choose a smaller capacity: it may work in blocks that shorter texts do not fill",
+    )
 
 
 def _longest_source(model: Any, capacity: int) -> int:

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import sympy
 import torch
 from torch import Tensor
 
 from accel.errors import CaptureError
 from accel.frontends.calls import Call, storage_key
 from accel.ir.module import Value
-from accel.ir.types import same_shape
+from accel.ir.types import same_dim, same_shape
 
 if TYPE_CHECKING:
     from accel.frontends.importer import Importer
@@ -223,25 +224,34 @@ def _sliced(importer: Importer, handle: Handle, base: Value, new: Value) -> Valu
             where=str(importer.location or ""),
         )
     axis = _axis_argument(handle.call, name) % source.dim()
+    if any(same_dim(d, 0) for d in new.shape):
+        return base  # nothing is written
     stride = source.stride(axis)
-    offset = view.storage_offset() - source.storage_offset()
-    if not isinstance(offset, int) or not isinstance(stride, int):
-        raise CaptureError(
-            "a write through a slice at a symbolic position", where=str(importer.location or "")
-        )
-    start = offset // stride if stride else 0
+    start = _ratio(importer, view.storage_offset() - source.storage_offset(), stride)
     if name in ("select", "unbind"):
         shape = (*base.shape[:axis], 1, *base.shape[axis + 1 :])
         new = importer.b.reshape(new, shape=shape)
         step = 1
     else:
-        step = view.stride(axis) // stride if stride else 1
+        step = _ratio(importer, view.stride(axis), stride) if view.size(axis) != 1 else 1
     count = new.shape[axis]
     stop = start + (count - 1) * step + 1
     if start == 0 and step == 1 and same_shape(new.shape, base.shape):
         return new
     result: Value = importer.b.slice_update(base, new, axis=axis, start=start, stop=stop, step=step)
     return result
+
+
+def _ratio(importer: Importer, distance: int | torch.SymInt, stride: int | torch.SymInt) -> int:
+    """How many strides a distance is. Raises CaptureError where that is no number."""
+    if isinstance(distance, int) and isinstance(stride, int):
+        return distance // stride if stride else 0
+    found = sympy.cancel(importer.dim(distance) / sympy.sympify(importer.dim(stride)))
+    if not found.is_Integer:
+        raise CaptureError(
+            "a write through a slice at a symbolic position", where=str(importer.location or "")
+        )
+    return int(found)
 
 
 def _axis_argument(call: Call, name: str) -> int:
