@@ -27,6 +27,9 @@ class Survey(Tracer):
         reads: flat positions of all loads from arguments and materialized values.
         reductions: reductions met (not entered), in order.
         fixed: axes that are used as numbers, not only in addresses: their loops stay apart.
+        numbers: those of them that are used as numbers, not only compared with bounds.
+        bounds: what is compared with 0. Axes that all addresses and all bounds have in the same
+            proportion may be one range nevertheless.
         users: for every element met, the elements computed from it.
         work: arithmetic per element: 1 an operation, more for an elementary function.
     """
@@ -37,6 +40,8 @@ class Survey(Tracer):
         self.reads: list[Affine] = []
         self.reductions: dict[Key, Op] = {}
         self.fixed: set[Axis] = set()
+        self.numbers: set[Axis] = set()
+        self.bounds: list[Affine] = []
         self.users: dict[Key, set[Key]] = {}
         self.costly: dict[Key, bool] = {}
         self.work = 0
@@ -58,7 +63,7 @@ class Survey(Tracer):
     def load(self, value: Value, index: Index) -> bool:
         if value.dtype in SUB_BYTE_BITS and value.op is None:
             address, inside = packed_address(self.indexer, value, index)
-            self.fixed |= inside.axes
+            self._fix(inside)
             self.reads.append(address)
         else:
             self.reads.append(self.indexer.flatten(index, value.shape))
@@ -73,12 +78,17 @@ class Survey(Tracer):
         return False
 
     def position(self, value: Affine, dtype: torch.dtype) -> bool:
-        self.fixed |= value.axes
+        self._fix(value)
         return False
+
+    def _fix(self, value: Affine) -> None:
+        self.fixed |= value.axes
+        self.numbers |= value.axes
 
     def condition(self, nonnegative: Sequence[Affine]) -> bool:
         for c in nonnegative:
             self.fixed |= c.axes
+            self.bounds.append(c)
         return False
 
     def choose(

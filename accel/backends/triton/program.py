@@ -108,7 +108,8 @@ class ProgramWriter:
         return self.indexer.flatten(store.index, store.value.shape)
 
     def _merged(self, axes: Sequence[Axis]) -> list[Group]:
-        return merged(axes, self.survey.reads, self.survey.fixed)
+        survey = self.survey
+        return merged(axes, [*survey.reads, *survey.bounds], survey.numbers)
 
     def _wide(self, text: str) -> str:
         if self.emitter.kind == "int64":
