@@ -21,12 +21,12 @@ from torch.fx.experimental.symbolic_shapes import (
     ConstraintViolationError,
     DimDynamic,
     GuardOnDataDependentSymNode,
-    ShapeEnv,
     StatelessSymbolicContext,
 )
 
 from accel import tree
 from accel.errors import CaptureError, FixedSizeError, OptionError
+from accel.frontends.shape_env import PlainShapeEnv
 from accel.frontends.symbols import Symbols
 from accel.frontends.trace import refusal
 from accel.ir.module import Location
@@ -84,7 +84,7 @@ class DynamicShapes:
             args, kwargs = inputs["tuple"]
             self._walk(_by_position(spec, args, kwargs, model), inputs)
         # Static captures have one too: a tensor's item() in arithmetic is a symbolic number.
-        self.shape_env = ShapeEnv(duck_shape=False, specialize_zero_one=True)
+        self.shape_env = PlainShapeEnv(duck_shape=False, specialize_zero_one=True)
 
     def fake(self, mode: FakeTensorMode, index: int, tensor: Tensor) -> Tensor:
         """The fake tensor for input `index`, with symbols where axes are dynamic."""

@@ -12,6 +12,7 @@ the processes. One that dies costs the function that it was at.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -22,7 +23,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -43,6 +44,16 @@ serve([int(n) for n in sys.argv[2:]])
 _MOST_WORKERS = 16
 
 
+@dataclass(order=True)
+class _Task:
+    """A function that waits to be compiled, the largest first; None tells a thread to end."""
+
+    order: int
+    number: int
+    unit: Unit | None = field(compare=False)
+    made: Future[Binary] = field(compare=False)
+
+
 class Pool:
     """Processes that compile; with fewer than two, this one does. Close it, or use it in `with`.
 
@@ -52,7 +63,8 @@ class Pool:
 
     def __init__(self, count: int | None = None) -> None:
         count = most_workers() if count is None else count
-        self._waiting: queue.SimpleQueue[tuple[Unit, Future[Binary]] | None] = queue.SimpleQueue()
+        self._waiting: queue.PriorityQueue[_Task] = queue.PriorityQueue()
+        self._numbers = itertools.count()
         self._server: subprocess.Popen[bytes] | None = None
         self._threads: list[threading.Thread] = []
         self._sockets: list[socket.socket] = []
@@ -70,7 +82,7 @@ class Pool:
         """The function's machine code, when it is there; BackendError where there is none."""
         made: Future[Binary] = Future()
         if self._threads:
-            self._waiting.put((unit, made))
+            self._waiting.put(_Task(-_size(unit), next(self._numbers), unit, made))
         else:
             _settle(made, partial(compile_unit, unit))
         return made
@@ -79,13 +91,13 @@ class Pool:
         """Ends the processes; what they have not done is cancelled or fails."""
         self._closing = True
         with suppress(queue.Empty):
-            while (task := self._waiting.get_nowait()) is not None:
-                task[1].cancel()
+            while True:
+                self._waiting.get_nowait().made.cancel()
         for own in self._sockets:
             with suppress(OSError):
                 own.shutdown(socket.SHUT_RDWR)
         for _ in self._threads:
-            self._waiting.put(None)
+            self._waiting.put(_Task(0, next(self._numbers), None, Future()))
         for thread in self._threads:
             thread.join()
         self._threads = []
@@ -123,11 +135,10 @@ class Pool:
         with own:
             lines = own.makefile("rw")
             alive = _read(lines) == READY
-            while alive and (task := self._waiting.get()) is not None:
-                unit, made = task
+            while alive and (unit := (task := self._waiting.get()).unit) is not None:
                 line = _ask(lines, unit)
                 alive = bool(line)
-                _settle(made, partial(_answer, unit, line))
+                _settle(task.made, partial(_answer, unit, line))
         if not alive and not self._closing:
             self._lose_one()
 
@@ -138,8 +149,8 @@ class Pool:
             if self._workers:
                 return
         _LOG.warning("the processes that compile kernels ended: this one goes on by itself")
-        while (task := self._waiting.get()) is not None:
-            _settle(task[1], partial(compile_unit, task[0]))
+        while (unit := (task := self._waiting.get()).unit) is not None:
+            _settle(task.made, partial(compile_unit, unit))
 
 
 def _settle(made: Future[Binary], work: Callable[[], Binary]) -> None:
@@ -176,6 +187,12 @@ def _answer(unit: Unit, line: str) -> Binary:
     if "reason" in answer:
         raise failure(unit, answer["reason"]) from BackendError(answer["cause"])
     return binary_of(answer)
+
+
+def _size(unit: Unit) -> int:
+    """How long a function takes to compile, about: its lines; Gluon's take four times as long."""
+    lines = sum(not line.startswith("#") for line in unit.source.splitlines())
+    return lines * (4 if unit.gluon else 1)
 
 
 def most_workers() -> int:

@@ -62,6 +62,7 @@ class _Hoister:
 
     def __init__(self, source: str, function: ast.FunctionDef, constants: Set[str]) -> None:
         self.source, self.function = source, function
+        self.lines = source.splitlines()
         arguments = function.args.args
         self.ready = {a.arg for a in arguments if a.annotation is not None} | set(constants)
         self.parameters = {a.arg for a in arguments}
@@ -115,6 +116,10 @@ class _Hoister:
         return all(_function(c) in _PURE for c in calls)
 
     def _text(self, node: ast.AST) -> str:
+        if isinstance(node, ast.expr | ast.stmt) and node.lineno == node.end_lineno:
+            line = self.lines[node.lineno - 1]
+            if line.isascii():  # columns count bytes
+                return line[node.col_offset : node.end_col_offset]
         return ast.get_source_segment(self.source, node) or ast.unparse(node)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from accel.errors import MissingDependencyError
 
 
+@cache
 def version() -> str:
     """What machine code depends on besides the program: Triton, this generator, ops' meaning."""
     try:
