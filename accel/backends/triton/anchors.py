@@ -78,7 +78,11 @@ ANCHORS: dict[str, Anchor] = {
     "batched": Anchor(("matmul",), batched.reason, batched.generate, batched.candidates),
     "experts": Anchor(("expert_linear",), experts.reason, experts.generate, experts.candidates),
     "cached_attention": Anchor(
-        ("cached_attention",), cached.reason, cached.generate, cached.candidates
+        ("cached_attention",),
+        cached.reason,
+        cached.generate,
+        cached.candidates,
+        cached.choose_tile,
     ),
     "update": Anchor(("dynamic_update",), updates.reason, updates.generate),
     "attention": Anchor(

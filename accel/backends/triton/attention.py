@@ -56,7 +56,7 @@ def choose(kernel: Op, sms: int, capability: int) -> Tile:
     """The tile of an attention kernel that nobody has measured: overlapped where possible."""
     region = kernel.regions[0]
     op = next(op for op in region.ops if op.name == "attention")
-    tile = choose_overlapped(op) if capability == _OVERLAPPED_CAPABILITY else None
+    tile = choose_overlapped(op, sms) if capability == _OVERLAPPED_CAPABILITY else None
     if tile is None or head_tiles.reason(op) is not None:
         return choose_loop(op)
     made = plan(Planner(region))
@@ -67,7 +67,7 @@ def library_reason(op: Op, capability: int) -> str | None:
     """Why a library computes an attention faster than a kernel; None if it does not."""
     tile = choose_overlapped(op) if capability == _OVERLAPPED_CAPABILITY else None
     batch, keys = op.operands[0].shape[0], op.operands[1].shape[2]
-    whole = batch == 1 or (isinstance(keys, int) and tile is not None and keys % tile.columns == 0)
+    whole = batch == 1 or (isinstance(keys, int) and tile is not None and keys >= tile.columns)
     overlapped = whole and tile is not None and head_tiles.reason(op) is None
     return library_is_faster(op, overlapped)
 

@@ -5,7 +5,7 @@ Figures are those of an H200 (benchmarks/results/gpu_attention.json).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,11 +14,14 @@ from accel.ir.module import Op, Value
 from accel.ir.types import Dim, product, same_dim
 
 _SYMBOLIC_LENGTH = 2048
+_SMS = 132  # multiprocessors, where nobody says
 _SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
 _CACHE_BYTES = 28e6  # half of the second-level cache, and a bit
+_CAUSAL_BYTES = 150e6  # up to which even work is worth more than reading one head after another
 _NARROW_HEAD, _SHORT = 64, 1024
 _LONG, _MOST_OPS = 1024, 40  # keys from which sparse masks pay, and ops of a mask
 _LEAST_OVERLAPPED = 256  # queries: with fewer, setting the warps up costs more than it gains
+_LEAST_OF_MANY = 128  # queries, where there are parts enough to set them up once for several
 
 
 @dataclass(frozen=True)
@@ -102,18 +105,32 @@ def choose_loop(op: Op) -> AttentionTile:
     return AttentionTile(rows, columns, warps, best.stages, across, compares_texts(op))
 
 
-def choose_overlapped(op: Op) -> OverlappedTile | None:
+def choose_overlapped(op: Op, sms: int = _SMS) -> OverlappedTile | None:
     """The tile of a kernel by `attention_overlapped`; None where the loop is faster."""
     q, k, v, *_ = op.arguments()
-    if min(_known(q.shape[2]), _known(k.shape[2])) < _LEAST_OVERLAPPED or _loop_is_faster(op):
+    shortest, widest = min(_known(q.shape[2]), _known(k.shape[2])), max(q.shape[3], v.shape[3])
+    least = _LEAST_OVERLAPPED
+    if _parts(op, 128) >= 2 * sms:
+        least = _LEAST_OF_MANY
+    if shortest < least or _loop_is_faster(op) or compares_texts(op):
         return None
-    if compares_texts(op):
-        return None
-    wide = max(int(q.shape[3]), int(v.shape[3])) > 128
+    causal = bool(op.attribute("causal"))
     # A cap takes registers: with 128 columns, scores and results do not fit them.
-    columns = 64 if wide or op.attribute("softcap") is not None else 128
-    small = bool(op.attribute("causal")) and _fits_cache(op)
-    return OverlappedTile(columns=columns, persistent=small, across=small)
+    columns = 64 if int(widest) > 128 or op.attribute("softcap") is not None else 128
+    if causal and not _fits_cache(op, _CAUSAL_BYTES):
+        return OverlappedTile(columns=columns)
+    tile = OverlappedTile(columns=columns, persistent=True, across=causal)
+    if causal and columns == 128 and int(widest) == 128:
+        return replace(tile, turns=True)
+    narrow = int(widest) <= _NARROW_HEAD
+    return replace(tile, stages=3) if narrow and not causal else tile
+
+
+def _parts(op: Op, rows: int) -> int:
+    """How many tiles of so many queries there are, as far as it is known."""
+    q = op.operands[0]
+    heads = [d if isinstance(d, int) else 1 for d in q.shape[:2]]
+    return heads[0] * heads[1] * (-(-_known(q.shape[2]) // rows))
 
 
 def _loop_is_faster(op: Op) -> bool:
@@ -125,12 +142,13 @@ def _loop_is_faster(op: Op) -> bool:
     return narrow and short and bool(op.attribute("causal")) and _fits_cache(op)
 
 
-def _fits_cache(op: Op) -> bool:
-    """Whether the keys and values of all heads stay in the second-level cache."""
+def _fits_cache(op: Op, most: float = _CACHE_BYTES) -> bool:
+    """Whether the keys and values of all heads stay in the second-level cache, or are few enough
+    to be read over and over."""
     _, k, v, *_ = op.arguments()
     rows = product((*k.shape[:2], _known(k.shape[2])))
     bytes_ = product((rows, k.shape[3] + v.shape[3], k.dtype.itemsize))
-    return isinstance(bytes_, int) and bytes_ <= _CACHE_BYTES
+    return isinstance(bytes_, int) and bytes_ <= most
 
 
 def compares_texts(op: Op) -> bool:
@@ -213,6 +231,8 @@ _OVERLAPPED = (
     OverlappedTile(persistent=True, across=True),
     OverlappedTile(turns=True, across=True),
     OverlappedTile(stages=4, turns=True),
+    OverlappedTile(stages=3, persistent=True),
+    OverlappedTile(persistent=True, across=True, turns=True),
     OverlappedTile(columns=64),
     OverlappedTile(columns=64, across=True),
     OverlappedTile(groups=3, columns=64, stages=3, across=True),
@@ -234,9 +254,9 @@ _FEW_KEYS, _SMALL_HEAD = 256, 128  # up to these a kernel is never slower than c
 def library_is_faster(op: Op, overlapped: bool) -> str | None:
     """Why cuDNN's kernel is the better one; None if it is not.
 
-    `overlapped` says that `attention_overlapped` takes this, which is as fast, but for heads of 64:
-    there the exponentials are the limit. A mask, a window or a cap means a mask of all pairs for
-    the library, or that it has no kernel; where heads share keys, torch does not reach cuDNN's.
+    `overlapped` says that `attention_overlapped` takes this, which is as fast. A mask, a window or
+    a cap means a mask of all pairs for the library, or that it has no kernel; where heads share
+    keys, torch does not reach cuDNN's.
     """
     q, k, v, mask, sinks = op.arguments()
     special = mask is not None or sinks is not None or op.attribute("window") is not None
@@ -244,8 +264,7 @@ def library_is_faster(op: Op, overlapped: bool) -> str | None:
     if special or _loop_is_faster(op):
         return None
     if overlapped:
-        narrow = q.shape[3] <= _NARROW_HEAD and q.shape[1] == k.shape[1]
-        return "cuDNN is faster at heads of 64" if narrow else None
+        return None
     if q.dtype.itemsize > 2:
         return "a library multiplies float32 on its own path"
     flops = product((2, *q.shape[:3], k.shape[2], q.shape[3] + v.shape[3]))

