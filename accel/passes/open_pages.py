@@ -25,7 +25,8 @@ from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 class OpenPages(Pass):
     """Writes attention over pages as reads through a table.
 
-    `kernels`: only where a generated kernel takes it; the rest is left to a library's call.
+    `kernels`: only where a generated kernel takes it; the rest is left to a library's call. Codes
+    in pages, too, which a kernel decodes.
     """
 
     name: ClassVar[str] = "open_pages"
@@ -46,13 +47,17 @@ class OpenPages(Pass):
                     context.miss(self.name, op, reason)
                 while op.prev is not None and op.prev is not before:
                     op.prev.erase()
+            for op in [o for o in function.ops if self.kernels and o.name == "gather_pages"]:
+                if context.rewrite(self.name, op):
+                    _read_through(op, self.name)
 
     def _opened(self, op: Op) -> Value:
         b = Builder(before=op, location=op.location, made_by=self.name)
         (made,) = b.decompose(op)
         assert made.op is not None
         for value in made.op.operands[1:3]:
-            _read_through(b, value)
+            assert value.op is not None
+            _read_through(value.op, self.name)
         return made
 
     def _refusal(self, made: Value, context: Context) -> str | None:
@@ -61,9 +66,7 @@ class OpenPages(Pass):
         return context.generator.supports_anchor(made.op, made.op.name)
 
 
-def _read_through(b: Builder, cache: Value) -> None:
+def _read_through(gathered: Op, made_by: str) -> None:
     """The pages of a cache by primitive ops."""
-    gathered = cache.op
-    assert gathered is not None and gathered.name == "gather_pages"
-    inner = Builder(before=gathered, location=gathered.location, made_by=b.made_by)
-    gathered.replace_with(inner.decompose(gathered))
+    b = Builder(before=gathered, location=gathered.location, made_by=made_by)
+    gathered.replace_with(b.decompose(gathered))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from accel.ir.builder import Builder
     from accel.ir.module import Value
 
+_STORED = MOVABLE + "e"  # float8 as well
 _PLACES = (torch.int64, torch.int32)
 
 
@@ -44,7 +45,7 @@ class GatherPages:
 
     @staticmethod
     def infer(pool: TensorType, table: TensorType) -> TensorType:
-        check_dtype("gather_pages", MOVABLE, pool)
+        check_dtype("gather_pages", _STORED, pool)
         _check("gather_pages", pool, table)
         rows, pages = table.shape
         slots = simplify_dim(pages * pool.shape[2])
@@ -77,7 +78,7 @@ class UpdatePages:
     def infer(
         pool: TensorType, source: TensorType, table: TensorType, position: TensorType
     ) -> TensorType:
-        check_dtype("update_pages", MOVABLE, pool)
+        check_dtype("update_pages", _STORED, pool)
         _check("update_pages", pool, table)
         each = position.rank == 1 and same_dim(position.shape[0], table.shape[0])
         if not (each or position.rank == 0) or position.dtype not in _PLACES:
