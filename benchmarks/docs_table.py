@@ -21,6 +21,7 @@ from benchmarks.docs_generation import text_lines
 from benchmarks.docs_gpu import gpu_lines, readme_lines, roofline_lines
 from benchmarks.docs_gpu_attention import attention_lines
 from benchmarks.docs_gpu_decode import decode_lines
+from benchmarks.docs_gpu_numerics import numerics_lines
 from benchmarks.docs_gpu_products import product_lines
 from benchmarks.docs_language import cache_lines, equality_lines, gqa_lines
 from benchmarks.measure import ROOT, TITLES, geometric_mean, load_results
@@ -95,6 +96,7 @@ def render() -> str:
         ("gpu_products", products_section),
         ("gpu_attention", attention_section),
         ("gpu_decode", generation_section),
+        ("gpu_numerics", numerics_section),
         ("compile_time", compile_time_section),
         ("memory", memory_section),
         ("compression", compression_section),
@@ -116,6 +118,10 @@ def render() -> str:
 
 def equality_section(data: dict[str, Any]) -> str:
     return "\n".join(equality_lines(data, markdown))
+
+
+def numerics_section(data: dict[str, Any]) -> str:
+    return "\n".join(numerics_lines(data, markdown))
 
 
 def text_section(data: dict[str, Any]) -> str:

@@ -11,7 +11,8 @@ architecture, with the installed Triton and with those in the folders given.
 One process works at a time (`benchmarks.gpu_numerics_worker`). A test that fails, hangs or ends its
 process is counted and named, and so is a kernel that does not compile; the rest goes on. `--state`
 keeps what is done: a run that was stopped, or had no minutes left, goes on where it was if the
-sources are the same. Exit code 1 if anything failed or was not done.
+sources are the same, and compiles only kernels that it has not compiled before. Exit code 1 if
+anything failed or was not done.
 """
 
 from __future__ import annotations
@@ -71,11 +72,7 @@ class Run:
     def _start(self, arguments: Sequence[str], path: str) -> int | None:
         """The exit code; None if time ran out."""
         places = [p for p in (path, str(ROOT), os.environ.get("PYTHONPATH", "")) if p]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(places),
-            "TRITON_CACHE_DIR": str(self.folder / "triton"),
-        }
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
         module = "benchmarks.gpu_numerics_worker"
         command = [sys.executable, "-m", module, *arguments]
         process = subprocess.Popen(
@@ -206,8 +203,8 @@ def main() -> None:
     chosen = parser.parse_args()
     archs = chosen.archs.split(",")
     folder = Path(chosen.state or cache_dir() / "numerics") / sources()
-    for part in ("kernels", "launches"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    for part in (folder / "kernels", folder.parent / "launches"):
+        part.mkdir(parents=True, exist_ok=True)
     run = Run(folder, time.monotonic() + 60 * chosen.minutes)
     files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(TESTS))]
     undone = [f for f in files if not run.worker("check", f, str(chosen.seeds), *archs)]

@@ -6,21 +6,25 @@
 Both add lines of JSON to files in FOLDER as they go, and skip what is there already: a process may
 end at any time, and the next one goes on where it was.
 
+FOLDER is for one state of the sources; what is compiled is kept beside it, for the next ones.
+
     tests.jsonl             {"test", "outcome", "seconds", "error", "runs": {kernel: runs}}
     started.jsonl           {"test"} or {"launch"}: what was begun
     kernels/KEY.json        {"key", "template", "random", "launches": {arch: [hashes] or why none}}
-    launches/HASH.json      what Triton is asked to compile: source, types, constants, architecture
-    compiled-VERSION.jsonl  {"launch", "error", "seconds"}
+    ../launches/HASH.json   what Triton is asked to compile: source, types, constants, architecture
+    ../compiled-VERSION.jsonl  {"launch", "error", "seconds"}, by version of Triton
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,7 @@ from accel.backends.cubin.compile import Unit, compile_unit
 from accel.backends.loops.phases import REDUCTIONS
 from accel.backends.triton import TritonBackend
 from accel.backends.triton.anchors import ANCHORS
-from accel.backends.triton.cooperative import CooperativeTile
+from accel.backends.triton.backend import unit_of
 from accel.backends.triton.kernel import KernelCode, LaunchCode
 from accel.errors import BackendError
 from accel.ir.types import SUB_BYTE_BITS
@@ -55,7 +59,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def compiled_file(folder: Path, triton: str) -> Path:
-    return folder / f"compiled-{triton}.jsonl"
+    return folder.parent / f"compiled-{triton}.jsonl"
 
 
 def _add(path: Path, line: dict[str, Any]) -> None:
@@ -129,18 +133,9 @@ class Watcher:
         path.write_text(json.dumps({**about, "launches": by_arch}))
 
     def _launch(self, launch: LaunchCode, arch: str) -> str:
-        made = {
-            "source": launch.source,
-            "name": launch.name,
-            "signature": launch.signature,
-            "constants": launch.constants,
-            "warps": launch.warps,
-            "arch": arch,
-            "gluon": launch.gluon,
-        }
-        text = json.dumps(made)
+        text = json.dumps(asdict(unit_of(launch, arch)))
         name = _hash(text.replace(launch.name, "kernel"))
-        path = self.folder / "launches" / f"{name}.json"
+        path = self.folder.parent / "launches" / f"{name}.json"
         if not path.is_file():
             path.write_text(text)
         return name
@@ -167,10 +162,9 @@ def template(one: Generated, code: KernelCode) -> str:
     if one.kind not in ANCHORS:
         return _plain(ops, code)
     words = [one.kind.replace("_", " ")]
-    if isinstance(one.backend.tile, CooperativeTile):
-        words.append("cooperative")
-    elif any(launch.gluon for launch in code.launches):
-        words.append("Gluon")
+    if any(launch.gluon for launch in code.launches):
+        writer = re.match("[A-Z][a-z]*", type(one.backend.tile).__name__)
+        words.append(f"{writer[0].lower()} (Gluon)" if writer and one.backend.tile else "Gluon")
     if one.kind == "cached_attention" and ops & set(_LOOKUPS):
         words.append("paged")
     if "dequantize" in ops:
@@ -216,20 +210,25 @@ def compile_all(folder: Path) -> None:
     """Compiles what the tests ran, for every architecture, with the Triton that is imported."""
     written = compiled_file(folder, version("triton"))
     done = {line["launch"] for line in lines(written)}
-    for path in sorted((folder / "launches").glob("*.json")):
-        if path.stem in done:
-            continue
-        _add(folder / "started.jsonl", {"launch": path.stem})
+    kernels = (json.loads(path.read_text()) for path in (folder / "kernels").glob("*.json"))
+    asked = {
+        launch
+        for kernel in kernels
+        for launches in kernel["launches"].values()
+        if not isinstance(launches, str)
+        for launch in launches
+    }
+    for name in sorted(asked - done):
+        _add(folder / "started.jsonl", {"launch": name})
         start, error = time.perf_counter(), ""
-        made = json.loads(path.read_text())
-        arguments = [made[n] for n in ("source", "name", "signature", "constants", "warps", "arch")]
+        made = json.loads((folder.parent / "launches" / f"{name}.json").read_text())
         try:
             with at_most(COMPILE_SECONDS):
-                compile_unit(Unit(*arguments, made["gluon"]))
+                compile_unit(Unit(**made))
         except (BackendError, OutOfTime) as failure:
             error = str(failure)[:_TOLD]
         seconds = round(time.perf_counter() - start, 3)
-        _add(written, {"launch": path.stem, "error": error, "seconds": seconds})
+        _add(written, {"launch": name, "error": error, "seconds": seconds})
 
 
 def main(arguments: Sequence[str]) -> int:
