@@ -239,20 +239,37 @@ class _Reader:
     place: int
 
     def scale(self, graph: fx.Graph, factor: fx.Node) -> None:
-        """Multiplies the product's result by a number, or its other operand if that is smaller."""
+        """Multiplies the product's result by a number, or its other operand if that is smaller.
+
+        Where the result is added to something, the addition's kernel multiplies as well.
+        """
         other = self.product.args[1 - self.place]
         assert isinstance(other, fx.Node)
-        if _count(self.product) <= _count(other):
-            w = Writer(graph, self.product.next, self.product)
-            readers = list(self.product.users)
-            made = _times(w, self.product, factor)
+        result = _added(self.product)
+        if result is not None or _count(self.product) <= _count(other):
+            result = result or self.product
+            w = Writer(graph, result.next, result)
+            readers = list(result.users)
+            made = _times(w, result, factor)
             for user in readers:
-                user.replace_input_with(self.product, made)
+                user.replace_input_with(result, made)
         else:
             w = Writer(graph, self.product, self.product)
             arguments = list(self.product.args)
             arguments[1 - self.place] = _times(w, other, factor)
             self.product.args = tuple(arguments)
+
+
+def _added(node: fx.Node) -> fx.Node | None:
+    """The last view of a value before it is added to something, if nothing else reads it."""
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if user.target is _aten.add.Tensor:
+            return node
+        if user.target not in _MOVES:
+            return None
+        node = user
+    return None
 
 
 def _times(w: Writer, x: fx.Node, factor: fx.Node) -> fx.Node:
