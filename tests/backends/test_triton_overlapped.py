@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from accel.backends.cubin.pairs import BOTH, EVERYONE
+from accel.backends.cubin.pairs import BOTH, EVERYONE, paired
 from accel.backends.triton import TritonBackend
-from accel.backends.triton.cooperative import CooperativeTile
+from accel.backends.triton.cooperative import CooperativeTile, loaded_ahead
 from accel.backends.triton.overlapped import OverlappedTile
 from accel.backends.triton.paired import PairedTile
 from accel.errors import BackendError
@@ -24,11 +24,12 @@ from tests.backends.test_tvm_kernels import randn, typed
 from tests.backends.triton_worker import Worker
 
 BF16, FP16 = torch.bfloat16, torch.float16
+# Small, but such as compile: a group of warps multiplies 64 rows.
 TILES = {
     "turns": OverlappedTile(64, 64, 32, 3),
-    "shared": CooperativeTile(64, 256, 16, 3),
+    "shared": CooperativeTile(128, 128, 32, 3),
     "shared by three": CooperativeTile(192, 64, 32, 3, groups=3),
-    "paired": PairedTile(64, 256, 16, 3, 4),
+    "paired": PairedTile(128, 128, 16, 3, 4),
     "paired, by three": PairedTile(192, 64, 32, 3, 4, groups=3),
 }
 # Few programs, so that each has many tiles.
@@ -183,3 +184,44 @@ def test_compiles_for_hopper(name: str, tile: OverlappedTile) -> None:
     assert instructions == marks and (marks > 0) == isinstance(tile, PairedTile)
     assert len(launch.binary.maps) == len(launch.code.maps)
     assert launch.binary.shared <= 227 << 10 and "wgmma" in launch.binary.ptx
+
+
+COPY = (
+    "@%p1 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+    "[%r1], [%rd1, {%r2, %r3}], [%r4];"
+)
+ARRIVAL = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];"
+
+
+def test_what_is_not_marked_stays() -> None:
+    assert paired(f".reqntid 384\n{COPY}\n{ARRIVAL}\n").count("multicast") == 0
+    made = paired(f".reqntid 384\n{COPY}\n{BOTH} // %r9\n{COPY}\n{ARRIVAL}\n")
+    assert made.count("multicast") == 1 and "mapa" not in made
+    assert made.index("multicast") > made.index(BOTH) and ".reqnctapercluster 2" in made
+
+
+@pytest.mark.parametrize(
+    "ptx",
+    [
+        f".reqntid 384\n{BOTH} // %r9\n@%p8 bra $L__BB0_1;\n{COPY}\n",
+        f".reqntid 384\n{EVERYONE} // %r9\n$L__BB0_1:\n{ARRIVAL}\n",
+        f".reqntid 384\n{BOTH} // %r9\n{BOTH} // %r8\n{COPY}\n{COPY}\n",
+        f".reqntid 384\n{BOTH} // %r9\n",
+        f"{EVERYONE} // %r9\n{ARRIVAL}\n",
+    ],
+)
+def test_a_mark_that_has_lost_its_instruction_is_an_error(ptx: str) -> None:
+    with pytest.raises(BackendError):
+        paired(ptx)
+
+
+def test_loads_of_one_row_or_column_come_first() -> None:
+    lines = [
+        "acc_0 = sums", "row = row0 + 1", "col = col0 + 2", "row_ok = row < 9", "i_1 = col % 4",
+        "bias_1 = tl.load(x2 + i_1)", "other_1 = tl.load(x3 + row * 8 + col, mask=row_ok)",
+        "scale_1 = tl.load(x4 + row, mask=row_ok)", "sum_1 = acc_0 * scale_1 + bias_1 + other_1",
+    ]  # fmt: skip
+    ahead, rest = loaded_ahead(lines, ("row", "col"))
+    assert ahead == [lines[1], lines[2], lines[3], lines[4], lines[5], lines[7]]
+    assert rest == [*lines[:5], lines[6], lines[8]]
+    assert loaded_ahead(["acc_0 = sums", "row = row0"], ("row", "col"))[0] == []

@@ -125,6 +125,7 @@ class OverlappedWriter(BringingWriter):
         body = Block(emitter.scopes[0].block.names)
         with emitter.inside(Scope(body, frozenset())):
             self._start_tile(body)
+            self.multiplied_from = len(body.lines)
             self._multiply(body)
             self._epilogue(body)
             body.line("number += 1")
