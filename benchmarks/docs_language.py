@@ -33,17 +33,20 @@ def equality_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
     ]
 
 
+SPEED_HEADS = ("tokens/s after 512", "after 4096")
+
+
 def cells(row: dict[str, Any], full: dict[str, Any]) -> list[str]:
     """A row's figures as text, for this table and for docs/benchmarks.md."""
     change = row["perplexity"] / row.get("reference", full["perplexity"]) - 1
-    rate = row.get("tokens_per_second")
+    rates = [row.get("speed", {}).get(context) for context in ("512", "4096")]
     return [
         str(row["bytes"]),
         f"{2 * row['bytes'] / full['bytes']:.3f}",
         "" if row["error"] is None else f"{row['error']:.1e}",
         f"{row['perplexity']:.3f}",
         f"{change:+.2%}",
-        "" if rate is None else f"{rate:.1f}",
+        *(f"{r['tokens_per_second']:.1f} ({r['of_float32']:.2f})" if r else "" for r in rates),
     ]
 
 
@@ -64,9 +67,10 @@ def cache_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
         "`pydoc_data.topics`, as a change from float32; scales, zero points and sums are counted,",
         f"at {data['window']} tokens. Keys are rotated by a Hadamard matrix, except where",
         "the row says so. Kinds without an error of logits are measured token by token, on",
-        f"{streamed} windows. Tokens a second: decoding after 512 tokens, float32 weights.",
+        f"{streamed} windows. Tokens a second: decoding after 512 tokens and after 4096, float32",
+        "weights; and how many times as fast that is as with the float32 cache, in turns with it.",
         "",
-        *markdown([*head, "change", "tokens/s"], lines),
+        *markdown([*head, "change", *SPEED_HEADS], lines),
         "",
         *_long_lines(data, markdown),
     ]

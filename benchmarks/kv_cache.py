@@ -37,7 +37,7 @@ from accel.passes.pipelines import CLEAN_PIPELINE
 from accel.runtime.model import CompiledModel
 from accel.runtime.pages import PagedLoop
 from benchmarks.compression import MODEL, WINDOW, perplexity, windows
-from benchmarks.docs_language import cells
+from benchmarks.docs_language import SPEED_HEADS, cells
 from benchmarks.measure import THREADS, load_results, machine, store_results
 
 METHODS: dict[str, str] = {
@@ -58,12 +58,13 @@ STREAMED: dict[str, str] = {
     "recent 256": "stream_cache{sinks=0,window=256}",
     "sinks 4, recent 252": "stream_cache{sinks=4,window=252}",
 }
-# Kinds whose speed is measured by itself: the others' is that of their tokens.
+# Kinds whose speed is measured, after few tokens and, if they keep them all, after many.
 SPEED: dict[str, str] = {
     "float32": "",
     "int8": "int8",
     "fp8": "fp8",
     "int4-g16": METHODS["int4-g16"],
+    **STREAMED,
 }
 LONG_TEXT = 8192
 LONG: dict[str, str] = {
@@ -72,7 +73,8 @@ LONG: dict[str, str] = {
     "sinks": "stream_cache{sinks=4,window=1020}",
 }
 _STREAMED_WINDOWS = 2
-_CONTEXT, _STEPS = 512, 64
+_CONTEXT, _LONG_CONTEXT = 512, 4096
+_ROUNDS, _STEPS = 6, 8
 
 
 def token_bytes(module: Module) -> int:
@@ -104,14 +106,7 @@ def streamed(name: str, tokens: Sequence[torch.Tensor], rows: dict[str, Any]) ->
     """One row of a kind that is measured token by token, beside float32 on the same tokens."""
     capacity = tokens[0].shape[1]
     fast = compile_generator(_model(), capacity=capacity, cache=STREAMED[name])
-    losses, times = [], []
-    for window in tokens:
-        last = time.perf_counter()
-        for loss in token_losses(fast, window):
-            now = time.perf_counter()
-            losses.append(loss)
-            times.append(now - last)
-            last = now
+    losses = [loss for window in tokens for loss in token_losses(fast, window)]
     reference = rows["float32"]["first_windows"]
     return {
         "pipeline": STREAMED[name],
@@ -120,7 +115,6 @@ def streamed(name: str, tokens: Sequence[torch.Tensor], rows: dict[str, Any]) ->
         "promise": "approximate" if name != "paged" else "exact",
         "perplexity": math.exp(statistics.fmean(losses)),
         "reference": reference,
-        "tokens_per_second": 1 / statistics.median(times),
         "windows": len(tokens),
     }
 
@@ -153,19 +147,43 @@ def state_bytes(fast: CompiledModel) -> int:
     return sum(t.nbytes for t in loop.empty(1))
 
 
-def speed(cache: str) -> dict[str, float]:
-    """Decoding at a context of 512 tokens: the median step, as tokens a second."""
-    fast = compile_generator(_model(), capacity=1024, cache=cache)
-    loop = fast.generator.loop
-    ids = torch.randint(0, 1000, (1, _CONTEXT), generator=torch.Generator().manual_seed(0))
-    times = []
-    with torch.no_grad():
-        logits, state = loop.prefill(ids, loop.empty(1))
-        for at in range(_CONTEXT, _CONTEXT + _STEPS):
+class Steps:
+    """Decoding with one kind of cache after `context` tokens."""
+
+    def __init__(self, name: str, context: int) -> None:
+        fast = compile_generator(_model(), capacity=context + 512, cache=SPEED[name])
+        self.loop, self.at = fast.generator.loop, context
+        ids = torch.randint(0, 1000, (1, context), generator=torch.Generator().manual_seed(0))
+        self.logits, self.state = self.loop.prefill(ids, self.loop.empty(1))
+        self.seconds: list[float] = []
+
+    def run(self, count: int) -> None:
+        """So many steps; the first two warm up."""
+        for number in range(count):
+            token, place = self.logits.argmax(-1), torch.tensor(self.at)
             start = time.perf_counter()
-            logits, state = loop.decode(logits.argmax(-1), torch.tensor(at), state)
-            times.append(time.perf_counter() - start)
-    return {"tokens_per_second": 1 / statistics.median(times[8:])}
+            self.logits, self.state = self.loop.decode(token, place, self.state)
+            if number > 1:
+                self.seconds.append(time.perf_counter() - start)
+            self.at += 1
+
+
+@torch.no_grad()
+def speeds(context: int, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Tokens a second of each kind, and of float32 in turns with it: how fast memory is differs
+    from minute to minute."""
+    full, made = Steps("float32", context), {}
+    for name in names:
+        other = full if name == "float32" else Steps(name, context)
+        full.seconds.clear()
+        full.at = context
+        for _ in range(_ROUNDS):
+            full.run(_STEPS)
+            if other is not full:
+                other.run(_STEPS)
+        rates = [1 / statistics.median(s.seconds) for s in (other, full)]
+        made[name] = (rates[0], rates[1])
+    return made
 
 
 def long_text(name: str) -> dict[str, Any]:
@@ -190,7 +208,7 @@ def _model() -> Any:
 
 def table_of(data: dict[str, Any]) -> Table:
     title = f"SmolLM2-135M, {data['windows']} windows of {WINDOW} tokens"
-    names = ("bytes a token", "of 16 bits", "logits' error", "perplexity", "change", "tokens/s")
+    names = ("bytes a token", "of 16 bits", "logits' error", "perplexity", "change", *SPEED_HEADS)
     table = Table("cache", "passes", title=title)
     for name in names:
         table.add_column(name, justify="right")
@@ -243,10 +261,14 @@ def measure_rows(data: dict[str, Any], wanted: Sequence[str]) -> None:
 
 
 def measure_speed(data: dict[str, Any]) -> None:
-    for name, cache in SPEED.items():
-        if name in data["rows"]:
-            data["rows"][name] |= speed(cache)
-            store(data)
+    """After few tokens; and after many, of the kinds that keep them all."""
+    known = [n for n in SPEED if n in data["rows"]]
+    whole = [n for n in known if n in METHODS or n == "paged"]
+    for context, names in ((_CONTEXT, known), (_LONG_CONTEXT, whole)):
+        for name, (rate, full) in speeds(context, names).items():
+            found = data["rows"][name].setdefault("speed", {})
+            found[str(context)] = {"tokens_per_second": rate, "of_float32": rate / full}
+        store(data)
 
 
 def store(data: dict[str, Any]) -> None:
