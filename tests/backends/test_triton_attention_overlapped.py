@@ -141,6 +141,54 @@ def test_other_tiles(worker: Worker, name: str, tile: OverlappedTile) -> None:
     check(worker, function_of(types, build), inputs_of(types, size), tile)
 
 
+def packed(b: Any, q: Any, k: Any, v: Any, number: Any, **attributes: Any) -> Any:
+    """Heads of 64 in [B, S, H * D], texts by their number [B or 1, H or 1, S]."""
+    split = [heads(b, x, 64) for x in (q, k, v)]
+    lead, length = tuple(number.shape[:2]), number.shape[2]
+    mask = b.eq(b.reshape(number, shape=(*lead, length, 1)),
+                b.reshape(number, shape=(*lead, 1, length)))  # fmt: skip
+    return merged(b, b.attention(*split, mask, scale=0.125, **attributes))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lead", [(1, 1), (2, 1), (1, 4), (2, 4)])
+def test_blocks_that_a_mask_hides_are_left_out(
+    worker: Worker, lead: tuple[int, int], causal: bool
+) -> None:
+    """What lies in hidden blocks changes nothing, be it no number; nor what lies in no block."""
+    length = 420
+    types = [*three(2, length, length, 4, 2), typed(torch.int64, *lead, length)]
+    function = function_of(types, lambda b, *x: packed(b, *x, causal=causal))
+    inputs = inputs_of(types, 0, seed=3)
+    borders = torch.arange(lead[0] * lead[1]).view(*lead, 1) * 10 + 200
+    inputs[3] = (torch.arange(length) >= borders).long() + (torch.arange(length) >= 350)
+    tile = OverlappedTile(2, 64, 2, listed=True)
+    source = check(worker, function, inputs, tile)
+    assert "seen = tl.load(" in source
+    runner = InterpretedKernels([function], worker, ["attention"], backend(tile))
+    (want,) = runner(0, inputs)
+    for x in inputs[1:3]:
+        x[:, :64] = float("nan")  # of the first text, a whole block
+    (got,) = runner(0, inputs)
+    assert torch.equal(got[:, 384:], want[:, 384:])  # the last tile of queries
+    assert bool(got[:, :64].isnan().any())
+
+
+def test_queries_that_see_nothing(worker: Worker) -> None:
+    types = [*three(1, 130, 192, 1, 1), typed(torch.int64, 1, 1, 130), typed(torch.int64, 192)]
+
+    def build(b: Any, q: Any, k: Any, v: Any, mine: Any, theirs: Any) -> Any:
+        mask = b.eq(b.reshape(mine, shape=(1, 1, 130, 1)), b.reshape(theirs, shape=(1, 1, 1, 192)))
+        return plain_mask(b, q, k, v, mask)
+
+    def plain_mask(b: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return merged(b, b.attention(*(heads(b, x, 64) for x in (q, k, v)), mask, scale=0.125))
+
+    inputs = inputs_of(types, 0, seed=4)
+    inputs[3], inputs[4] = torch.arange(130)[None, None] // 128, torch.zeros(192, dtype=torch.int64)
+    check(worker, function_of(types, build), inputs, OverlappedTile(2, 64, 2, listed=True))
+
+
 def random_case(seed: int) -> tuple[list[TensorType], Callable[..., Any], OverlappedTile]:
     """Attention that TMA can bring, in random shapes and tiles."""
     r = random.Random(seed)

@@ -10,8 +10,8 @@ import torch
 
 from accel.backends.loops.phases import Planner
 from accel.backends.triton import head_tiles
-from accel.backends.triton.attention_listed import ListedAttention
-from accel.backends.triton.attention_loop import AttentionWriter, plan
+from accel.backends.triton.attention_listed import ListedAttention, SeenWriter
+from accel.backends.triton.attention_loop import AttentionWriter, Plan, plan
 from accel.backends.triton.attention_overlapped import OverlappedAttention
 from accel.backends.triton.attention_tiles import (
     OverlappedTile,
@@ -24,6 +24,7 @@ from accel.backends.triton.attention_tiles import (
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, kind_of
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.powers import quick_powers
+from accel.backends.triton.program import Program
 from accel.ir.module import Op, Region
 from accel.ir.types import product
 
@@ -78,7 +79,7 @@ def _kind(region: Region) -> str:
 
 
 class AttentionGenerator(Generator):
-    """An attention kernel: one launch."""
+    """An attention kernel: one launch, and one before it where a mask hides blocks."""
 
     tile: Tile | None = None
 
@@ -90,22 +91,38 @@ class AttentionGenerator(Generator):
         write = Slot("result", 0)
         tile = self.tile or choose_loop(made.op)
         writer: AttentionWriter
-        writes = [write]
         if isinstance(tile, OverlappedTile):
-            writer = OverlappedAttention(made, emitter, self.region, write.name, tile, self.sms)
+            noted = self._look(made, tile) if tile.listed else []
+            name = noted[0].name if noted else ""
+            writer = OverlappedAttention(
+                made, emitter, self.region, write.name, tile, self.sms, name
+            )
+            self._go(writer.write(), noted, [write])
         elif tile.listed:
-            writes.append(Slot("scratch", 0))
-            listed = ListedAttention(made, emitter, write.name, tile, writes[1].name)
+            list_ = Slot("scratch", 0)
+            listed = ListedAttention(made, emitter, write.name, tile, list_.name)
             self.scratch = [("int32", product((listed.size, 4)))]
-            writer = listed
+            self._go(listed.write(), [], [write, list_])
         else:
             writer = AttentionWriter(made, emitter, write.name, tile)
-        program = writer.write()
+            self._go(writer.write(), [], [write])
+        return KernelCode(self.name, self.launches, [size for _, size in self.scratch])
+
+    def _look(self, made: Plan, tile: OverlappedTile) -> list[Slot]:
+        """The launch before, which notes what the mask shows."""
+        noted = Slot("scratch", 0)
+        pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
+        emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
+        writer = SeenWriter(made, emitter, tile.rows, tile.columns, noted.name)
+        self.scratch = [("int32", product((writer.size, 4)))]
+        self._go(writer.write(), [], [noted])
+        return [noted]
+
+    def _go(self, program: Program, more: list[Slot], writes: list[Slot]) -> None:
         quick_powers(program)
         reads = [Slot("input", self.region.args.index(v)) for v in program.reads]
         reads.sort(key=lambda s: (s.kind, s.number))
-        self._launch(program, reads, writes, [])
-        return KernelCode(self.name, self.launches, [size for _, size in self.scratch])
+        self._launch(program, [*reads, *more], writes, [])
 
 
 def generate(

@@ -90,6 +90,14 @@ def plan(planner: Planner) -> Plan:
                 (*survey.reads, address), frozenset(survey.fixed))  # fmt: skip
 
 
+def seen_head(plan: Plan, indexer: Indexer) -> Affine:
+    """Of the heads that a mask tells apart, the one of a place: 0 where it is the same for all."""
+    mask = plan.op.arguments()[3]
+    shape = (1,) * (4 - mask.type.rank) + tuple(mask.shape)
+    index = tuple(Affine() if d == 1 else at for d, at in zip(shape[:2], plan.place[:2]))
+    return indexer.flatten(index, shape[:2])
+
+
 def _along(planner: Planner, name: str, extent: Dim) -> Affine:
     return Affine() if extent == 1 else planner.indexer.of(planner.indexer.axis(name, extent))
 

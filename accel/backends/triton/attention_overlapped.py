@@ -58,12 +58,13 @@ class OverlappedAttention(PartsWriter):
         target: str,
         tile: OverlappedTile,
         sms: int,
+        seen: str = "",
     ) -> None:
         why = reason(plan.op)
         if why is not None:
             raise BackendError(f"no overlapped attention: {why}")
         super().__init__(plan, emitter, region, target, tile)
-        self.sms = sms
+        self.sms, self.seen = sms, seen
         self.barriers = (*_BARRIERS, "turn") if tile.turns else _BARRIERS
         found, why = operands_of(plan, emitter.indexer, tile)
         if why is not None:
@@ -102,6 +103,10 @@ class OverlappedAttention(PartsWriter):
             f"SCORES = tl.constexpr({form.format(tile.columns)})",
             f"RESULT = tl.constexpr({form.format(self.width)})",
             f"WEIGHTS = tl.constexpr(tl.DotOperandLayout(0, {form.format(self.width)}, 2))",
+            *(
+                f"BLOCKS_{n} = tl.constexpr(tl.BlockedLayout([1], [32], [{n}], [0]))"
+                for n in ((1, 4) if self.seen else ())
+            ),
             f"STORED = tl.constexpr(tl.BlockedLayout([1, 8], [{32 // min(across, 32)}, "
             f"{min(across, 32)}], [4, 1], [1, 0]))",
         ]
@@ -173,7 +178,7 @@ class OverlappedAttention(PartsWriter):
                   enumerate((_ROWS, self.tile.columns, self.tile.columns))]  # fmt: skip
         code = [self._coordinates(one) for one in self.tiles]
         loop = [
-            *self._begin(),
+            *self._begin(1),
             *(f"row{n} = {row}" for n, (row, _) in enumerate(code)),
             *(f"col{n} = {column}" for n, (_, column) in enumerate(code)),
             "for which in tl.static_range(GROUPS):",
@@ -200,8 +205,12 @@ class OverlappedAttention(PartsWriter):
         inner = Block(body.names)
         inner.lines = loop
         body.nest(self.parts, inner)
-        head = self._arguments("m0", "m1", "m2", "queries", "keys", "values", *self.barriers)
+        head = self._arguments("m0", "m1", "m2", "queries", "keys", "values", *self.barriers,
+                               *self._noted())  # fmt: skip
         return self._function(f"bring({head})", body)
+
+    def _noted(self) -> list[str]:
+        return [self.seen] if self.seen else []
 
     def _coordinates(self, one: Tiles) -> tuple[str, str]:
         """Where a head starts."""
@@ -284,7 +293,7 @@ class OverlappedAttention(PartsWriter):
         (_, _, more), (begin, end) = self._state(loads), self._turns()
         cut = self.causal or over(self.keys, self.tile.columns) or self.window is not None
         loop = [
-            *self._begin(),
+            *self._begin(4),
             "row = first + which * 64 + tl.arange(0, 64, tl.SliceLayout(1, SCORES))[:, None]",
             f"key = {self._first_key('(stop - 1)')} + "
             "tl.arange(0, COLS, tl.SliceLayout(0, SCORES))[None, :]",
@@ -324,7 +333,8 @@ class OverlappedAttention(PartsWriter):
         inner = Block(body.names)
         inner.lines = loop
         body.nest(self.parts, inner)
-        head = self._arguments("queries", "keys", "values", *self.barriers, self.target, *loads)
+        head = self._arguments("queries", "keys", "values", *self.barriers, self.target,
+                               *self._noted(), *loads)  # fmt: skip
         return self._function(f"attend(which: tl.constexpr, {head})", body)
 
     def _cuts_more(self) -> bool:
@@ -375,8 +385,9 @@ class OverlappedAttention(PartsWriter):
         if self.overlapped.turns:
             lines.append("mbarrier.arrive(turn.index(0), count=1)")  # the first group's turn
         barriers = ", ".join(self.barriers)
-        work = self._arguments("queries, keys, values", barriers, self.target, *loads)
-        bring = self._arguments("m0, m1, m2, queries, keys, values", barriers)
+        work = self._arguments("queries, keys, values", barriers, self.target, *self._noted(),
+                               *loads)  # fmt: skip
+        bring = self._arguments("m0, m1, m2, queries, keys, values", barriers, *self._noted())
         working, bringing = _REGISTERS[groups]
         warps = [4] * (groups - 1) + [1]
         registers = [working] * (groups - 1) + [bringing]

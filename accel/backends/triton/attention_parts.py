@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from accel.backends.loops.phases import region_symbols
 from accel.backends.triton.addresses import size_name, size_text
-from accel.backends.triton.attention_loop import AttentionWriter, Plan
+from accel.backends.triton.attention_loop import AttentionWriter, Plan, seen_head
 from accel.backends.triton.attention_tiles import OverlappedTile
 from accel.backends.triton.head_tiles import shifts
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.text import Block
-from accel.backends.triton.tiles import parts_of
+from accel.backends.triton.tiles import next_power, parts_of
 from accel.ir.module import Region
 from accel.ir.types import Dim
 
@@ -33,6 +33,15 @@ class PartsWriter(AttentionWriter):
         self.parts = ""  # the loop over a program's parts
         self.part = ""  # the part of a lap
         self.shifts = shifts(self.keys, tile.columns)
+        self.seen = ""  # which blocks of keys are seen: the parameter, where a launch has noted it
+
+    def _line(self) -> str:
+        """Where the blocks of a part begin in what a launch has noted (`attention_listed`)."""
+        emitter = self.emitter
+        head = emitter.addresses.code(seen_head(self.plan, emitter.indexer)).text
+        queries = parts_of(self.queries, self.tile.rows)
+        blocks = parts_of(self.keys, self.tile.columns)
+        return f"(({head}) * {size_text(queries)} + first // ROWS) * {size_text(blocks)}"
 
     def _arguments(self, *names: str) -> str:
         return ", ".join([*names, *self.symbols])
@@ -100,17 +109,32 @@ class PartsWriter(AttentionWriter):
             body.line("full = tl.maximum(full, low)")
             body.line("full_low = tl.minimum(full_low // COLS, full)")
             names |= {"low": "low", "full_low": "full_low"}
-        return self._function(
-            f"bounds({self._arguments('first')})", body, ", ".join(names.values())
-        )
+        if not self.seen:
+            head = f"bounds({self._arguments('first')})"
+            return self._function(head, body, ", ".join(names.values()))
+        blocks = int(parts_of(self.keys, self.tile.columns))
+        body.line(f"block = tl.arange(0, {next_power(blocks)}, LAYOUT)")
+        body.line(f"seen = tl.load({self.seen} + line + block, mask=block < {blocks}, other=0)")
+        body.line("last = tl.max(tl.where(seen > 0, block + 1, 0), axis=0)")
+        body.line(f"low = tl.min(tl.where(seen > 0, block, {blocks}), axis=0)")
+        body.line("last = tl.maximum(last, 1)  # one block, where nothing is seen")
+        body.line("low = tl.minimum(low, last - 1)")
+        full = f"tl.maximum(tl.minimum({names['full']}, last - 1), low)"
+        head = f"bounds({self._arguments('first', 'line', self.seen)}, LAYOUT: tl.constexpr)"
+        return self._function(head, body, f"low, low, {full}, last")
 
-    def _begin(self) -> list[str]:
+    def _begin(self, warps: int) -> list[str]:
         """Where a part lies, and its blocks of keys."""
-        return [
+        lines = [
             *([self.part] if self.part else []),
             f"{', '.join(self.names)} = place({self._arguments('part')})",
-            f"low, full_low, full, stop = bounds({self._arguments('first')})",
         ]
+        where = ["first"]
+        if self.seen:
+            lines.append(f"line = {self._line()}")
+            where = ["first", "line", self.seen, f"BLOCKS_{warps}"]
+        bounds = ", ".join([*where[:3], *self.symbols, *where[3:]])
+        return [*lines, f"low, full_low, full, stop = bounds({bounds})"]
 
     def _first_key(self, block: str) -> str:
         """Where a block of keys starts. The last one ends with the keys, and has some of them

@@ -46,7 +46,8 @@ class OverlappedTile:
     """A tile of `attention_overlapped`: groups of warps with 64 queries each, keys of one step,
     how many steps are in flight, and whether programs stay for all of the work.
 
-    `turns`: groups take turns at the tensor cores. `across` as in `AttentionTile`.
+    `turns`: groups take turns at the tensor cores. `across` as in `AttentionTile`. `listed`: blocks
+    before the first and behind the last one of which a boolean mask shows something are left out.
     """
 
     groups: int = 2
@@ -55,6 +56,7 @@ class OverlappedTile:
     persistent: bool = False
     across: bool = False
     turns: bool = False
+    listed: bool = False
 
     @property
     def rows(self) -> int:
@@ -112,8 +114,12 @@ def choose_overlapped(op: Op, sms: int = _SMS) -> OverlappedTile | None:
     least = _LEAST_OVERLAPPED
     if _parts(op, 128) >= 2 * sms:
         least = _LEAST_OF_MANY
-    if shortest < least or _loop_is_faster(op) or compares_texts(op):
+    if shortest < least or _loop_is_faster(op):
         return None
+    if compares_texts(op):
+        known = all(isinstance(x.shape[2], int) for x in (q, k))
+        whole = known and op.attribute("window") is None and int(widest) <= 128
+        return OverlappedTile(listed=True) if whole else None
     causal = bool(op.attribute("causal"))
     # A cap takes registers: with 128 columns, scores and results do not fit them.
     columns = 64 if int(widest) > 128 or op.attribute("softcap") is not None else 128
