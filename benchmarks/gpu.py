@@ -190,6 +190,8 @@ def _measure(
             call, model, got = _start(work, system, inputs)
     except (OutOfTime, peer_caches.NotReady) as late:
         print(f"{name:16} {system:26} {late}", flush=True)
+        if isinstance(late, OutOfTime):
+            peer_caches.end_compiling()
         return Row(name, system, None, getattr(late, "seconds", options.limit), None)
     seconds = time.perf_counter() - start
     error = errors(work, [t.cpu() for t in got], exact)

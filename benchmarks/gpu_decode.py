@@ -325,6 +325,8 @@ def measure(name: str, model: Any, chosen: Sequence[str], options: Options) -> l
             except (OutOfTime, peer_caches.NotReady) as late:
                 rows.append(Row(name, system, None, getattr(late, "seconds", options.limit), None))
                 print(f"{name:14} {system:26} {late}", flush=True)
+                if isinstance(late, OutOfTime):
+                    peer_caches.end_compiling()
                 continue
             seconds = time.perf_counter() - start if from_nothing else None
             error = None if exact is None else _error(got, exact)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch._inductor import async_compile
 
 
 @contextmanager
@@ -59,6 +60,13 @@ class NotReady(Exception):
     def __init__(self, seconds: float) -> None:
         super().__init__(f"not ready in {seconds:g} s")
         self.seconds = seconds
+
+
+def end_compiling() -> None:
+    """Ends what a peer that was given up still compiles, and readies its processes anew."""
+    async_compile.shutdown_compile_workers()
+    async_compile.AsyncCompile.warm_pool()
+    async_compile.AsyncCompile.wait_pool_ready()
 
 
 def load(folder: Path | None, row: str, system: str) -> bool:

@@ -9,33 +9,44 @@ The first command compiles each row's peers in a process of its own, as many pro
 processors compile, but only one process at a time times a candidate kernel on the GPU, so that
 Inductor's choices are not those of a crowded device. A peer that is not ready within `--limit`
 seconds leaves a note that says so, and gets no time in the table.
+
+The processes, and those in which Inductor compiles, are forks of one that has imported everything:
+twelve imports of torch at once take half a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import importlib
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor_config
 from torch._inductor.runtime.benchmarking import benchmarker
 
 from benchmarks import gpu, gpu_decode, peer_caches
 from benchmarks.bounded import OutOfTime, at_most
-from benchmarks.measure import ROOT
 
 SLOW = "inductor-max-autotune"  # compiles for minutes; the other modes share their kernels
 _LOCK = "gpu.lock"
+_ONCE = (
+    "torch._inductor.compile_fx", "torch._inductor.async_compile", "triton.compiler",
+    "transformers.models.bert.modeling_bert", "transformers.models.vit.modeling_vit",
+    "transformers.models.resnet.modeling_resnet", "transformers.models.llama.modeling_llama",
+)  # fmt: skip
 
 
 def prepare(folder: Path, row: str, systems: Sequence[str], limit: float) -> None:
@@ -57,36 +68,81 @@ def prepare(folder: Path, row: str, systems: Sequence[str], limit: float) -> Non
 
 
 def prepare_all(
-    folder: Path, rows: Sequence[str], systems: Sequence[str], limit: float, jobs: int
+    folder: Path,
+    rows: Sequence[str],
+    systems: Sequence[str],
+    limit: float,
+    jobs: int,
+    start: str = "fork",
 ) -> list[str]:
     """A process for each row, at most `jobs` at once; each writes FOLDER/row.log. Returns the rows
     whose process failed."""
     folder.mkdir(parents=True, exist_ok=True)
+    if start == "fork":
+        _import_once()
     waiting, failed = list(rows), []
-    running: dict[str, subprocess.Popen[bytes]] = {}
+    running: dict[str, BaseProcess] = {}
     threads = max(4, 2 * (os.cpu_count() or 2) // max(min(jobs, len(rows)), 1))
+    processes: Any = multiprocessing.get_context(start)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     row = waiting.pop(0)
-                    environment = {
+                    own = {
                         "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/{row}/inductor",
                         "TRITON_CACHE_DIR": f"{scratch}/{row}/triton",
-                        "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
                     }
-                    running[row] = _process(folder, row, systems, limit, environment)
+                    arguments = (folder, row, systems, limit, threads, own)
+                    running[row] = processes.Process(target=_in_child, args=arguments)
+                    running[row].start()
                 time.sleep(0.2)
                 for row, process in list(running.items()):
-                    if process.poll() is not None:
+                    if process.exitcode is not None:
                         del running[row]
-                        failed += [row] if process.returncode else []
-                        print(_outcome(folder, row, process.returncode), flush=True)
+                        failed += [row] if process.exitcode else []
+                        print(_outcome(folder, row, process.exitcode), flush=True)
         finally:
             for process in running.values():
                 process.kill()
-                process.wait()
+                process.join()
     return failed
+
+
+def _import_once() -> None:
+    """What all processes need. None of it may touch the GPU: a fork could not use it then."""
+    os.environ["TORCH_WARM_POOL"] = "0"  # else this process would start compiling ones
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    for name in _ONCE:
+        importlib.import_module(name)
+
+
+def _in_child(
+    folder: Path,
+    row: str,
+    systems: Sequence[str],
+    limit: float,
+    threads: int,
+    own: Mapping[str, str],
+) -> None:
+    """`prepare` in a fork, which ends with exit code 1 where that fails."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with (folder / f"{row}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.update(own)
+    os.environ["TORCH_WARM_POOL"] = "0"
+    inductor_config.compile_threads = threads
+    inductor_config.worker_start_method = "fork"
+    code = 1
+    try:
+        prepare(folder, row, systems, limit)
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without waiting for Inductor's processes, which end by themselves
 
 
 def _outcome(folder: Path, row: str, code: int) -> str:
@@ -96,19 +152,6 @@ def _outcome(folder: Path, row: str, code: int) -> str:
         return f"{row}: ended with {code}, see {log}"
     said = (line for line in log.read_text().splitlines() if line.startswith(f"{row} "))
     return "\n".join(said)
-
-
-def _process(
-    folder: Path, row: str, systems: Sequence[str], limit: float, environment: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable, "-m", "benchmarks.prepare_peers", str(folder.resolve()),
-        "--one", row, "--systems", ",".join(systems), "--limit", str(limit),
-    ]  # fmt: skip
-    with (folder / f"{row}.log").open("w") as log:
-        return subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=log
-        )
 
 
 def _time_in_turns(path: Path) -> None:
@@ -159,15 +202,13 @@ def main() -> None:
     parser.add_argument("--systems", default=SLOW)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of each system")
     parser.add_argument("--jobs", type=int, default=8, help="processes at once")
-    parser.add_argument("--one", default="", help="prepare this row, in this process")
+    parser.add_argument("--start", default="fork", choices=("fork", "spawn"), help="of processes")
     chosen = parser.parse_args()
     systems = chosen.systems.split(",")
-    if chosen.one:
-        prepare(chosen.folder, chosen.one, systems, chosen.limit)
-        return
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     start = time.perf_counter()
-    failed = prepare_all(chosen.folder, chosen.rows.split(","), systems, chosen.limit, chosen.jobs)
+    rows, limit, jobs = chosen.rows.split(","), chosen.limit, chosen.jobs
+    failed = prepare_all(chosen.folder, rows, systems, limit, jobs, chosen.start)
     print(f"{time.perf_counter() - start:.0f} s", *(f"{row} failed" for row in failed))
     sys.exit(int(bool(failed)))
 
