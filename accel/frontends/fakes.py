@@ -12,7 +12,7 @@ write nothing. Everything else is asked anew.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -27,6 +27,7 @@ Key: TypeAlias = tuple[Any, ...]
 Size: TypeAlias = int | torch.SymInt
 
 _CPU = torch.device("cpu")
+_PLAIN_SELF = "_accel_plain"  # an attribute of fakes that are made here
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout,
           torch.memory_format, type(None))  # fmt: skip
 
@@ -41,6 +42,7 @@ class _Made:
     offset: Size = 0
     argument: int = -1
     same: bool = False  # the argument itself
+    contiguous: bool = False  # known without asking about symbols
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,16 @@ def _describe_one(result: Any, tensors: list[FakeTensor]) -> _Made | None:
             return _Made(shape, stride, result.dtype, result.storage_offset(), i)
     if not _fills_storage(result):
         return None  # part of something that is not an argument
-    return _Made(shape, stride, result.dtype)
+    return _Made(shape, stride, result.dtype, contiguous=_is_contiguous(shape, stride))
+
+
+def _is_contiguous(shape: Sequence[Size], stride: Sequence[Size]) -> bool:
+    found, count = _expressions((*shape, *stride)), 1
+    for size, step in zip(reversed(shape), reversed(stride)) if found and 0 not in found else ():
+        if not _equal(*(_expressions((step, count)) or (0, 1))):
+            return False
+        count = count * size
+    return bool(found)
 
 
 def _fills_storage(tensor: Tensor) -> bool:
@@ -202,24 +213,42 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _make(made: _Made, tensors: list[FakeTensor]) -> Tensor:
     if made.argument < 0:
-        return _new(tensors[0].fake_mode, made.shape, made.stride, made.dtype)
+        return _new(tensors[0].fake_mode, made.shape, made.stride, made.dtype, made.contiguous)
     source = tensors[made.argument]
     if made.same:
         return source
-    storage = source.untyped_storage()
+    plain: Tensor | None = getattr(source, _PLAIN_SELF, None)
     with torch._C._DisableTorchDispatch():
-        view = torch.empty(0, dtype=made.dtype, device="meta")
-        view.set_(storage, made.offset, made.shape, made.stride)
-        return FakeTensor(source.fake_mode, view, _CPU)
+        if plain is not None:
+            view = plain.as_strided(made.shape, made.stride, made.offset)
+        else:
+            view = torch.empty(0, dtype=made.dtype, device="meta")
+            view.set_(source.untyped_storage(), made.offset, made.shape, made.stride)
+        return _fake(source.fake_mode, view)
 
 
 def _new(
-    mode: FakeTensorMode, shape: tuple[Size, ...], stride: tuple[Size, ...], dtype: torch.dtype
+    mode: FakeTensorMode,
+    shape: tuple[Size, ...],
+    stride: tuple[Size, ...],
+    dtype: torch.dtype,
+    contiguous: bool = False,
 ) -> FakeTensor:
     """With memory of its own."""
     with torch._C._DisableTorchDispatch():
-        meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        return FakeTensor(mode, meta, _CPU)
+        if contiguous:  # PyTorch need not compare products of symbols to find out
+            meta = torch.empty(shape, dtype=dtype, device="meta")
+        else:
+            meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        return _fake(mode, meta)
+
+
+def _fake(mode: FakeTensorMode, plain: Tensor) -> FakeTensor:
+    """A fake of a meta tensor, which remembers it: a view of that costs a tenth of one of memory
+    (`set_`) where sizes are symbols."""
+    made = FakeTensor(mode, plain, _CPU)
+    setattr(made, _PLAIN_SELF, plain)
+    return made
 
 
 def fake_weights(
