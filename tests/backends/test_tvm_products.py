@@ -76,6 +76,9 @@ def test_linear_of_few_rows(name: str, rows: int) -> None:
     scale = float(wanted.abs().max())
     assert float((got - wanted).abs().max()) <= 2e-6 * scale, runner.compiled.sources
     assert kernel.attributes["kind"] == "gemv"
+    source = runner.compiled.sources[runner.compiled.symbols[0]]
+    nibbles = packed in (torch.uint4, torch.int4)
+    assert ("halves" in source) == (nibbles and rows == 1)  # x, its elements as nibbles come
 
 
 def _stored(weight: Tensor, dtype: torch.dtype, packed: torch.dtype | None) -> Tensor:

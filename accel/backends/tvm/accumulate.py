@@ -17,6 +17,8 @@ from accel.backends.tvm import dtypes, scalar, tir
 from accel.backends.tvm.tir import Block, Buffer, Expr, cast, const, select
 from accel.ir.types import is_float
 
+_VECTOR = 16  # lanes that are added up as halves of vectors, not through memory
+
 
 @dataclass
 class Accumulator:
@@ -56,20 +58,38 @@ class Accumulator:
         block.store(self.values, select(better, element, have), lane)
         block.store(self.places, select(better, place, known), lane)
 
-    def fold(self, block: Block, half: int) -> None:
-        """Takes lanes half, half + 1, ... into lanes 0, 1, ..."""
-        lane = tir.var("lane")
-        body = Block()
-        other = lane + tir.i64(half)
-        place = None if self.places is None else tir.load(self.places, other)
-        self.step(body, lane, tir.load(self.values, other), place)
-        block.loop(lane, tir.i64(half), body)
+    def fold_all(self, block: Block, lanes: int) -> None:
+        """Takes all lanes into the first."""
+        while lanes > 1:
+            if lanes == _VECTOR and self._is_plain:
+                whole = tir.vector(self.values, tir.i64(0), lanes)
+                block.store(self.values, tir.sum_of_lanes(block, whole, lanes), tir.i64(0))
+                return
+            lanes //= 2
+            self._take_in(block, self, lanes, lanes)
 
-    def join(self, block: Block, other: Accumulator) -> None:
-        """Takes in another one's first lane."""
-        zero = tir.i64(0)
-        place = None if other.places is None else tir.load(other.places, zero)
-        self.step(block, zero, tir.load(other.values, zero), place)
+    def join(self, block: Block, other: Accumulator, lanes: int) -> None:
+        """Takes in another one, lane by lane."""
+        self._take_in(block, other, 0, lanes)
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.name == "sum" and self.kind == "float32"
+
+    def _take_in(self, block: Block, other: Accumulator, first: int, lanes: int) -> None:
+        if self._is_plain and lanes % _VECTOR == 0:
+            for start in range(0, lanes, _VECTOR):  # LLVM would choose vectors that overlap
+                have, more = (
+                    tir.vector(x, tir.i64(at), _VECTOR)
+                    for x, at in ((self.values, start), (other.values, first + start))
+                )
+                block.store(self.values, have + more, tir.lanes_from(tir.i64(start), _VECTOR))
+            return
+        lane, body = tir.var("lane"), Block()
+        place = lane + tir.i64(first)
+        at = None if other.places is None else tir.load(other.places, place)
+        self.step(body, lane, tir.load(other.values, place), at)
+        block.loop(lane, tir.i64(lanes), body)
 
     def result(self, block: Block, lane: Expr) -> Expr:
         """The reduction's result in its compute type."""

@@ -280,7 +280,7 @@ class CachedNest(AttentionNest):
         return totals
 
     def _store_scores(self, block: Block, m: int, first: Expr, scores: Expr) -> None:
-        place = tir.tirx.Ramp(first, tir.i64(1), LANES)
+        place = tir.lanes_from(first, LANES)
         block.store(self.scores[m], scores, place)
 
     def _one_by_one(self, block: Block, first: Expr) -> None:

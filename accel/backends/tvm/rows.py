@@ -9,6 +9,8 @@ from functools import partial
 from itertools import groupby
 from typing import TypeAlias
 
+import torch
+
 from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.phases import Phase, Reduce
 from accel.backends.loops.survey import index_axes, shared_costly
@@ -23,6 +25,7 @@ from accel.ir.types import SUB_BYTE_BITS, Dim, product
 _LANES = 64
 _MOST_LANES = 256  # of all partial results together: half of the vector registers
 _KEPT_ELEMENTS = 4096  # of a row kept on the stack
+_LONGEST_COPY = 16384  # elements of what all rows read, there as well
 _MOST_BESIDE = 8  # rows of x that share one read of a weight
 _MOST_UNROLLED = 4
 _LARGE = 1 << 18  # bytes: more than stays in the caches from one call to the next
@@ -90,6 +93,9 @@ class RowNest(Nest):
         self.rows = product(group_extent(g) for g in rows)
         costs: list[Dim] = [p.cost for p in passes]
         self.cost = sum(costs[1:], costs[0])
+        if lane is None and self.beside is None:
+            for one in self.reduces:
+                self._split_pairs(one)
         row = tir.var("row")
         # Nothing moves out of the row: a result of its reductions may depend on no axis at all.
         with emitter.scope([a for g in rows for a in g], guarded=True) as body:
@@ -113,6 +119,32 @@ class RowNest(Nest):
                 base, steps = self._cut(tir.tirx.truncmod(row, count), extent, width)
                 self._emit_lanes(lane, base, steps, width)
         emitter.block.loop(row, end - begin, body, begin)
+
+    def _split_pairs(self, one: Pass) -> None:
+        """Copies what all rows read in pairs, an element for each nibble of a byte: first all that
+        go with low nibbles, then the others, so that vectors of either lie side by side."""
+        pair = _short_last(self._merge(one.axes, [one]))
+        if pair is None or group_extent(pair) != 2 or not self.reuses:
+            return
+        emitter, extent = self.emitter, product(a.extent for a in one.axes)
+        indexer = emitter.indexer
+        if not isinstance(extent, int) or extent > _LONGEST_COPY:
+            return
+        line = indexer.flatten([indexer.of(a) for a in one.axes], [a.extent for a in one.axes])
+        for value, index in one.survey.costly:
+            whole = value.dtype == torch.float32 and value in emitter.buffers
+            if not whole or indexer.flatten(index, value.shape) != line:
+                continue
+            copy = tir.local_array("halves", extent, "float32")
+            emitter.block.allocate(copy)
+            step, body = tir.var("step"), tir.Block()
+            for half in (0, 1):
+                element = tir.load(emitter.buffers[value], step * tir.i64(2) + tir.i64(half))
+                body.store(copy, element, step + tir.i64(half * extent // 2))
+            emitter.block.loop(step, tir.i64(extent // 2), body)
+            number, half = indexer.divide(line, 2)
+            place = number.plus(half, extent // 2)
+            emitter.kept[value, index] = Kept(copy, place, tir.i64(0), filled=True)
 
     def _keep_costly(self) -> None:
         """Plans local arrays for what several passes over the same axes would compute again."""
@@ -203,10 +235,16 @@ class RowNest(Nest):
         for part in parts:
             part.sums.start(start, lane)
         block.loop(lane, tir.i64(width), start)
+        # LLVM would unroll a loop of known length over all of x, move the loads of x out of the row
+        # loop, and spill what does not fit the registers. So it is not told the length.
+        hidden = self.reuses and len(groups) > 1 and extent == width
         with ExitStack() as stack:
             for group in groups[:-1]:
-                stack.enter_context(emitter.loop(group, self.sizes.code(group_extent(group))))
-            self._reduce_inner(one, groups[-1:], extent, width, parts)
+                steps = self.sizes.code(group_extent(group))
+                if hidden and group is groups[-2]:
+                    steps = steps + self.sizes.zero
+                stack.enter_context(emitter.loop(group, steps))
+            self._reduce_inner(one, groups[-1:], extent, width, parts, not hidden and self.reuses)
         self._mark_kept(one)
         self._results(parts, width)
 
@@ -222,18 +260,16 @@ class RowNest(Nest):
         return parts
 
     def _results(self, parts: list[Part], width: int) -> None:
-        """Folds lanes, then unrolled steps; the results can be read from then on."""
+        """Adds up unrolled steps and lanes; the results can be read from then on."""
         block = self.emitter.block
-        while width > 1:
-            width //= 2
-            for part in parts:
-                part.sums.fold(block, width)
         firsts: dict[tuple[object, ...], Part] = {}
         for part in parts:
             key = (part.sums.reduce.op.result, part.sums.reduce.index, part.rows)
             first = firsts.setdefault(key, part)
             if first is not part:
-                first.sums.join(block, part.sums)
+                first.sums.join(block, part.sums, width)
+        for part in firsts.values():
+            part.sums.fold_all(block, width)
         values: dict[Key, dict[At, Expr]] = {}
         for part in firsts.values():
             reduce = part.sums.reduce
@@ -253,8 +289,10 @@ class RowNest(Nest):
         extent: Dim,
         width: int,
         parts: list[Part],
+        hide: bool,
     ) -> None:
-        """The innermost loop in steps of `width` lanes, then what is left."""
+        """The innermost loop in steps of `width` lanes, then what is left. `hide`: how many steps
+        there are from LLVM."""
         emitter = self.emitter
         if not groups:
             self._steps(parts, tir.i64(0))
@@ -266,9 +304,7 @@ class RowNest(Nest):
             return
         count = self.sizes.code(extent)
         steps = tir.tirx.floordiv(count, tir.i64(width))
-        if self.reuses:
-            # LLVM would unroll a loop of known length over all of x, move the loads of x out of the
-            # row loop, and spill what does not fit the registers.
+        if hide:
             steps = steps + emitter.sizes.zero
         whole = emitter.block.let(steps, "whole")
         step = tir.var("step")

@@ -180,7 +180,12 @@ def load(buffer: Buffer, *index: Expr) -> Expr:
 
 def vector(buffer: Buffer, start: Expr, lanes: int) -> Expr:
     """`lanes` elements that lie side by side."""
-    return tirx.BufferLoad(buffer, [tirx.Ramp(start, i64(1), lanes)])
+    return tirx.BufferLoad(buffer, [lanes_from(start, lanes)])
+
+
+def lanes_from(start: Expr, lanes: int) -> Expr:
+    """The places of a vector's elements, which lie side by side."""
+    return tirx.Ramp(start, i64(1), lanes)
 
 
 def sum_of_lanes(block: Block, value: Expr, lanes: int) -> Expr:
