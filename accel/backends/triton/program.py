@@ -17,7 +17,7 @@ from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.merge import group_extent, merged
 from accel.backends.loops.phases import Phase, Reduce, Store
 from accel.backends.loops.survey import Survey
-from accel.backends.triton import dtypes
+from accel.backends.triton import dtypes, online
 from accel.backends.triton.addresses import Group, decompose, size_text
 from accel.backends.triton.emitter import Emitter, Scope
 from accel.backends.triton.maps import MapCode
@@ -205,9 +205,22 @@ class ProgramWriter:
             span = columns[key]
             span.name = f"COLS_{number}" if number else "COLS"
             self.constants[span.name] = span.size
-        for one in passes:
-            self._pass(one, columns.get(frozenset(one.axes)))
-        return parts_of(count, shape.rows), shape.warps
+        warps = shape.warps
+        apart = [r for r in self.phase.reduces if r.level == 0]
+        if 1 < warps <= shape.rows and len(apart) == len(self.phase.reduces) > 1:
+            warps //= 2  # a norm's gradient: sums that do not wait for each other
+        while passes:
+            one = passes.pop(0)
+            own = columns.get(frozenset(one.axes))
+            looped = own is not None and not own.held and shape.rows == 1
+            pair = online.pair_of(one, passes[0]) if looped and passes else None
+            if pair is not None and own is not None:
+                online.write(self, pair, own)
+                passes.pop(0)
+                warps = max(1, shape.warps // 2)  # twice the elements a thread: loads on their way
+            else:
+                self._pass(one, own)
+        return parts_of(count, shape.rows), warps
 
     def _shape(self, groups: list[Group], columns: Mapping[frozenset[Axis], Columns]) -> Shape:
         """The tile; sets the columns' sizes."""

@@ -342,12 +342,34 @@ def _logical(template: str) -> Emitter:
     )
 
 
+def exponential(op: Op) -> str:
+    """The function that computes an exponential: a short one, in float32, of the difference of
+    what had 16 bits and something else, as softmax has it. It is off by 1e-6 where that matters."""
+    less = op.operands[0].op
+    short = op.result.dtype == torch.float32 and less is not None and less.name == "sub"
+    return "tl.exp" if short and _came_from_16_bits(op.operands[0]) else "libdevice.exp"
+
+
+def _came_from_16_bits(value: Value) -> bool:
+    while value.op is not None and value.op.name in ("cast", "sub", "where"):
+        if had_16_bits(value):
+            return True
+        value = value.op.operands[1 if value.op.name == "where" else 0]
+    return had_16_bits(value)
+
+
+def _exp(op: Op, args: list[Expr], block: Block) -> Expr:
+    kind = dtypes.compute(op.result.dtype)
+    return Expr(f"{exponential(op)}({solid(args[0])})", kind, args[0].dims)
+
+
 _NO_BLOCK: Any = None
 
 _SPECIAL: dict[str, Callable[[Op, list[Expr], Block], Expr]] = {
     "where": _where, "cast": _cast, "bitcast": _bitcast, "clamp": _clamp, "relu": _relu,
     "remainder": _remainder, "fmod": _fmod, "floor_div": _floor_div, "trunc_div": _trunc_div,
     "pow": _power, "gelu": gelu, "gelu_backward": gelu_backward, "sigmoid": _sigmoid,
+    "exp": _exp,
 }  # fmt: skip
 _DIVISIONS = {"remainder", "fmod", "floor_div", "trunc_div"}
 

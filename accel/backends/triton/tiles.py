@@ -22,6 +22,7 @@ _LEAST_ACROSS, _MOST_ACROSS = 32, 128  # rows: whole sectors of 32 bytes, side b
 _MANY_ROWS, _FEW_READS = 16, 6  # rows for each multiprocessor; a norm's, with a residual
 _PLAIN_READS = 2  # of a reduction of one tensor: its own, and where the result goes
 _FLAT = 1024
+_LARGE_FLAT = 1 << 24  # elements: then two vectors a thread, measured with GELU and concatenations
 _SYMBOLIC_SIZE = 4096  # what an unknown size is taken for: a number of rows
 
 
@@ -115,7 +116,8 @@ def choose_flat(
         warps = max(1, min(8, tile.scaled(rows * columns // 256)))
         return Shape(rows, columns, warps, crossed)
     total = _known(product(group_extent(g) for g in groups))
-    block = max(128, min(_FLAT, next_power(total // (2 * sms) + 1)))
+    most = 2 * _FLAT if total >= _LARGE_FLAT else _FLAT
+    block = max(128, min(most, next_power(total // (2 * sms) + 1)))
     block = min(tile.scaled(block, 32), next_power(total))
     return Shape(1, block, tile.warps_for(block))
 
