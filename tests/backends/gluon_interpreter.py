@@ -350,6 +350,8 @@ class _Language:
             return None
         if code.startswith(MEET):
             return None
+        if code.startswith("rcp.approx"):
+            return 1.0 / args[0]
         assert code.startswith("cvt.rn.") and pack == 2, "another instruction than a rounding"
         return args[0].to(dtype)
 

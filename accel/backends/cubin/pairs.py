@@ -79,6 +79,6 @@ def _arrived(found: re.Match[str]) -> str:
         f"\t{found[0]}\n\t{{\n\t.reg .b32 other, there;\n"
         "\tmov.u32 other, %cluster_ctarank;\n\txor.b32 other, other, 1;\n"
         f"\tmapa.shared::cluster.u32 there, {found['address']}, other;\n"
-        f"\t{found['guard'] or ''}mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];"
+        f"\t{found['guard'] or ''}mbarrier.arrive.shared::cluster.b64 _, [there];"
         "\n\t}"
     )

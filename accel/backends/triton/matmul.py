@@ -110,10 +110,10 @@ def choose_tile(kernel: Op, sms: int, capability: int) -> Tile | None:
     narrow = columns < _NARROW or depth <= _ONE_STEP  # wide tiles would be idle for the most part
     if narrow and _streams(rows, columns, depth, x.dtype.itemsize):
         return None
-    tile = choose_overlapped(rows, columns, depth, _rest(ops), sms)
+    halves = _halves(ops)
+    tile = choose_overlapped(rows, columns, depth, _rest(ops), sms, halves)
     if not fills(rows, columns, tile, sms):
         return None
-    halves = _halves(ops)
     return Either(tile, choose(given, columns // halves, depth, halves, sms))
 
 
@@ -143,7 +143,8 @@ def candidates(kernel: Op, sms: int) -> list[Tile]:
 # rows, columns, stages, group
 _OVERLAPPED = ((128, 128, 5, 8), (128, 128, 5, 16), (64, 128, 6, 8), (64, 256, 3, 8))
 _COOPERATIVE = [
-    CooperativeTile(group=16), CooperativeTile(group=16, early=True), CooperativeTile(group=8),
+    CooperativeTile(group=16), CooperativeTile(group=8), CooperativeTile(192, 128, groups=3),
+    PairedTile(group=16), PairedTile(192, 128, groups=3), CooperativeTile(group=16, early=True),
 ]  # fmt: skip
 # rows, columns, depth, warps, stages
 _WORTH_TIMING = (
@@ -207,8 +208,8 @@ def _overlapped_pays(
     rows: int, columns: int, depth: int, x: Value, members: Sequence[Op], sms: int
 ) -> bool:
     rest, halves = _rest(members), _halves(members)
-    tile = choose_overlapped(rows, columns, depth, rest, sms)
-    own = overlapped_seconds(rows, columns, depth, tile, rest, sms)
+    tile = choose_overlapped(rows, columns, depth, rest, sms, halves)
+    own = overlapped_seconds(rows, columns, depth, tile, rest, sms, halves)
     apart = rest_seconds(rows, columns, halves, x.dtype.itemsize, rest)
     library = library_seconds(rows, columns, depth, sms) + apart
     return fills(rows, columns, tile, sms) and MARGIN * own < library

@@ -32,9 +32,11 @@ from accel.backends.triton.addresses import size_name
 from accel.backends.triton.bringing import BringingWriter
 from accel.backends.triton.dependent import WAIT, WAIT_AFTER
 from accel.backends.triton.emitter import Scope
+from accel.backends.triton.inverses import quick_inverses
 from accel.backends.triton.maps import MapCode, Matrix, matrix
 from accel.backends.triton.operands import TileEmitter
 from accel.backends.triton.pairs import pairwise
+from accel.backends.triton.powers import quick_powers
 from accel.backends.triton.product_plan import Plan
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block
@@ -148,9 +150,13 @@ class OverlappedWriter(BringingWriter):
                    f"@gluon.jit\ndef multiply(which: tl.constexpr, left, right, out, ready, free, "
                    f"turn, arrived, {shared}):\n{self._layouts()}\n{code}\n",
                   ]  # fmt: skip
-        return Program(self._main(shared), helpers, {}, programs, _WARPS,
-                       list(dict.fromkeys(reads)), emitter.checks, tuple(self.maps),
-                       gluon=True)  # fmt: skip
+        program = Program(self._main(shared), helpers, {}, programs, _WARPS,
+                          list(dict.fromkeys(reads)), emitter.checks, tuple(self.maps),
+                          gluon=True)  # fmt: skip
+        if "tl.exp2(" in code:
+            quick_powers(program)
+            quick_inverses(program)
+        return program
 
     def _stored_at_once(self) -> tuple[int, int]:
         """Rows and columns of results that a group of warps stores at once."""
