@@ -26,6 +26,7 @@ from accel.backends.vendor import (
     CudnnConv,
     ExpertLinear,
     FlashAttention,
+    ScaledLinear,
     TorchLinear,
     UpdatePages,
 )
@@ -103,12 +104,14 @@ def _torch_allows_tf32() -> bool:
     return settings.allow_tf32 if precision is None else precision == "tf32"
 
 
-def libraries() -> tuple[Library, ...]:
-    """What cuDNN, cuBLAS and PyTorch's attention take, in order of preference."""
+def libraries(capability: int = 90) -> tuple[Library, ...]:
+    """What cuDNN, cuBLAS and PyTorch's attention take on a GPU (90: sm_90), in order of
+    preference."""
     return (
         CudaAttention(),
         FlashAttention(),
         CudnnConv(),
+        ScaledLinear(capability),
         TorchLinear(),
         ExpertLinear(few=16),
         UpdatePages(),

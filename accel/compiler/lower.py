@@ -266,6 +266,7 @@ def _call_inputs(op: Op) -> list[Value | None]:
 
     Absent optional operands of the root (no bias) are None, so that libraries see fixed places.
     A value that plays two roles (k = v, say) is one operand of the call but appears twice here.
+    Codes that the region converts for the root are operands as they are.
     """
     region = op.regions[0]
     outer = dict(zip(region.args, op.operands))
@@ -273,9 +274,12 @@ def _call_inputs(op: Op) -> list[Value | None]:
     if len(roots) != 1:
         raise BackendError(f"a vendor call with {len(roots)} contractions", where=str(op.location))
     root = roots[0]
-    inputs: list[Value | None] = [outer[v] if v is not None else None for v in root.arguments()]
+    converted = {v: v.op.operands[0] for v in root.operands if v.op is not None}
+    given = [converted.get(v, v) if v is not None else None for v in root.arguments()]
+    inputs: list[Value | None] = [outer[v] if v is not None else None for v in given]
+    ahead = {root, *(v.op for v in converted)}
     for other in region.ops:
-        if other is not root and not other.has(Trait.TERMINATOR):
+        if other not in ahead and not other.has(Trait.TERMINATOR):
             inputs.extend(outer[v] for v in other.operands if v in outer)
     return inputs
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from accel import __version__
+from accel.backends.cubin.compile import capability
 from accel.backends.cubin.pool import Pool
 from accel.backends.triton import TritonBackend
 from accel.backends.tvm import TvmBackend
@@ -176,7 +177,7 @@ def make_context(
     return Context(
         target=target,
         generator=backend,
-        libraries=gpu.libraries() if on_gpu else CPU_LIBRARIES,
+        libraries=gpu.libraries(capability(target.arch)) if on_gpu else CPU_LIBRARIES,
         calibration=calibration,
         fuel=None if options.fuel < 0 else options.fuel,
     )

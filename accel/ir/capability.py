@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from accel.ir.module import Op
@@ -55,9 +55,11 @@ class LibraryMatch:
     """Ops that one vendor call computes: `root` first, then the epilogue, in order.
 
     Results are what others read of the ops, in their order: one, unless the root has several.
-    `options` are stored on the `accel.call`.
+    `options` are stored on the `accel.call`. `copies` are conversions of the root's operands that
+    the call takes in and others may read as well.
     """
 
     library: str
     ops: list[Op]
     options: tuple[tuple[str, Any], ...] = ()
+    copies: list[Op] = field(default_factory=list)

@@ -43,12 +43,15 @@ class SelectLibraries(Pass):
             if not context.rewrite(f"{self.name}.{library.name}", op):
                 return
             attributes = {"library": match.library, "options": match.options}
-            call = outline(match.ops, "call", attributes, self.name)
+            call = outline(match.ops, "call", attributes, self.name, duplicate=match.copies)
             last = match.ops[-1]
             assert last.parent is not None
             last.parent.insert_before(call, last)
             order[call] = order[last]
             finish_outline(call, match.ops)
+            for copied in match.copies:
+                if not copied.result.uses:
+                    copied.erase()
             return
 
 

@@ -63,7 +63,8 @@ def test_other_weights_stay() -> None:
 
 
 def kernels(module: Module) -> list[list[str]]:
-    PassManager(["select_products", "dce"], Context(generator=TritonBackend())).run(module)
+    backend = TritonBackend(measures=True)  # whatever a library does faster
+    PassManager(["select_products", "dce"], Context(generator=backend)).run(module)
     return [
         [o.name for o in op.regions[0].ops if o.name in ("cast", "linear", "mul", "add")]
         for op in module.main.ops

@@ -20,6 +20,7 @@ from accel.backends.triton.addresses import size_name
 from accel.backends.triton.kernel import KernelCode, LaunchCode, Slot, size_limits
 from accel.backends.triton.product_loop import FULL_PRECISION, TF32_PRECISION
 from accel.backends.triton.toolchain import version
+from accel.backends.vendor import scaled
 from accel.errors import BackendError
 from accel.ir.builder import Builder
 from accel.ir.fingerprint import region_fingerprint
@@ -164,6 +165,9 @@ class TritonBackend:
         if op.name == "matmul":
             return "batched", batched.saves(op, members, self.sms, self.tf32)
         kind = anchors.product_kind(op)
+        faster = None if self.measures else scaled.is_faster(op, capability(self.arch))
+        if faster is not None:
+            return kind, faster
         if kind == "matmul" and not self.measures:
             return kind, matmul.saves(op, members, self.sms, capability(self.arch))
         return kind, None

@@ -10,6 +10,7 @@ from accel.backends.vendor.cudnn import CudnnConv
 from accel.backends.vendor.flash import FlashAttention
 from accel.backends.vendor.onednn import ExpertLinear, OneDnnConv, OneDnnLinear, TorchLinear
 from accel.backends.vendor.pages import PagedAttention, UpdatePages
+from accel.backends.vendor.scaled import ScaledLinear
 
 __all__ = [
     "CachedAttention",
@@ -21,6 +22,7 @@ __all__ = [
     "OneDnnLinear",
     "PagedAttention",
     "ScaledDotProduct",
+    "ScaledLinear",
     "TorchLinear",
     "Update",
     "UpdatePages",

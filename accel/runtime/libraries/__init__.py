@@ -15,6 +15,7 @@ from accel.runtime.libraries.flash import FlashAttention
 from accel.runtime.libraries.loop import Scan
 from accel.runtime.libraries.onednn import OneDnnConv, OneDnnLinear
 from accel.runtime.libraries.pages import PagedAttention, UpdatePages
+from accel.runtime.libraries.scaled import ScaledLinear
 from accel.runtime.libraries.torch_native import ScaledDotProduct, TorchLinear
 
 _ENTRIES: dict[str, Library] = {
@@ -32,6 +33,7 @@ _ENTRIES: dict[str, Library] = {
         UpdatePages(),
         Scan(),
         FlashAttention(),
+        ScaledLinear(),
     )
 }
 
