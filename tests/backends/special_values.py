@@ -112,7 +112,9 @@ def cases() -> dict[str, Special]:
              "int8 a channel")  # fmt: skip
     made |= _named("matmul", test_triton_matmul.CASES, loops, "matmul", None)
     ours = ("tails", "odd columns", "bias, gelu", "bias, residual", "gate times up")
-    made |= _named("matmul", overlapped.CASES, ours, "matmul", *overlapped.TILES, sms=2)
+    for tile_name, tile in overlapped.TILES.items():
+        named = _named("matmul", overlapped.CASES, ours, "matmul", tile, sms=2)
+        made |= {f"{name}, {tile_name}": special for name, special in named.items()}
     pairs = ("broadcast batch", "scores of heads", "heads merged", "residual")
     made |= _named(
         "batched", test_triton_batched.CASES, pairs, "batched", MatmulTile(16, 32, 16, 4, 2, 2)
