@@ -119,7 +119,7 @@ def _joined(value: Value, name: str) -> tuple[Op | None, Value | None]:
 
 def _kind(scale: Value, value: Value) -> str:
     """What a scale (or bias) of float32 is one for: "row", "column", "one", or "" for else."""
-    shape, whole = list(scale.shape), list(value.shape)
+    shape, whole = tuple(scale.shape), tuple(value.shape)
     if scale.dtype != torch.float32:
         return ""
     if all(_is_one(d) for d in shape):
