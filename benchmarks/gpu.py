@@ -37,7 +37,7 @@ import accel
 from accel.compiler.targets import target_of
 from benchmarks import peer_caches
 from benchmarks.bounded import OutOfTime, at_most
-from benchmarks.gpu_roofline import Options, Program, Recorder, add_options, measure_all, part
+from benchmarks.gpu_roofline import Options, Program, Recorder, add_options, measure_all, parts_of
 from benchmarks.gpu_workloads import WORKLOADS, Workload
 from benchmarks.measure import RESULTS, geometric_mean, machine, merged, time_calls
 from benchmarks.training import training_step
@@ -203,7 +203,7 @@ def _measure(
           f"{'' if from_nothing else ' with a cache'}  error {error:.1e}", flush=True)  # fmt: skip
     if options.programs is not None and system == "accel":
         if isinstance(call, accel.Compiled):
-            parts = [part(call._latest()[1], "main", list(inputs.values()))]
+            parts = parts_of(call._latest()[1], ("main", list(inputs.values())))
         else:
             parts = RECORDER.record(lambda: results(work, call, model, inputs))
         options.programs.append(Program(name, parts, milliseconds))

@@ -37,7 +37,7 @@ import accel
 from benchmarks import peer_caches
 from benchmarks.bounded import OutOfTime, at_most
 from benchmarks.docs_gpu_decode import NEW, text_line
-from benchmarks.gpu_roofline import Options, Program, add_options, measure_all, part
+from benchmarks.gpu_roofline import Options, Program, add_options, measure_all, parts_of
 from benchmarks.measure import RESULTS, machine, merged
 from benchmarks.static_llama import StaticLlama
 
@@ -166,15 +166,15 @@ class Accel:
         model, rows = self.fast, len(ids)
         state = self.loop.empty(rows)
         if self.work.kind == "prefill":
-            return Program(name, [part(model, "prefill", [ids, *state])], milliseconds)
+            return Program(name, parts_of(model, ("prefill", [ids, *state])), milliseconds)
         logits, state = self.loop.prefill(ids[:, :-1], state)
         places = model.entry_points["decode"].function.signature.arguments[1].shape
         place = torch.full([rows] * len(places), ids.shape[1] - 1, device="cuda")
         last = ids[:, -1:].clone()
         history = torch.zeros(rows, self.work.capacity + 2, dtype=torch.int64, device="cuda")
-        step = part(model, "decode", [last, place, *state])
-        choice = part(model, "advance", [logits[:, None], last, place, history])
-        return Program(name, [step, choice], milliseconds)
+        step, choice = [last, place, *state], [logits[:, None], last, place, history]
+        parts = parts_of(model, ("decode", step), ("advance", choice))
+        return Program(name, parts, milliseconds)
 
 
 class Static:

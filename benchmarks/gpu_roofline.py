@@ -75,10 +75,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--roofline", action="store_true", help="accel's kernels and their floors")
 
 
-def part(model: CompiledModel, entry: str, inputs: Sequence[Tensor]) -> Part:
-    """A call of a model's entry point."""
-    point = model.entry_points[entry]
-    return Part(point.function, kernels_of(model, point), inputs)
+def parts_of(model: CompiledModel, *calls: tuple[str, Sequence[Tensor]]) -> list[Part]:
+    """Calls of a model's entry points, by name, with their arguments."""
+    kernels = kernels_of(model)
+    functions = [model.entry_points[name].function for name, _ in calls]
+    return [Part(f, kernels.get(f.plan.name), given) for f, (_, given) in zip(functions, calls)]
 
 
 class Recorder:

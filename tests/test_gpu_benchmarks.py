@@ -12,7 +12,7 @@ from torch import nn
 
 import accel
 from benchmarks import docs_gpu, docs_gpu_decode, gpu, peer_caches
-from benchmarks.gpu_roofline import Program, Recorder, figures, part
+from benchmarks.gpu_roofline import Program, Recorder, figures, parts_of
 from benchmarks.prepare_peers import alone_with
 
 FACTS = {"gpu": "G", "packages": {"torch": "2", "transformers": "5"}}
@@ -87,7 +87,7 @@ def test_rooflines_of_a_program() -> None:
     layers = [nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)) for _ in range(3)]
     x = torch.randn(8, 64)
     fast = accel.compile(nn.Sequential(*layers).eval(), inputs=(x,))
-    made = figures(Program("bert_b1", [part(fast._latest()[1], "main", [x])], 0.5))
+    made = figures(Program("bert_b1", parts_of(fast._latest()[1], ("main", [x])), 0.5))
     assert made["matched"] and made["call_us"] == 500
     assert made["share"] == pytest.approx(made["floor_us"] / 500)
     assert made["flops"] >= 3 * 2 * 8 * 64 * 64 and len(made["furthest"]) <= 3

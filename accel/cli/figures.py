@@ -25,14 +25,13 @@ def measured(
     model: CompiledModel, entry: EntryPoint, inputs: Sequence[Tensor], sizes: Mapping[str, int]
 ) -> Roofline:
     """Runs the entry point's steps one by one on its device, and times each."""
-    return measured_function(entry.function, kernels_of(model, entry), inputs, sizes)
+    ir = kernels_of(model).get(entry.function.plan.name)
+    return measured_function(entry.function, ir, inputs, sizes)
 
 
-def kernels_of(model: CompiledModel, entry: EntryPoint) -> Function | None:
-    """The entry point's kernel-level IR, if the model has it."""
-    if _STAGE not in model.stages():
-        return None
-    return parse_module(model.ir(_STAGE)).functions.get(entry.function.plan.name)
+def kernels_of(model: CompiledModel) -> Mapping[str, Function]:
+    """Kernel-level IR by entry point; empty for a model that does not carry it."""
+    return parse_module(model.ir(_STAGE)).functions if _STAGE in model.stages() else {}
 
 
 def measured_function(
