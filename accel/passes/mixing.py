@@ -12,7 +12,7 @@ data, whether later tokens really count for nothing. A model in which they do no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from accel.passes.windows import NextTokens
 
 _MOST_CHOICES = 64
+_MOST_PASSED = 8
 
 
 def part(tokens: NextTokens, value: Value, axes: Axes) -> Plan | None:
@@ -89,17 +90,29 @@ def check_order(tokens: NextTokens, weights: WeightStore) -> None:
     """Raises CaptureError where a later token, or how long the text is, has a say in what is made
     of kept values, of what changes with the length, or of attention whose mask is not known to be
     causal."""
-    for value in _ends(tokens):
-        ops, leaves = _between(tokens, value)
-        why = what_follows_wrongly(ops, leaves, value, tokens.length, weights)
-        if why:
-            raise tokens.refuse(value, why)
+    proven: set[Value] = set()
+    passed: dict[Value, str] = {}  # what may do so, if what is made of it does not
+    while True:
+        left = [v for v in _ends(tokens, passed) if v not in proven]
+        if not left:
+            return
+        for value in left:
+            ops, leaves = _between(tokens, value, passed)
+            why = what_follows_wrongly(ops, leaves, value, tokens.length, weights)
+            if why:
+                passed[value] = why
+                if len(passed) > _MOST_PASSED or value is tokens.main.results[0]:
+                    first = next(iter(passed))
+                    raise tokens.refuse(first, passed[first])
+                break
+            proven.add(value)
 
 
-def _ends(tokens: NextTokens) -> list[Value]:
-    """Where what was mixed has one token a place again."""
-    found: dict[Value, None] = dict.fromkeys(tokens.unproven)
+def _ends(tokens: NextTokens, passed: Container[Value]) -> list[Value]:
+    """Where what was mixed has one token a place again, and is not `passed`."""
+    found: dict[Value, None] = dict.fromkeys(v for v in tokens.unproven if v not in passed)
     pending = [(v, WHOLE) for v in (*tokens.kept, *tokens.unstable)]
+    pending += [(v, tokens.sequence_axes(v)) for v in tokens.unproven if v in passed]
     users: dict[tuple[Value, Axes], list[tuple[Value, Axes]]] = {}
     for key, plan in tokens.plans.items():
         for need in plan.needs:
@@ -109,7 +122,7 @@ def _ends(tokens: NextTokens) -> list[Value]:
         for key in users.get(pending.pop(), []):
             value, axes = key
             here = axes and axes == tokens.sequence_axes(value)
-            if here and value in tokens.from_tokens:
+            if here and value in tokens.from_tokens and value not in passed:
                 found[value] = None
             elif key not in seen:
                 seen.add(key)
@@ -117,7 +130,9 @@ def _ends(tokens: NextTokens) -> list[Value]:
     return list(found)
 
 
-def _between(tokens: NextTokens, value: Value) -> tuple[list[Op], list[Value]]:
+def _between(
+    tokens: NextTokens, value: Value, passed: Container[Value]
+) -> tuple[list[Op], list[Value]]:
     """The ops, in order, from values that are there token by token to this one."""
     order = {op: i for i, op in enumerate(tokens.main.ops)}
     ops, leaves = {made_by(value)}, dict[Value, None]()
@@ -126,7 +141,7 @@ def _between(tokens: NextTokens, value: Value) -> tuple[list[Op], list[Value]]:
         each = pending.pop()
         axes = tokens.sequence_axes(each)
         by_token = each in tokens.from_tokens and axes and (each, axes) in tokens.plans
-        if each.op is None or by_token:
+        if each.op is None or (by_token and each not in passed):
             leaves[each] = None
         elif each.op not in ops:
             ops.add(each.op)

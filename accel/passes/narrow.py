@@ -215,7 +215,8 @@ class Narrow(ABC):
         return CaptureError(
             f"no key/value cache can be inserted: {name} {why}",
             where=place,
-            advice="only attention may look at other tokens",
+            advice="tokens may look at those before them, by attention or products over them, and "
+            "by convolutions, sums and loops",
         )
 
     # -- rules -------------------------------------------------------------------------------
