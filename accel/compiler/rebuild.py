@@ -28,7 +28,8 @@ def rebuild(artifact: Artifact) -> Rebuilt:
     if target.kind == "cuda":
         options = Options()
         generator = gpu.generator(target, options)
-        symbols, library, _ = gpu.compile_launches(module, generator, options)
+        with gpu.processes(target, options) as pool:
+            symbols, library, _ = gpu.compile_launches(module, generator, options, pool)
     else:
         symbols, library, _ = compile_kernels(module, TvmBackend(), target, Options())
     plans = {f.name: lower_function(f, module, symbols) for f in module.functions.values()}

@@ -69,7 +69,7 @@ class Pool:
         self._threads: list[threading.Thread] = []
         self._sockets: list[socket.socket] = []
         self._workers, self._lock, self._closing = count, threading.Lock(), False
-        if count > 1:
+        if count > 1 and sys.executable and hasattr(os, "fork"):
             self._start(count)
 
     def __enter__(self) -> Pool:
