@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accel.backends.triton.cooperative import CooperativeTile
 from accel.backends.triton.overlapped import OverlappedTile
+from accel.backends.triton.paired import PairedTile
 from accel.ir import WeightStore, interpret
 from tests.backends import test_triton_matmul, test_triton_overlapped
 from tests.backends.kernels import function_of, sym
@@ -40,9 +41,12 @@ SYMBOLIC: Case = (
 )
 # The usual tile, a wide one, and what the cost model chooses.
 TILES = {"overlapped": OverlappedTile(), "wide": OverlappedTile(64, 256, 64, 3),
-         "cooperative": CooperativeTile(), "chosen": None}  # fmt: skip
+         "cooperative": CooperativeTile(), "by three": CooperativeTile(192, 128, groups=3),
+         "paired": PairedTile(), "paired by three": PairedTile(192, 128, groups=3),
+         "chosen": None}  # fmt: skip
 # Few multiprocessors, so that each program has many tiles.
-SMS = {"overlapped": 3, "wide": 1, "cooperative": 2, "chosen": 132}
+SMS = {"overlapped": 3, "wide": 1, "cooperative": 2, "by three": 3, "paired": 2,
+       "paired by three": 4, "chosen": 132}  # fmt: skip
 CASES = {**test_triton_overlapped.CASES, **LARGE, "symbolic": SYMBOLIC}
 DECODED = {n: test_triton_matmul.CASES[n] for n in ("int8 a channel", "activation before")}
 
