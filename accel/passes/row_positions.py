@@ -136,6 +136,8 @@ class _Lift:
 
     def _joined(self, op: Op, i: int, value: Value, b: Builder) -> Value:
         if (op.name, i) in _POSITIONS:
+            if not same_dim(op.operands[0].shape[0], self.rows):
+                raise self._refuse(op)  # rows are not what its first axis has
             return self.lifted[value]
         if op.name in ("attention", "cached_attention") and value is op.operand("mask"):
             return self._with_rows(value, (self.rows, 1, 1, 1), b)
