@@ -155,5 +155,6 @@ def test_what_the_library_keeps() -> None:
     assert saves(small[0], small[:1], 132) == "an epilogue that saves no launch"
     wide = members(8, 512, F32)
     assert saves(wide[0], wide, 132) == "float32 in full precision"
+    assert "cuBLAS saves" in (saves(wide[0], wide, 132, tf32=True) or "")
     assert choose(8, 512, 512, 128, 132).rows == 128
     assert choose(1, 20, 20, 128, 132) == MatmulTile(32, 32, 64, 4, 4)

@@ -80,6 +80,15 @@ def test_instructions(arch: str, tf32: bool) -> None:
     assert ("tf32" in launch.binary.ptx) == tf32
 
 
+@pytest.mark.parametrize("rows", [8, 64, 500])
+def test_tiles_fill_hoppers_instruction(rows: int) -> None:
+    types = [typed(torch.float32, rows, 256), typed(torch.float32, 512, 256)]
+    kernel = kernel_of(function_of(types, lambda b, x, w: b.gelu(b.linear(x, w))), "matmul", 1)
+    compiled = TritonBackend(tf32=True).compile([kernel])
+    (launch,) = compiled.launches[compiled.names[0]]
+    assert launch.code.constants["ROWS"] >= 64 and "wgmma" in launch.binary.ptx
+
+
 def test_the_choice_is_torchs_unless_an_option_says_else(setting: Any) -> None:
     target = get_target("h200")
     setting("highest")

@@ -40,6 +40,8 @@ _MAX_ROUNDS = 8
 _TYPICAL = 512  # an unknown size
 # FLOP/s of 16-bit products: the plain loop's, and the library's.
 _OWN_RATE, _LIBRARY_RATE, _DEFAULT_SMS = 380e12, 580e12, 132
+# Of tf32: words of the second operand, whose columns lie side by side, are turned in registers.
+_OWN_TF32_RATE, _LIBRARY_TF32_RATE = 51e12, 165e12
 _TURNS = ("permute", "reshape")
 
 
@@ -66,8 +68,10 @@ def saves(op: Op, members: Sequence[Op], sms: int, tf32: bool = False) -> str | 
     if not rest and not turned:
         return "an epilogue that saves no launch"
     results = _count(product(op.result.shape))
-    flops = x.dtype.itemsize * results * _count(x.shape[-1])  # tf32 has half the rate of 16 bits
-    lost = flops * (1 / _OWN_RATE - 1 / _LIBRARY_RATE)
+    own, library = _OWN_RATE, _LIBRARY_RATE
+    if x.dtype == torch.float32:
+        own, library = _OWN_TF32_RATE, _LIBRARY_TF32_RATE
+    lost = 2 * results * _count(x.shape[-1]) * (1 / own - 1 / library)
     lost *= _DEFAULT_SMS / sms
     saved = LAUNCH + 2 * results * x.dtype.itemsize / BANDWIDTH
     if lost >= saved:
