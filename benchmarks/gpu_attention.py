@@ -34,13 +34,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from accel.backends.triton import TritonBackend
 from accel.backends.triton.attention_tiles import Tile, candidates
 from accel.compiler.gpu import kernel_binary
-from accel.ir import Builder, Op, TensorType, definition
-from accel.ir.module import Region, Value
 from accel.runtime.cuda import CudaLibrary
 from accel.runtime.cuda_code import pack
+from benchmarks.attention_cases import CASES, FLEX, Case, kernel_of
 from benchmarks.measure import RESULTS, machine
 
-BF16, FP16 = torch.bfloat16, torch.float16
 CHECKED_ROWS = 48
 ROUNDS, REPLAYS = 5, 3
 LIBRARIES = {
@@ -48,147 +46,6 @@ LIBRARIES = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attention: `groups` key heads; `mask` is "", "keys" (padding) or "alibi"."""
-
-    name: str
-    batch: int
-    heads: int
-    length: int
-    size: int
-    groups: int = 0
-    causal: bool = True
-    window: int | None = None
-    softcap: float | None = None
-    mask: str = ""
-    dtype: torch.dtype = BF16
-
-    @property
-    def scale(self) -> float:
-        return self.size**-0.5
-
-    @property
-    def plain(self) -> bool:
-        """Whether PyTorch's libraries take it without a mask of all pairs."""
-        return self.window is None and self.softcap is None and self.mask != "alibi"
-
-    @property
-    def flops(self) -> float:
-        pairs = self.length**2
-        if self.causal:
-            pairs = self.length * (self.length + 1) // 2
-        if self.window is not None:
-            pairs -= (self.length - self.window) * (self.length - self.window + 1) // 2
-        return 4 * pairs * self.size * self.heads * self.batch
-
-    def types(self) -> list[TensorType]:
-        groups = self.groups or self.heads
-        shapes = [(self.batch, self.length, n * self.size) for n in (self.heads, groups, groups)]
-        types = [TensorType(s, self.dtype) for s in shapes]
-        if self.mask == "keys":
-            types.append(TensorType((self.batch, self.length), torch.bool))
-        return types
-
-    def inputs(self, seed: int) -> list[Tensor]:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        made = [
-            torch.randn(t.shape, generator=generator, device="cuda", dtype=self.dtype)
-            for t in self.types()[:3]
-        ]
-        if self.mask == "keys":
-            shape, half = (self.batch, 1), self.length // 2
-            lengths = torch.randint(half, self.length, shape, generator=generator, device="cuda")
-            made.append(torch.arange(self.length, device="cuda") < lengths)
-        return made
-
-    def build(self, b: Any, q: Value, k: Value, v: Value, keys: Value | None = None) -> Value:
-        def split(x: Value) -> Value:
-            four = (self.batch, self.length, x.shape[2] // self.size, self.size)
-            return b.permute(b.reshape(x, shape=four), axes=(0, 2, 1, 3))
-
-        mask = None
-        if keys is not None:
-            mask = b.reshape(keys, shape=(self.batch, 1, 1, self.length))
-        elif self.mask == "alibi":
-            mask = self._alibi(b)
-        y = b.attention(split(q), split(k), split(v), mask, scale=self.scale, causal=self.causal,
-                        window=self.window, softcap=self.softcap)  # fmt: skip
-        merged = (self.batch, self.length, self.heads * self.size)
-        return b.reshape(b.permute(y, axes=(0, 2, 1, 3)), shape=merged)
-
-    def _alibi(self, b: Any) -> Value:
-        """slope(head) * (key - query), in the region."""
-        f32, n = torch.float32, self.length
-        head = b.iota(shape=(1, self.heads, 1, 1), axis=1, dtype=f32)
-        slope = b.exp2(b.mul(b.add(head, b.scalar(1.0, f32)), b.scalar(-8.0 / self.heads, f32)))
-        key = b.iota(shape=(1, 1, 1, n), axis=3, dtype=f32)
-        query = b.iota(shape=(1, 1, n, 1), axis=2, dtype=f32)
-        return b.cast(b.mul(slope, b.sub(key, query)), dtype=self.dtype)
-
-    def split(self, x: Tensor) -> Tensor:
-        return x.view(self.batch, self.length, -1, self.size).transpose(1, 2)
-
-    def exact(self, inputs: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """Rows of the last batch's result in float64, [rows, heads * size]."""
-        q, k, v = (self.split(x)[-1].double() for x in inputs[:3])
-        share = self.heads // k.shape[0]
-        k, v = k.repeat_interleave(share, 0), v.repeat_interleave(share, 0)
-        scores = q[:, rows] @ k.transpose(1, 2) * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        column = torch.arange(self.length, device="cuda")
-        distance = column - rows[:, None]
-        if self.mask == "alibi":
-            slopes = self.slopes().double()
-            scores = scores + (slopes[:, None, None] * distance).to(self.dtype).double()
-        keep = torch.ones_like(distance, dtype=torch.bool)
-        keep &= (distance <= 0) if self.causal else keep
-        keep &= (distance > -self.window) if self.window is not None else keep
-        keep &= inputs[3][-1] if self.mask == "keys" else keep
-        weights = torch.softmax(scores.masked_fill(~keep, -math.inf), -1)
-        return (weights @ v).transpose(0, 1).reshape(len(rows), -1)
-
-    def slopes(self) -> Tensor:
-        return torch.exp2(-8.0 / self.heads * torch.arange(1, self.heads + 1, device="cuda"))
-
-
-CASES = {
-    case.name: case
-    for case in (
-        Case("causal_8k", 2, 16, 8192, 128),
-        Case("causal_16k", 2, 16, 16384, 128),
-        Case("causal_8k_d64", 2, 32, 8192, 64),
-        Case("causal_4k_d256", 2, 8, 4096, 256),
-        Case("full_8k", 2, 16, 8192, 128, causal=False),
-        Case("window_16k", 1, 16, 16384, 128, window=4096),
-        Case("softcap_8k", 2, 16, 8192, 128, softcap=50.0),
-        Case("alibi_8k", 2, 16, 8192, 128, mask="alibi"),
-        Case("llama_8b_2k", 1, 32, 2048, 128, groups=8),
-        Case("llama_1b_2k", 1, 32, 2048, 64, groups=8),
-        Case("gpt2_b8", 8, 12, 1024, 64),
-        Case("heads_of_80", 8, 16, 1024, 80),
-        Case("bert_b32_f32", 32, 12, 128, 64, causal=False, dtype=torch.float32),
-        Case("bert_b1", 1, 12, 128, 64, causal=False, dtype=FP16),
-        Case("bert_b32", 32, 12, 128, 64, causal=False, dtype=FP16),
-        Case("bert_b32_keys", 32, 12, 128, 64, causal=False, mask="keys", dtype=FP16),
-        Case("vit_b1", 1, 12, 197, 64, causal=False, dtype=FP16),
-        Case("vit_b64", 64, 12, 197, 64, causal=False, dtype=FP16),
-    )
-}
-
-FLEX = ("causal_8k", "window_16k", "softcap_8k", "alibi_8k")  # it compiles for seconds each
-
-
-def kernel_of(case: Case) -> Op:
-    region = Region(case.types())
-    made = case.build(Builder(region), *region.args)
-    Builder(region).op("yield", [made])
-    outer = Region(case.types())
-    attributes = {"backend": "triton", "kind": "attention"}
-    return Op(definition("kernel"), outer.args, attributes, [made.type], regions=[region])
 
 
 def library_choice(case: Case) -> str | None:
@@ -205,8 +62,8 @@ def library_choice(case: Case) -> str | None:
 class Compiled:
     case: str
     tile: str  # "" is the one that the compiler chooses
-    symbol: str
-    reads: list[int]
+    launches: list[tuple[str, list[tuple[str, int]]]]  # the function, and what it gets
+    scratch: list[int]
     code: bytes
 
 
@@ -217,10 +74,11 @@ def compile_one(name: str, tile: Tile | None, arch: str) -> Compiled | str:
         compiled = backend.compile([kernel_of(CASES[name])])
     except Exception as error:
         return f"{name} {tile}: {type(error).__name__} {str(error).splitlines()[0]}"
-    (launch,) = compiled.launches[compiled.names[0]]
-    code = pack(arch, {launch.name: kernel_binary(launch)})
-    reads = [slot.number for slot in launch.reads]
-    return Compiled(name, "" if tile is None else str(tile), launch.name, reads, code)
+    made = compiled.launches[compiled.names[0]]
+    code = pack(arch, {launch.name: kernel_binary(launch) for launch in made})
+    launches = [(x.name, [(s.kind, s.number) for s in (*x.reads, *x.writes)]) for x in made]
+    scratch = [int(size) for size in compiled.scratch[compiled.names[0]]]
+    return Compiled(name, "" if tile is None else str(tile), launches, scratch, code)
 
 
 def compile_all(
@@ -295,26 +153,35 @@ class Timed:
         return statistics.median(self.times)
 
 
-def bound(made: Compiled, inputs: Sequence[Tensor], out: Tensor) -> Callable[[], None]:
+def bound(made: Compiled, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> Callable[[], None]:
     library = CudaLibrary(made.code, torch.device("cuda", 0))
-    function = library.function(made.symbol)
-    words = [inputs[i].data_ptr() for i in made.reads] + [out.data_ptr()]
-    array = (ctypes.c_int64 * len(words))(*words)
+    scratch = [torch.zeros(n, dtype=torch.uint8, device="cuda") for n in made.scratch]
+    memory = {"input": inputs, "result": outs, "scratch": scratch}
+    functions = []
+    for symbol, slots in made.launches:
+        words = [memory[kind][number].data_ptr() for kind, number in slots]
+        functions.append((library.function(symbol), (ctypes.c_int64 * len(words))(*words)))
 
-    def call(keep: object = (library, inputs, out)) -> None:  # a graph writes there later
-        function(ctypes.addressof(array))
+    def call(keep: object = (library, memory)) -> None:  # a graph writes there later
+        for function, words in functions:
+            function(ctypes.addressof(words))
 
     return call
 
 
 def library_call(case: Case, name: str, inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
     q, k, v = (case.split(x) for x in inputs[:3])
-    mask = inputs[3][:, None, None] if case.mask == "keys" else None
+    mask, causal = None, case.causal
+    if case.mask == "keys":
+        mask = inputs[3][:, None, None]
+    elif case.mask == "texts":
+        mask, causal = (inputs[3][:, None] == inputs[3])[None, None], False
+        mask = mask.tril() if case.causal else mask
 
     def call() -> Tensor:
         with sdpa_kernel(LIBRARIES[name]):
             return F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=case.causal, enable_gqa=k.shape[1] != q.shape[1]
+                q, k, v, mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
             )
 
     return call
@@ -328,7 +195,8 @@ def flex_call(case: Case, inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
 
     def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         far = case.window if case.window is not None else case.length
-        return (i >= j) & (i - j < far)
+        near = (i >= j) & (i - j < far)
+        return near & (inputs[3][i] == inputs[3][j]) if case.mask == "texts" else near
 
     def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if case.softcap is not None:
@@ -367,7 +235,7 @@ class Bench:
 
     def kernel(self, made: Compiled) -> None:
         out = torch.full_like(self.inputs[0], torch.nan)
-        call = bound(made, self.inputs, out)
+        call = bound(made, self.inputs, [out])
         call()
         torch.cuda.synchronize()
         error = self.error(out)

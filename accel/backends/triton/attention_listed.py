@@ -13,7 +13,6 @@ blocks first and writes down where something is seen, in scratch memory that onl
 from __future__ import annotations
 
 from accel.backends.loops.merge import merged
-from accel.backends.loops.trace import broadcast_index
 from accel.backends.triton.addresses import decompose, size_text
 from accel.backends.triton.attention_loop import AttentionWriter, Plan, Span, over, padded
 from accel.backends.triton.attention_tiles import AttentionTile
@@ -76,8 +75,7 @@ class ListedAttention(AttentionWriter):
         with emitter.inside(Scope(body, frozenset((*self.top.axes, *plan.key[2].axes)))):
             body.line("key = start + tl.arange(0, COLS)[None, :]")
             self._bind(plan.key[2], "key", COL, self.keys if past else 0, self.tile.columns)
-            index = broadcast_index(plan.place, (0, 0, 0, 0), self.mask.shape)
-            keep = [emitter.element(self.mask, index).text]
+            keep = [self._shown(self.mask).text]
             keep += self._cuts(body, span, "key_ok" if past else "")
         body.line(f"seen = tl.broadcast_to({' & '.join(keep)}, [ROWS, COLS]).to(tl.int32)")
         body.line("tl.store(listed + count, start)")
@@ -118,8 +116,8 @@ class SeenWriter(AttentionWriter):
         past = over(self.keys, tile.columns)
         self._bind(plan.key[2], "key", COL, self.keys if past else 0, tile.columns)
         self.top.axes = frozenset((*self.heads, *plan.place[2].axes, *plan.key[2].axes))
-        index = broadcast_index(plan.place, (0, 0, 0, 0), self.mask.shape)
-        keep = [emitter.element(self.mask, index).text]
+        assert self.mask is not None
+        keep = [self._shown(self.mask).text]
         keep += ["row_ok"] if over(self.queries, tile.rows) else []
         keep += self._cuts(block, Span("", "", True), "key_ok" if past else "")
         block.line(f"seen = tl.broadcast_to({' & '.join(keep)}, [ROWS, COLS]).to(tl.int32)")

@@ -337,12 +337,17 @@ class AttentionWriter:
             body.line(f"score = score * {scale * _LOG2E!r}")
         if self.mask is None:
             return ""
-        index = broadcast_index(self.plan.place, (0, 0, 0, 0), self.mask.shape)
-        made: Expr = self.emitter.element(self.mask, index)
+        made = self._shown(self.mask)
         if self.mask.dtype == torch.bool:
             return made.text
         body.line(f"score = score + {made} * {_LOG2E!r}")
         return ""
+
+    def _shown(self, mask: Value) -> Expr:
+        """The mask of a block."""
+        return self.emitter.element(
+            mask, broadcast_index(self.plan.place, (0, 0, 0, 0), mask.shape)
+        )
 
     def _capped(self, body: Block, cap: float) -> None:
         """After capped scores: what a gradient needs of them."""

@@ -16,6 +16,7 @@ emits for a mask is the same in both.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -33,7 +34,7 @@ from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import parts_of
 from accel.errors import BackendError
-from accel.ir.module import Region
+from accel.ir.module import Region, Value
 from accel.ir.types import Dim, product
 
 _ROWS = 64  # of a group: what one wgmma takes
@@ -130,12 +131,24 @@ class OverlappedAttention(PartsWriter):
         bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
         known = frozenset((*self.plan.outer, *row_at.axes, *key_at.axes))
         past = over(self.keys, self.tile.columns) and not self.shifts
-        with emitter.inside(Scope(body, known)):
+        look = Block(body.names)
+        with emitter.inside(Scope(look, known)):
             self._bind(row_at, "row", ROW, self.queries if self.mask is not None else 0,
                        self.tile.rows)  # fmt: skip
             self._bind(key_at, "key", COL, self.keys if past else 0, self.tile.columns)
-            keep = self._scale_and_bias(body)
+            self.shown = None if self.mask is None else super()._shown(self.mask)
         emitter.addresses.groups, emitter.masks = bound, masks
+        loads = [emitter.pointers[v] for v in emitter.used]
+        self.look = ""
+        if loads and self.shown is not None:  # else it is computed where it is needed
+            head = self._arguments("row", "key", *self.names, *loads)
+            self.look = self._function(f"look({head})", look, self.shown.text)
+            self.shown = replace(self.shown, text="shown")
+            look = Block(body.names)
+            if past:
+                look.line(f"key_ok = key < {size_text(self.keys)}")
+        body.lines += look.lines
+        keep = self._scale_and_bias(body)
         if keep:
             body.line(f'score = tl.where({keep}, score, float("-inf"))')
         cut = self._cut(past)
@@ -152,13 +165,28 @@ class OverlappedAttention(PartsWriter):
         body.line(f"weight = tl.exp2(score{times} - origin[:, None])")
         body.line("shrink = tl.exp2(best - origin)")
         body.line("total = total * shrink + tl.sum(weight, axis=1)")
-        loads = [emitter.pointers[v] for v in emitter.used]
         head = self._arguments("score", "best", "total", "row", self._keys(), *self.names, *loads)
-        return self._function(f"weigh({head}, CUT: tl.constexpr)", body,
-                              "weight, shrink, top, total"), loads  # fmt: skip
+        made = self._function(f"weigh({head}, CUT: tl.constexpr)", body,
+                              "weight, shrink, top, total")  # fmt: skip
+        return self.look + made, loads
+
+    def _shown(self, mask: Value) -> Expr:
+        assert self.shown is not None
+        return self.shown
 
     def _keys(self) -> str:
-        return "key, unseen" if self.shifts else "key"
+        """What `weigh` knows of a block of keys."""
+        names = ["key", *(["unseen"] if self.shifts else []), *(["shown"] if self.look else [])]
+        return ", ".join(names)
+
+    def _block_of_keys(self, block: str, more: str) -> list[str]:
+        """Binds those names. The mask is read while the products are under way."""
+        return [
+            f"key = {self._first_key(block)} + "
+            "tl.arange(0, COLS, tl.SliceLayout(0, SCORES))[None, :]",
+            *([f"unseen = {block} * COLS"] if self.shifts else []),
+            *([f"shown = look(row, key, {more})"] if self.look else []),
+        ]
 
     def _cut(self, past: bool) -> str:
         """What the ends of the keys, the diagonal and the window hide."""
@@ -252,11 +280,9 @@ class OverlappedAttention(PartsWriter):
             "mbarrier.wait(value_ready.index(last), ((taken - 1) // STAGES) & 1)",
             "acc = warpgroup_mma(weight, values.index(last), acc, is_async=True)",
             *end,
+            *self._block_of_keys("block", more),
             "score = warpgroup_mma_wait(num_outstanding=1, deps=[score])",
             "mbarrier.arrive(key_free.index(slot), count=1)",
-            f"key = {self._first_key('block')} + "
-            "tl.arange(0, COLS, tl.SliceLayout(0, SCORES))[None, :]",
-            *(["unseen = block * COLS"] if self.shifts else []),
             f"weight, shrink, best, total = weigh(score, best, total, row, {self._keys()}, "
             f"{more}, CUT)",
             "acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])",
@@ -295,9 +321,7 @@ class OverlappedAttention(PartsWriter):
         loop = [
             *self._begin(4),
             "row = first + which * 64 + tl.arange(0, 64, tl.SliceLayout(1, SCORES))[:, None]",
-            f"key = {self._first_key('(stop - 1)')} + "
-            "tl.arange(0, COLS, tl.SliceLayout(0, SCORES))[None, :]",
-            *(["unseen = (stop - 1) * COLS"] if self.shifts else []),
+            *self._block_of_keys("(stop - 1)", more),
             *self.sink.lines,
             f"best = tl.full([64], {self.before[0]}, tl.float32, tl.SliceLayout(1, SCORES))",
             f"total = tl.full([64], {self.before[1]}, tl.float32, tl.SliceLayout(1, SCORES))",

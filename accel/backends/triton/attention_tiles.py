@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from accel.backends.triton.tiles import next_power
+from accel.backends.triton.tiles import next_power, parts_of
 from accel.ir.module import Op, Value
 from accel.ir.types import Dim, product, same_dim
 
@@ -18,7 +18,9 @@ _SMS = 132  # multiprocessors, where nobody says
 _SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
 _CACHE_BYTES = 28e6  # half of the second-level cache, and a bit
 _CAUSAL_BYTES = 150e6  # up to which even work is worth more than reading one head after another
-_NARROW_HEAD, _SHORT = 64, 1024
+_NARROW_HEAD, _SHORT = 64, 2048
+_TURNS = 1024  # queries from which turns at the tensor cores gain more than they cost
+_FEW_MORE = 1.05  # queries that parts may be filled up to
 _LONG, _MOST_OPS = 1024, 40  # keys from which sparse masks pay, and ops of a mask
 _LEAST_OVERLAPPED = 256  # queries: with fewer, setting the warps up costs more than it gains
 _LEAST_OF_MANY = 128  # queries, where there are parts enough to set them up once for several
@@ -111,9 +113,8 @@ def choose_overlapped(op: Op, sms: int = _SMS) -> OverlappedTile | None:
     """The tile of a kernel by `attention_overlapped`; None where the loop is faster."""
     q, k, v, *_ = op.arguments()
     shortest, widest = min(_known(q.shape[2]), _known(k.shape[2])), max(q.shape[3], v.shape[3])
-    least = _LEAST_OVERLAPPED
-    if _parts(op, 128) >= 2 * sms:
-        least = _LEAST_OF_MANY
+    many = _parts(op, 128) >= 2 * sms and len(op.operands) == 3
+    least = _LEAST_OF_MANY if many else _LEAST_OVERLAPPED
     if shortest < least or _loop_is_faster(op):
         return None
     if compares_texts(op):
@@ -126,10 +127,13 @@ def choose_overlapped(op: Op, sms: int = _SMS) -> OverlappedTile | None:
     if causal and not _fits_cache(op, _CAUSAL_BYTES):
         return OverlappedTile(columns=columns)
     tile = OverlappedTile(columns=columns, persistent=True, across=causal)
-    if causal and columns == 128 and int(widest) == 128:
-        return replace(tile, turns=True)
-    narrow = int(widest) <= _NARROW_HEAD
-    return replace(tile, stages=3) if narrow and not causal else tile
+    if causal:
+        return replace(tile, turns=columns == 128 and shortest >= _TURNS)
+    if int(widest) > _NARROW_HEAD:
+        return tile
+    # Three groups share what one brings, where they leave few queries of a part empty.
+    rows = 64 * 3 * parts_of(_known(q.shape[2]), 64 * 3)
+    return replace(tile, stages=3, groups=3 if rows <= _FEW_MORE * _known(q.shape[2]) else 2)
 
 
 def _parts(op: Op, rows: int) -> int:
@@ -239,6 +243,7 @@ _OVERLAPPED = (
     OverlappedTile(stages=4, turns=True),
     OverlappedTile(stages=3, persistent=True),
     OverlappedTile(persistent=True, across=True, turns=True),
+    OverlappedTile(groups=3, stages=3, persistent=True),
     OverlappedTile(columns=64),
     OverlappedTile(columns=64, across=True),
     OverlappedTile(groups=3, columns=64, stages=3, across=True),
