@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -203,7 +204,28 @@ def _pretrained(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
     except Exception as error:  # whatever damaged files make of foreign code
         raise InputError(f"the checkpoint does not load: {error}", where=str(folder)) from error
     _check_complete(found, folder)
+    _check_dtypes(model, folder)
     return model
+
+
+def _check_dtypes(model: Any, folder: Path) -> None:
+    """Numbers of another kind than the model's, which the loader would convert without a word."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return  # codes, which the loader knows
+    ours = model.state_dict()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118, it is no dict
+                kind = str(stored.get_slice(name).get_dtype())
+                target = ours.get(name)
+                wanted = target is not None and target.is_floating_point()
+                if wanted and not kind.startswith(("F", "BF")):
+                    raise InputError(
+                        f"the checkpoint's tensor '{name}' is {kind}, and the model's is "
+                        f"{str(target.dtype).removeprefix('torch.')}",
+                        where=str(file),
+                        advice="store weights as floating-point numbers",
+                    )
 
 
 def _check_complete(found: Mapping[str, Any], folder: Path) -> None:

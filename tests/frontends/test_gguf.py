@@ -239,6 +239,13 @@ def test_safetensors_folders(tmp_path):
         save_file(tensors, file, metadata={"format": "pt"})
         with pytest.raises(InputError, match=said):
             load_checkpoint(tmp_path)
+    for dtype, kind in ((torch.int64, "I64"), (torch.bool, "BOOL"), (torch.complex64, "C64")):
+        tensors = {**good, "lm_head.weight": good["lm_head.weight"].to(dtype)}
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=rf"'lm_head\.weight' is {kind}"):
+            load_checkpoint(tmp_path)
+    save_file({k: v.half() for k, v in good.items()}, file, metadata={"format": "pt"})
+    torch.testing.assert_close(load_checkpoint(tmp_path)(ids), model(ids).logits, atol=1e-3, rtol=0)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError):
         load_checkpoint(tmp_path)

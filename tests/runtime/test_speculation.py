@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import accel
 from accel.errors import InputError, OptionError
-from accel.runtime.sampling import Sampling
-from accel.runtime.speculation import PromptLookup, Proposal, _checked
+from accel.runtime.speculation import PromptLookup, Proposal
+from benchmarks.speculation_statistics import Pairs, single_tokens, whole_texts
 from tests.passes.causal_models import tiny
 
 pytest.importorskip("transformers")
@@ -84,89 +83,22 @@ def test_lookup():
     assert list(PromptLookup().propose([4], 3).tokens) == []
 
 
-def chi_square(found: Tensor, shares: Tensor) -> float:
-    """The p-value of counts under probabilities (Wilson and Hilferty's approximation)."""
-    expected = shares.double() * found.sum()
-    kept = expected > 0
-    assert int(found[~kept].sum()) == 0
-    degrees = int(kept.sum()) - 1
-    statistic = float(((found - expected)[kept] ** 2 / expected[kept]).sum())
-    spread = 2 / (9 * degrees)
-    z = ((statistic / degrees) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
-    return 0.5 * math.erfc(z / math.sqrt(2))
-
-
-@pytest.mark.parametrize("certain", [False, True])
-def test_one_checked_token_has_the_models_distribution(certain):
+@pytest.mark.parametrize("way", ["drawn", "certain"])
+def test_one_checked_token_has_the_models_distribution(way):
     """Whatever is proposed: 30000 proposals from another distribution, or one token always."""
-    chance = torch.Generator().manual_seed(4)
-    scores = torch.randn(1, 7, generator=chance)
-    share = torch.randn(7, generator=chance).mul(2).softmax(-1)
-    sampling = Sampling(do_sample=True)
-    found = torch.zeros(7)
-    for _ in range(30000):
-        proposed = 3 if certain else int(torch.multinomial(share, 1, generator=chance))
-        given = None if certain else share
-        found[_checked(scores, proposed, given, sampling, chance)] += 1
-    p = chi_square(found, scores.softmax(-1)[0])
-    print(f"p = {p:.3f}")
-    assert p > 0.01
+    assert single_tokens(way)["p"] > 0.01
 
 
-class Pairs(nn.Module):
-    """Logits that depend on the last two tokens, through attention over the text."""
-
-    def __init__(self, seed: int, tokens: int = 4) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed = nn.Embedding(tokens, 16)
-        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
-        self.out = nn.Linear(16, tokens)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        q, k, v = (part(x)[:, None] * 1.5 for part in (self.q, self.k, self.v))
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(mixed[:, 0] * 2 + x)
+def test_a_planted_error_is_found():
+    """Proposals that are kept without a check have their own distribution."""
+    assert single_tokens("planted")["p"] < 1e-9
 
 
 @pytest.mark.parametrize("way", ["lookup", "draft"])
 def test_texts_have_the_models_distribution(way):
     """All texts of three tokens over four, 4000 drawn with each of fixed seeds."""
-    model = Pairs(1).eval()
-    fast = accel.compile_generator(model, capacity=12, extend=4)
-    options: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_k": 3}
-    extra: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
-    if way == "draft":
-        draft = accel.compile_generator(Pairs(2).eval(), capacity=12)
-        extra = {"assistant_model": draft, "num_assistant_tokens": 3}
-    prompt = torch.tensor([[0, 1, 2, 0, 1]])
-    shares = _exact(model, prompt, Sampling(**options), 3)
-    found, accepted = torch.zeros(4**3), 0
-    for seed in range(4000):
-        made = fast.generate(
-            prompt, max_new_tokens=3, seed=seed, return_dict_in_generate=True, **options, **extra
-        )
-        a, b, c = made.sequences[0, 5:].tolist()
-        found[a * 16 + b * 4 + c] += 1
-        accepted += made.statistics["accepted"]
-    p = chi_square(found, shares)
-    print(f"{way}: p = {p:.3f}, {accepted} proposals accepted")
-    assert p > 0.01 and accepted > 500
-
-
-def _exact(model: nn.Module, prompt: Tensor, sampling: Sampling, length: int) -> Tensor:
-    """Probabilities of all continuations, in the order of their digits."""
-    texts, shares = prompt, torch.ones(1)
-    for _ in range(length):
-        with torch.no_grad():
-            logits = model(texts)[:, -1]
-        step = sampling.scores(logits, texts).softmax(-1)
-        shares = (shares[:, None] * step).reshape(-1)
-        count, tokens = step.shape
-        last = torch.arange(tokens).repeat(count)[:, None]
-        texts = torch.cat([texts.repeat_interleave(tokens, 0), last], dim=1)
-    return shares
+    row = whole_texts(way)
+    assert row["p"] > 0.01 and row["accepted"] > 500
 
 
 def test_what_cannot_speculate(models):
