@@ -96,7 +96,9 @@ def save(folder: Path, row: str, system: str) -> int:
 
 
 def save_late(folder: Path, row: str, system: str, seconds: float) -> None:
-    """Notes that a system was not ready in so many seconds."""
+    """Notes that a system was not ready in so many seconds; what is kept of it stays good."""
+    if _kept(folder, row, system).is_file():
+        return
     _late(folder, row, system).write_text(json.dumps({"seconds": seconds}))
 
 

@@ -8,7 +8,8 @@ The first command compiles each row's peers in a process of its own, as many pro
 `--jobs`, and keeps what `torch.compiler.save_cache_artifacts` gives in FOLDER (`peer_caches`). All
 processors compile, but only one process at a time times a candidate kernel on the GPU, so that
 Inductor's choices are not those of a crowded device. A peer that is not ready within `--limit`
-seconds leaves a note that says so, and gets no time in the table.
+seconds, or when the command is told to end (SIGTERM), leaves a note that says so, and gets no time
+in the table.
 
 The processes, and those in which Inductor compiles, are forks of one that has imported everything:
 twelve imports of torch at once take half a minute.
@@ -76,7 +77,8 @@ def prepare_all(
     start: str = "fork",
 ) -> list[str]:
     """A process for each row, at most `jobs` at once; each writes FOLDER/row.log. Returns the rows
-    whose process failed."""
+    whose process failed. Where it is ended early, what is missing is noted as late."""
+    began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     if start == "fork":
         _import_once()
@@ -106,6 +108,9 @@ def prepare_all(
             for process in running.values():
                 process.kill()
                 process.join()
+            for row in [*running, *waiting]:
+                for system in systems:
+                    peer_caches.save_late(folder, row, system, time.perf_counter() - began)
     return failed
 
 
