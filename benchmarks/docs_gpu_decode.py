@@ -53,7 +53,8 @@ def decode_lines(data: dict[str, Any]) -> list[str]:
         lines += [f"- {row['workload']}: {text_line(row)}" for row in texts]
     lines += [
         "",
-        "Seconds until a system is ready (compiled, warm), and the largest error of the logits",
+        "Seconds until a system is ready (compiled, warm; none for Inductor's modes that found",
+        "another one's kernels, or were compiled beforehand), and the largest error of the logits",
         "against eager float32, relative to the largest one.",
         "",
         _line(["workload", *head]),
