@@ -220,6 +220,15 @@ def test_positions_of_64_bits_compile(arch: str) -> None:
     assert first.binary.cubin and "tl.int64" in second.code.source
 
 
+@pytest.mark.parametrize(("arch", "stages"), [("sm_80", 3), ("sm_90", 4), ("sm_100", 4)])
+def test_steps_on_their_way_fit_the_gpu(arch: str, stages: int) -> None:
+    types = [typed(BF16, 2048, 512), typed(BF16, 8, 512, 512), typed(I64, 2048, 2)]
+    compiled = TritonBackend(arch).compile([kernel_of(function_of(types, gate_up), "experts", 1)])
+    _, second = compiled.launches[compiled.names[0]]
+    assert f"num_stages={stages}" in second.code.source
+    assert second.binary.shared <= (163 if arch == "sm_80" else 227) << 10
+
+
 def test_the_choice_fills_the_device() -> None:
     one = choose(8, 64, 1024, 2048, 2, 132)
     assert isinstance(one, SkinnyTile) and one.split == 1

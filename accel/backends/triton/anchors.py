@@ -76,7 +76,13 @@ ANCHORS: dict[str, Anchor] = {
         ("linear",), skinny.reason, skinny.generate, skinny.candidates, skinny.choose_for
     ),
     "batched": Anchor(("matmul",), batched.reason, batched.generate, batched.candidates),
-    "experts": Anchor(("expert_linear",), experts.reason, experts.generate, experts.candidates),
+    "experts": Anchor(
+        ("expert_linear",),
+        experts.reason,
+        experts.generate,
+        experts.candidates,
+        experts.choose_for,
+    ),
     "cached_attention": Anchor(
         ("cached_attention",),
         cached.reason,
