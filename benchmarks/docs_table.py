@@ -19,7 +19,7 @@ from accel.passes.registry import load_passes
 from benchmarks.docs_coverage import coverage_lines, op_db_lines
 from benchmarks.docs_generation import text_lines
 from benchmarks.docs_gpu import gpu_lines, readme_lines, roofline_lines
-from benchmarks.docs_gpu_attention import attention_lines
+from benchmarks.docs_gpu_attention import attention_lines, cached_lines
 from benchmarks.docs_gpu_decode import decode_lines
 from benchmarks.docs_gpu_numerics import numerics_lines
 from benchmarks.docs_gpu_products import product_lines
@@ -95,6 +95,7 @@ def render() -> str:
         ("gpu_roofline", roofline_section),
         ("gpu_products", products_section),
         ("gpu_attention", attention_section),
+        ("gpu_cached", gpu_cached_section),
         ("gpu_decode", generation_section),
         ("gpu_numerics", numerics_section),
         ("compile_time", compile_time_section),
@@ -146,6 +147,10 @@ def roofline_section(data: dict[str, Any]) -> str:
 
 def attention_section(data: dict[str, Any]) -> str:
     return "\n".join(attention_lines(data))
+
+
+def gpu_cached_section(data: dict[str, Any]) -> str:
+    return "\n".join(cached_lines(data))
 
 
 def generation_section(data: dict[str, Any]) -> str:
