@@ -13,7 +13,7 @@ import torch
 
 from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.phases import Phase, Reduce
-from accel.backends.loops.survey import index_axes, shared_costly
+from accel.backends.loops.survey import index_axes, packed_address, shared_costly
 from accel.backends.loops.trace import Key
 from accel.backends.tvm import tir
 from accel.backends.tvm.accumulate import Accumulator, accumulator
@@ -323,11 +323,13 @@ class RowNest(Nest):
         emitter = self.emitter
         emitter.addresses.bind(group, base)
         for value, index in one.survey.costly:
-            count, size = value.type.numel(), value.dtype.itemsize
-            large = isinstance(count, int) and count * size >= _LARGE
-            if not large or value not in emitter.buffers or value.dtype in SUB_BYTE_BITS:
+            nbytes, size = value.type.nbytes(), value.dtype.itemsize
+            large = isinstance(nbytes, int) and nbytes >= _LARGE
+            if not large or value not in emitter.buffers:
                 continue
             read = emitter.indexer.flatten(index, value.shape)
+            if value.dtype in SUB_BYTE_BITS:
+                read, _ = packed_address(emitter.indexer, value, index)
             if not all(isinstance(atom, Axis) for atom, _ in read.terms):
                 continue  # a row of a table, say: where it lies is data
             if read.coefficient(group[-1]) == 1 and read.axes - set(group):
