@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from accel.backends.tvm import tir
 from accel.backends.tvm.tir import Block, Expr
@@ -26,7 +26,7 @@ class LaneSums:
     sixteen sums in order; then `done` gets it.
     """
 
-    def __init__(self, block: Block, done: dict[int, Callable[[Expr], None]]) -> None:
+    def __init__(self, block: Block, done: Mapping[int, Callable[[Expr], None]]) -> None:
         self.block, self.done = block, done
         self._waiting: dict[int, list[tuple[int, Expr]]] = {m: [] for m in done}
 

@@ -138,9 +138,9 @@ class RowNest(Nest):
             copy = tir.local_array("halves", extent, "float32")
             emitter.block.allocate(copy)
             step, body = tir.var("step"), tir.Block()
-            for half in (0, 1):
-                element = tir.load(emitter.buffers[value], step * tir.i64(2) + tir.i64(half))
-                body.store(copy, element, step + tir.i64(half * extent // 2))
+            for which in (0, 1):
+                element = tir.load(emitter.buffers[value], step * tir.i64(2) + tir.i64(which))
+                body.store(copy, element, step + tir.i64(which * extent // 2))
             emitter.block.loop(step, tir.i64(extent // 2), body)
             number, half = indexer.divide(line, 2)
             place = number.plus(half, extent // 2)
