@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from accel.errors import InputError, MissingDependencyError
 from accel.frontends.gguf import read_gguf
+from accel.frontends.gguf_config import read_config
 from accel.frontends.gguf_model import load_gguf_model
 from accel.names import near
 
@@ -141,17 +142,29 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     path = Path(path)
     transformers = _transformers()
-    folder, options = path, {}
-    if path.is_file():
-        read_gguf(path)  # a damaged file ends here
-        folder, options = path.parent, {"gguf_file": path.name}
     try:
         with _quiet():
-            return transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, **options
-            )
+            if path.is_file():
+                return _gguf_tokenizer(path, transformers)
+            return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except InputError:
+        raise
     except Exception as error:  # whatever damaged files make of foreign code
         raise InputError(f"the tokenizer does not load: {error}", where=str(path)) from error
+
+
+def _gguf_tokenizer(path: Path, transformers: Any) -> Any:
+    """Of the class for the model's type: to find that out, AutoTokenizer would first read the whole
+    vocabulary as it reads a configuration, which takes seconds."""
+    config = read_config(read_gguf(path))
+    known = importlib.import_module("transformers.models.auto.tokenization_auto")
+    options = {"gguf_file": path.name, "local_files_only": True}
+    if config.model_type in known.TOKENIZER_MAPPING_NAMES:
+        kind = config.model_type
+        return transformers.AutoTokenizer.from_pretrained(
+            path.parent, tokenizer_type=kind, **options
+        )
+    return transformers.PreTrainedTokenizerFast.from_pretrained(path.parent, **options)
 
 
 def _transformers() -> Any:
