@@ -35,18 +35,23 @@ class Job:
     awaited: list[int] = field(default_factory=list)  # what earlier launches may have made
 
 
+def interpretable(source: str) -> str:
+    """The source with functions of Triton's where it names machine instructions."""
+    return _POWER.sub("tl.exp2(x)", source)
+
+
 def run(job: Job) -> list[Tensor]:
     """The tensors that the launch wrote.
 
     In a source with waits (`accel.backends.triton.dependent`) each program finds rubbish in what it
     should await, until it has waited.
     """
-    from accel.backends.triton import dependent
     from accel.backends.cubin.compile import loaded
+    from accel.backends.triton import dependent
     from tests.backends import gluon_interpreter
 
     _prepare()
-    source, name = _POWER.sub("tl.exp2(x)", job.source), job.name
+    source, name = interpretable(job.source), job.name
     if gluon_interpreter.is_gluon(source):
         source, name = gluon_interpreter.interpreted(source, name), f"{name}_entry"
     with loaded(source, name) as module:

@@ -29,7 +29,7 @@ from accel.passes.manager import PassManager
 from accel.runtime import libraries
 from accel.runtime.executor import CompiledFunction
 from accel.runtime.interfaces import KernelFunction
-from tests.backends.triton_worker import _Libdevice
+from tests.backends.triton_worker import _Libdevice, interpretable
 
 _POINTERS = {
     "*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i64": torch.int64,
@@ -51,7 +51,7 @@ class InterpretedHost:
         return self._functions[symbol]
 
     def _load(self, code: LaunchCode) -> KernelFunction:
-        module: Any = self._sources.enter_context(loaded(code.source, code.name))
+        module: Any = self._sources.enter_context(loaded(interpretable(code.source), code.name))
         module.libdevice = _Libdevice()
         setattr(module, dependent.LAUNCH, lambda: None)
         setattr(module, dependent.WAIT, lambda: None)
