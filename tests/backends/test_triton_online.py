@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from accel.backends.triton import TritonBackend
 from accel.ir import TensorType, WeightStore, interpret
-from tests.backends.kernels import function_of
+from tests.backends.kernels import function_of, kernel_of
 from tests.backends.triton_kernels import InterpretedKernels
 from tests.backends.triton_worker import Worker
 
@@ -77,3 +78,22 @@ def test_other_sums_keep_their_pass(worker: Worker) -> None:
         assert runner.source(i).count("for start") == 2
         (got,), (exact,) = runner(i, [x]), interpret(function, [x], WeightStore(), oracle=True)
         assert float((got.double() / exact - 1).abs().max()) < 1e-5
+
+
+def test_only_short_rows_lose_a_warp() -> None:
+    """Two sums of a norm's rows go with one warp; two sums across rows keep all of theirs."""
+
+    def along(b: Any, x: Any, y: Any) -> list[Any]:
+        first = b.sum(b.mul(x, y), axes=(1,), keepdim=True)
+        return [b.sub(b.mul(x, first), b.sum(x, axes=(1,), keepdim=True))]
+
+    def across(b: Any, x: Any, y: Any) -> list[Any]:
+        return [b.sum(b.mul(x, y), axes=(0,)), b.sum(x, axes=(0,))]
+
+    types = [TensorType((8192, 768), torch.bfloat16)] * 2
+    kinds = ("rowwise", "reduction")
+    kernels = [kernel_of(function_of(types, f), k) for f, k in zip((along, across), kinds)]
+    names, made = TritonBackend("sm_90").generate(kernels)
+    rows, columns = (made[name].launches[0] for name in names)
+    assert rows.constants["ROWS"] == 2 and rows.warps == 1
+    assert columns.constants["ROWS"] == 32 and columns.warps == 4

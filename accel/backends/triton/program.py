@@ -25,6 +25,7 @@ from accel.backends.triton.reductions import HELPERS, Reduction, Tile
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import (
     MODEL_TILE,
+    SHORT,
     Columns,
     Shape,
     choose_flat,
@@ -207,7 +208,8 @@ class ProgramWriter:
             self.constants[span.name] = span.size
         warps = shape.warps
         apart = [r for r in self.phase.reduces if r.level == 0]
-        if 1 < warps <= shape.rows and len(apart) == len(self.phase.reduces) > 1:
+        short = all(c.held and shape.rows * c.size <= SHORT for c in columns.values())
+        if short and 1 < warps <= shape.rows and len(apart) == len(self.phase.reduces) > 1:
             warps //= 2  # a norm's gradient: sums that do not wait for each other
         while passes:
             one = passes.pop(0)

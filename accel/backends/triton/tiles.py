@@ -16,7 +16,7 @@ from accel.ir.types import Dim, product, substitute
 
 _MOST_HELD = 16384  # columns of a row that stay in registers
 _LOOP_COLUMNS = 2048
-_TILE = 2048  # elements of a tile of several rows
+SHORT = _TILE = 2048  # elements of a tile of several rows
 _ACROSS = 8192  # where memory runs along the rows: several loads of a thread on their way at once
 _LEAST_ACROSS, _MOST_ACROSS = 32, 128  # rows: whole sectors of 32 bytes, side by side
 _MANY_ROWS, _FEW_READS = 16, 6  # rows for each multiprocessor; a norm's, with a residual
