@@ -24,6 +24,7 @@ from benchmarks.docs_gpu_decode import decode_lines
 from benchmarks.docs_gpu_numerics import numerics_lines
 from benchmarks.docs_gpu_products import product_lines
 from benchmarks.docs_language import cache_lines, equality_lines, gqa_lines
+from benchmarks.docs_speculation import speculation_lines
 from benchmarks.measure import ROOT, TITLES, geometric_mean, load_results
 
 README = ROOT / "README.md"
@@ -105,6 +106,7 @@ def render() -> str:
         ("op_db", op_db_section),
         ("compression_decode", decode_section),
         ("generation_equality", equality_section),
+        ("speculation_statistics", speculation_section),
         ("kv_cache", cache_section),
         ("generation", text_section),
         ("gqa", gqa_section),
@@ -119,6 +121,10 @@ def render() -> str:
 
 def equality_section(data: dict[str, Any]) -> str:
     return "\n".join(equality_lines(data, markdown))
+
+
+def speculation_section(data: dict[str, Any]) -> str:
+    return "\n".join(speculation_lines(data, markdown))
 
 
 def numerics_section(data: dict[str, Any]) -> str:

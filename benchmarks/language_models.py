@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,10 @@ _SCALES: dict[str, dict[str, float]] = {
     "t5": {".q.": 3.0, ".k.": 3.0, "relative": 3.0, ".v.": 40.0, ".o.": 40.0},
 }
 _SEEDS = {"bloom": 1, "t5": 1}
+# More families: sizes that are small in each one's own terms, and a scale at which texts vary.
+_FAMILIES: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "tiny_families.json").read_text()
+)
 
 
 def checkpoint(name: str) -> Path:
@@ -149,13 +154,13 @@ def checkpoint(name: str) -> Path:
 
 
 def tiny_names() -> list[str]:
-    return list(TINY)
+    return [*TINY, *_FAMILIES]
 
 
 def tiny_model(name: str) -> Any:
     """A model of `transformers` with random weights, several times as large as usual.
 
-    Raises MissingDependencyError without `transformers`.
+    Raises MissingDependencyError without `transformers`, or where it does not have the family.
     """
     try:
         import transformers
@@ -163,6 +168,8 @@ def tiny_model(name: str) -> Any:
         raise MissingDependencyError(
             "tiny models are made by transformers", advice="pip install 'accel-compiler[hf]'"
         ) from error
+    if name in _FAMILIES:
+        return _family(name, transformers)
     kind, arguments = TINY[name]
     config = getattr(transformers, kind)(**arguments)
     auto = "AutoModelForSeq2SeqLM" if name in _TRANSLATORS else "AutoModelForCausalLM"
@@ -177,4 +184,24 @@ def tiny_model(name: str) -> Any:
             if parameter.dim() > 1 and not (table and name in _TIED):
                 own = [s for part, s in _SCALES.get(name, {}).items() if part in label]
                 parameter.mul_(own[0] if own else _SCALE)
+    return model
+
+
+def _family(name: str, transformers: Any) -> Any:
+    facts = _FAMILIES[name]
+    kind = getattr(transformers, facts["config"], None)
+    if kind is None:
+        raise MissingDependencyError(
+            f"this version of transformers has no {facts['config']}",
+            advice="pip install --upgrade transformers",
+        )
+    config = kind(**_IDS, **_UNTIED, **facts["arguments"])
+    auto = "AutoModelForSeq2SeqLM" if facts["translator"] else "AutoModelForCausalLM"
+    made = getattr(transformers, auto).from_config
+    torch.manual_seed(0)
+    model = made(config, attn_implementation=facts["attention"]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(facts["scale"])
     return model
