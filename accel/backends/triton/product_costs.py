@@ -55,6 +55,8 @@ _PAIRED = Rates(770e12, 4.4e-6, 0.5e-6, ((128, 256, 1.0), (192, 128, 0.82)))
 # Groups that share a tile do not hide their epilogue: with shorter sums that costs more than a
 # larger tile saves (ViT's K = 768: 1 % of the model).
 _SHARED_DEPTH = 1024
+_NEAR = 20e6  # bytes of x that stay in the second-level cache beside the weight
+_WIDTH = 2  # bytes of an element
 # Seconds that four warps take for one element: to store it, for an op, for a costly one.
 _STORE, _CHEAP, _COSTLY = 1.2e-10, 1e-11, 1.5e-10
 MARGIN = 1.03  # what the model may be off by: a kernel must save more
@@ -101,6 +103,8 @@ def choose_overlapped(
     group = 16 if rows <= 16 * 128 else 8  # x stays in the second-level cache if there is room
     tiles = [OverlappedTile(128, 128, 64, 5, group), OverlappedTile(64, 128, 64, 6, group)]
     if depth >= _SHARED_DEPTH:
+        if 16 * 128 * depth * _WIDTH <= _NEAR:
+            group = 16  # each reading of the weight from memory serves twice as many rows
         tiles += [CooperativeTile(128, 256, 64, 4, group), PairedTile(128, 256, 64, 4, group)]
 
     def seconds(tile: OverlappedTile) -> float:
