@@ -73,3 +73,28 @@ class SeesEverything(nn.Module):
 def test_the_reason_is_said(model: type[nn.Module], said: str) -> None:
     with pytest.raises(CaptureError, match=said):
         accel.compile_generator(model().eval(), capacity=16)
+
+
+class WorksInBlocks(nn.Module):
+    """A loop over the tokens, after which those from the 33rd on are treated in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+
+    def forward(self, ids: Tensor) -> Any:
+        state, made = torch.zeros(ids.shape[0], 16), []
+        x = self.table(ids)
+        for t in range(ids.shape[1]):
+            state = torch.tanh(state + x[:, t])
+            made.append(state)
+        y = torch.stack(made, 1)
+        if ids.shape[1] > 32:
+            y = torch.cat([y[:, :32], y[:, 32:] * 3], 1)
+        return self.head(y)
+
+
+def test_short_texts_do_not_tell_everything() -> None:
+    accel.compile_generator(WorksInBlocks().eval(), capacity=24)
+    with pytest.raises(CaptureError, match="does not go on as 17 tokens do"):
+        accel.compile_generator(WorksInBlocks().eval(), capacity=40)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from accel.compiler.language import derive_generator
 from accel.frontends.token_loops import (
     _tried_delta_rule,
     _tried_state_space,
@@ -18,6 +19,8 @@ from accel.frontends.token_loops import (
     state_space,
     token_by_token,
 )
+from accel.passes.equivalence import check_decode
+from benchmarks.language_models import tiny_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -101,3 +104,12 @@ def test_other_functions_stay(module, other):
     module.mamba2_chunk_scan = other
     with token_by_token(Uses()):
         assert module.mamba2_chunk_scan is other
+
+
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
+def test_decoding_carries_their_states(name):
+    model = tiny_model(name)
+    module = derive_generator(model, 14)
+    kinds = {item["kind"] for item in module.metadata["kv_cache"]["state"]}
+    assert {"carry", "window"} <= kinds
+    assert check_decode(module, prompts=(2,), steps=2) < 1e-9
