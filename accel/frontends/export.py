@@ -105,6 +105,8 @@ class _Capture:
         self.fake_mode = FakeTensorMode(
             allow_non_fake_inputs=True, shape_env=self.dynamic.shape_env
         )
+        # PyTorch's own memory of results costs as much again as a result; ours has them already.
+        self.fake_mode.cache_enabled = False
         self.fakes = [
             self.dynamic.fake(self.fake_mode, i, leaf) for i, leaf in enumerate(self.leaves)
         ]
