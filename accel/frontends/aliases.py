@@ -210,7 +210,10 @@ def _permuted(importer: Importer, handle: Handle, base: Value, new: Value) -> Va
     return result
 
 
-@inverse("select", "slice", "narrow", "split", "split_with_sizes", "chunk", "unbind", "expand")
+@inverse(
+    "select", "slice", "narrow", "split", "split_with_sizes", "chunk", "unbind", "expand",
+    "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk",
+)  # fmt: skip
 def _sliced(importer: Importer, handle: Handle, base: Value, new: Value) -> Value:
     """One axis differs: position and step along it follow from offsets and strides."""
     assert handle.tensor is not None and handle.source is not None and handle.call is not None

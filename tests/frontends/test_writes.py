@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.export import Dim
 
 from accel.errors import CaptureError
-from tests.frontends.support import captured, check
+from tests.frontends.support import assert_close, captured, check
 
 
 def chain(x: Tensor) -> Any:
@@ -49,6 +50,14 @@ def parts(x: Tensor) -> Any:
     y.unbind(0)[2].add_(5)
     y.chunk(2)[1].mul_(2)
     return y, left, right
+
+
+def unsafe_parts(x: Tensor) -> Any:
+    y = x * 2
+    left, right = torch.unsafe_chunk(y, 2, dim=1)
+    left.add_(right)
+    y[2:2] = 5
+    return y, right
 
 
 def masks(x: Tensor) -> Any:
@@ -96,7 +105,8 @@ def bits(x: Tensor) -> Any:
 
 
 CASES: list[Callable[[Tensor], Any]] = [
-    chain, stale_view, view_of_view, windows, parts, masks, shapes, casts, loops, bits,
+    chain, stale_view, view_of_view, windows, parts, unsafe_parts, masks, shapes, casts, loops,
+    bits,
 ]  # fmt: skip
 
 
@@ -140,3 +150,18 @@ def test_a_write_where_elements_share_memory_is_refused() -> None:
 
     with pytest.raises(CaptureError):
         captured(function, torch.randn(4))
+
+
+def test_outer_parts_of_any_size() -> None:
+    """The place of a part is known although a row's size is not."""
+
+    def function(x: Tensor) -> Tensor:
+        y = torch.stack([x, x * 2, x * 3])
+        y[1:] += 1
+        y[0, :, ::2] = 0
+        return y
+
+    program = captured(function, torch.randn(4, 6), dynamic_shapes=({0: Dim("rows")},))
+    for rows in (2, 5):
+        x = torch.randn(rows, 6)
+        assert_close(program(x), function(x))
