@@ -301,6 +301,17 @@ def test_tuning_tries_tma_for_many_heads() -> None:
         assert not offered(other)
 
 
+def test_few_heads_leave_shared_memory_to_the_next_kernel() -> None:
+    def chosen(batch: int, capability: int = 90) -> object:
+        case = Case(batch=batch, heads=32, groups=8, capacity=1152, size=128, width=128,
+                    dtype=torch.bfloat16)  # fmt: skip
+        kernel = kernel_of(case.function(), "cached_attention")
+        return cached.choose_tile(kernel, 132, capability)
+
+    assert chosen(1) is None and chosen(32, 80) is None
+    assert chosen(32) == StreamedCachedTile(64, 1, 3)
+
+
 def test_a_ring_of_one_slot_is_refused() -> None:
     backend = TritonBackend(tile=StreamedCachedTile(64, 1, 1))
     with pytest.raises(BackendError, match="does not fit"):

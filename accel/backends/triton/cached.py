@@ -102,8 +102,8 @@ def streamed(op: Op, sms: int) -> StreamedCachedTile | None:
 
     A program for each multiprocessor, if there is a block for each; two where several share a head
     anyway and have some blocks each. A ring takes half of the shared memory, so that the next
-    programs come in early; all of it where a program is busy for long. As measured on an H200,
-    where it is never slower than `choose`'s tile.
+    programs come in early; all of it where a program is busy for long. By itself, on an H200, it
+    is never slower than `choose`'s tile.
     """
     if cached_streamed.reason(op) is not None:
         return None
@@ -126,9 +126,20 @@ def streamed(op: Op, sms: int) -> StreamedCachedTile | None:
 
 
 def choose_tile(kernel: Op, sms: int, capability: int) -> Tile | None:
-    """The tile of a kernel that nobody has measured; None where `choose` has it."""
+    """The tile of a kernel that nobody has measured; None where `choose` has it.
+
+    With heads for less than half of the multiprocessors a decoding step is made of short launches.
+    There `choose`'s small programs leave shared memory to the product that follows, whose weights
+    come meanwhile: 1B and 8B shapes, one text, lost 12 and 4 us a layer with a ring (H200), which
+    timing the kernel by itself does not show.
+    """
     op = next(op for op in kernel.regions[0].ops if op.name == "cached_attention")
-    return streamed(op, sms) if capability == StreamedCachedTile.capability else None
+    _, k, *_ = op.arguments()
+    pairs = product(k.shape[:2])
+    few = not isinstance(pairs, int) or 2 * pairs < sms
+    if few or capability != StreamedCachedTile.capability:
+        return None
+    return streamed(op, sms)
 
 
 def candidates(kernel: Op, sms: int) -> list[Tile]:
