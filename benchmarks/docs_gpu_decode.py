@@ -36,7 +36,7 @@ def decode_lines(data: dict[str, Any]) -> list[str]:
         "its dynamic cache, and compiled by torch.compile with its static cache.",
         "",
         "Milliseconds (medians; CUDA graphs allowed to all), and how many times faster accel is",
-        "than the best peer.",
+        "than the best peer. Mean and worst are of steps and prompts.",
         "",
         _line(["workload", *head, "ratio"]),
         _line(["---"] * (len(head) + 2)),
@@ -45,7 +45,7 @@ def decode_lines(data: dict[str, Any]) -> list[str]:
         ratio = ratio_of(own)
         cells = [time_cell(own.get(s)) for s in systems]
         lines.append(_line([name, *cells, f"{ratio:.2f}" if ratio else ""]))
-    found = {name: ratio for name, own in rows.items() if (ratio := ratio_of(own))}
+    found = {name: r for name, own in rows.items() if (r := ratio_of(own)) and "_text" not in name}
     lines += [_line(cells) for cells in mean_and_worst(found, len(systems))]
     texts = [own["accel"] for own in rows.values() if own.get("accel", {}).get("step_milliseconds")]
     if texts:
