@@ -188,7 +188,8 @@ def _describe_one(result: Any, tensors: list[FakeTensor]) -> _Made | None:
 
 
 def _is_contiguous(shape: Sequence[Size], stride: Sequence[Size]) -> bool:
-    found, count = _expressions((*shape, *stride)), 1
+    found = _expressions((*shape, *stride))
+    count: Size = 1
     for size, step in zip(reversed(shape), reversed(stride)) if found and 0 not in found else ():
         if not _equal(*(_expressions((step, count)) or (0, 1))):
             return False
