@@ -174,7 +174,7 @@ def test_tma_brings_pages_on_hopper() -> None:
     """Pages that fill no block are read through the table key by key, as on other devices."""
 
     def source(arch: str, page: int) -> str:
-        case = Case(batch=1, heads=32, groups=8, dtype=torch.bfloat16, size=128, page=page)
+        case = Case(batch=16, heads=32, groups=8, dtype=torch.bfloat16, size=128, page=page)
         names, made = TritonBackend(arch).generate([kernel_of(opened(case), "cached_attention")])
         (launch,) = made[names[0]].launches
         return launch.source
