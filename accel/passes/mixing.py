@@ -92,6 +92,7 @@ def check_order(tokens: NextTokens, weights: WeightStore) -> None:
     causal."""
     proven: set[Value] = set()
     passed: dict[Value, str] = {}  # what may do so, if what is made of it does not
+    waiting: list[Value] = []  # those of which nothing is proven yet
     while True:
         left = [v for v in _ends(tokens, passed) if v not in proven]
         if not left:
@@ -101,11 +102,12 @@ def check_order(tokens: NextTokens, weights: WeightStore) -> None:
             why = what_follows_wrongly(ops, leaves, value, tokens.length, weights)
             if why:
                 passed[value] = why
-                if len(passed) > _MOST_PASSED or value is tokens.main.results[0]:
-                    first = next(iter(passed))
-                    raise tokens.refuse(first, passed[first])
+                waiting.append(value)
+                if len(waiting) > _MOST_PASSED or value is tokens.main.results[0]:
+                    raise tokens.refuse(waiting[0], passed[waiting[0]])
                 break
             proven.add(value)
+            waiting.clear()
 
 
 def _ends(tokens: NextTokens, passed: Container[Value]) -> list[Value]:
