@@ -93,13 +93,23 @@ def check_order(tokens: NextTokens, weights: WeightStore) -> None:
     proven: set[Value] = set()
     passed: dict[Value, str] = {}  # what may do so, if what is made of it does not
     waiting: list[Value] = []  # those of which nothing is proven yet
+    places = {op: i for i, op in enumerate(tokens.main.ops)}
+
+    def order(value: Value) -> int:
+        return places[made_by(value)]
+
     while True:
-        left = [v for v in _ends(tokens, passed) if v not in proven]
+        left = [v for v in sorted(_ends(tokens, passed), key=order) if v not in proven]
         if not left:
             return
         for value in left:
             ops, leaves = _between(tokens, value, passed)
             why = what_follows_wrongly(ops, leaves, value, tokens.length, weights)
+            inner = [v for v in leaves if v in proven]
+            if why and inner:  # once more, from where those follow: an index is no random number
+                passed |= dict.fromkeys(inner, why)
+                proven.difference_update(inner)
+                break
             if why:
                 passed[value] = why
                 waiting.append(value)
