@@ -272,7 +272,7 @@ class AttentionWriter:
         """The size of a last block for the keys that fill no whole one; 0 where that is no gain."""
         if self.causal or self.window is not None or not isinstance(self.keys, int):
             return 0
-        size = padded(self.keys % self.tile.columns)
+        size = max(16, next_power(self.keys % self.tile.columns))
         return size if size < self.tile.columns else 0
 
     # -- one block of keys -----------------------------------------------------------------
@@ -428,5 +428,9 @@ def over(extent: Dim, size: int) -> bool:
 
 
 def padded(size: int) -> int:
-    """A head's size as tiles have it: a power of two that tensor cores take."""
-    return max(16, next_power(size))
+    """A head's size as tiles have it: a power of two that tensor cores take.
+
+    None is filled up to 32: with values of 24 elements, masked so, Triton 3.6's assembler has been
+    seen to read a register that nothing writes, and the result was wrong on the device.
+    """
+    return 64 if 16 < size < 32 else max(16, next_power(size))
