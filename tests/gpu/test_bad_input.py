@@ -136,7 +136,7 @@ def test_no_and_one_element_along_dynamic_axes() -> None:
                 agree(got, wanted, 1e-5)
 
 
-MANY = (1 << 16) + 3  # rows of 2**15 elements: more than 2**31
+MANY = (1 << 16) + 8  # rows of 2**15 elements: more than 2**31
 
 
 class Rows(nn.Module):
