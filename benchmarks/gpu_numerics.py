@@ -210,7 +210,9 @@ def main() -> None:
     files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(TESTS))]
     undone = [f for f in files if not run.worker("check", f, str(chosen.seeds), *archs)]
     places = ["", *chosen.triton]
-    undone += [f"compile {place}" for place in places if not run.worker("compile", path=place)]
+    for place in places:
+        if not run.worker("compile", path=place):
+            undone.append(f"compiling with Triton {triton_version(place)}")
     result = {"machine": machine(), "undone": undone,
               **summary(folder, archs, [triton_version(p) for p in places])}  # fmt: skip
     show(result)
