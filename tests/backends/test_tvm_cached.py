@@ -193,14 +193,14 @@ def test_keys_are_computed_inside_of_the_kernel(cache: str) -> None:
     """Codes are decoded, keys turned, pages read a block at a time; the cache is written there."""
     fast = compile_generator(tiny("llama"), capacity=64, cache=cache)
     steps = fast.entry_points["decode"].function.plan.steps
-    assert {s.name for s in steps if s.kind in ("library", "aten")} <= {"torch.linear"}
+    assert not [step.name for step in steps if step.kind in ("library", "aten")]
     attention = [s for s in steps if "cached_attention" in s.name]
     plan = fast.entry_points["decode"].function.plan
     state = len(plan.metadata["kv_cache"]["state"])
     assert sum(len(s.outputs) - 1 for s in attention) == state  # all that a token leaves
     ids = torch.randint(0, 128, (1, 40))
     one, several = (fast.generator.logits(ids, count) for count in (1, 30))
-    torch.testing.assert_close(one[-1], several[-1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(one[-1], several[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_view_of_what_lies_in_memory_is_refused() -> None:
