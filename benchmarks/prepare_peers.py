@@ -11,15 +11,14 @@ Inductor's choices are not those of a crowded device. A peer that is not ready w
 seconds, or when the command is told to end (SIGTERM), leaves a note that says so, and gets no time
 in the table.
 
-The processes, and those in which Inductor compiles, are forks of one that has imported everything:
-twelve imports of torch at once take half a minute.
+The processes are new ones, not forks: importing transformers asks for the accelerator, after which
+a fork cannot use the GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
-import importlib
 import multiprocessing
 import os
 import signal
@@ -43,11 +42,6 @@ from benchmarks.bounded import OutOfTime, at_most
 
 SLOW = "inductor-max-autotune"  # compiles for minutes; the other modes share their kernels
 _LOCK = "gpu.lock"
-_ONCE = (
-    "torch._inductor.compile_fx", "torch._inductor.async_compile", "triton.compiler",
-    "transformers.models.bert.modeling_bert", "transformers.models.vit.modeling_vit",
-    "transformers.models.resnet.modeling_resnet", "transformers.models.llama.modeling_llama",
-)  # fmt: skip
 
 
 def prepare(folder: Path, row: str, systems: Sequence[str], limit: float) -> None:
@@ -74,18 +68,15 @@ def prepare_all(
     systems: Sequence[str],
     limit: float,
     jobs: int,
-    start: str = "fork",
 ) -> list[str]:
     """A process for each row, at most `jobs` at once; each writes FOLDER/row.log. Returns the rows
     whose process failed. Where it is ended early, what is missing is noted as late."""
     began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    if start == "fork":
-        _import_once()
     waiting, failed = list(rows), []
     running: dict[str, BaseProcess] = {}
     threads = max(4, 2 * (os.cpu_count() or 2) // max(min(jobs, len(rows)), 1))
-    processes: Any = multiprocessing.get_context(start)
+    processes: Any = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
         try:
             while waiting or running:
@@ -114,14 +105,6 @@ def prepare_all(
     return failed
 
 
-def _import_once() -> None:
-    """What all processes need. None of it may touch the GPU: a fork could not use it then."""
-    os.environ["TORCH_WARM_POOL"] = "0"  # else this process would start compiling ones
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    for name in _ONCE:
-        importlib.import_module(name)
-
-
 def _in_child(
     folder: Path,
     row: str,
@@ -130,15 +113,13 @@ def _in_child(
     threads: int,
     own: Mapping[str, str],
 ) -> None:
-    """`prepare` in a fork, which ends with exit code 1 where that fails."""
+    """`prepare` in a process, which ends with exit code 1 where that fails."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with (folder / f"{row}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.environ.update(own)
-    os.environ["TORCH_WARM_POOL"] = "0"
     inductor_config.compile_threads = threads
-    inductor_config.worker_start_method = "fork"
     code = 1
     try:
         prepare(folder, row, systems, limit)
@@ -207,13 +188,12 @@ def main() -> None:
     parser.add_argument("--systems", default=SLOW)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of each system")
     parser.add_argument("--jobs", type=int, default=8, help="processes at once")
-    parser.add_argument("--start", default="fork", choices=("fork", "spawn"), help="of processes")
     chosen = parser.parse_args()
     systems = chosen.systems.split(",")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     start = time.perf_counter()
     rows, limit, jobs = chosen.rows.split(","), chosen.limit, chosen.jobs
-    failed = prepare_all(chosen.folder, rows, systems, limit, jobs, chosen.start)
+    failed = prepare_all(chosen.folder, rows, systems, limit, jobs)
     print(f"{time.perf_counter() - start:.0f} s", *(f"{row} failed" for row in failed))
     sys.exit(int(bool(failed)))
 
