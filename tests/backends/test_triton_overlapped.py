@@ -136,6 +136,15 @@ def test_a_constant_weight_comes_before_the_wait(worker: Worker, name: str, tile
     assert "gdc_wait()" not in entry and source.index("m1, [") < source.index("gdc_wait()\n")
 
 
+def test_a_second_result_ends_where_its_columns_do(worker: Worker) -> None:
+    """The last tile's second piece lies beyond all columns."""
+    types = [typed(BF16, 70, 32), typed(BF16, 384, 32)]
+    function = function_of(types, lambda b, x, w: (lambda y: [b.relu(y), b.neg(y)])(b.linear(x, w)))
+    backend = TritonBackend("sm_90", sms=2, tile=CooperativeTile(128, 256, 32, 3))
+    torch.manual_seed(0)
+    check(worker, function, inputs_for(types), "matmul", backend=backend)
+
+
 def test_columns_that_are_no_halves_are_refused() -> None:
     """An element's neighbour at a distance, but not within a group of columns."""
     types = [typed(BF16, 64, 64), typed(BF16, 64, 64)]

@@ -37,7 +37,7 @@ from accel.backends.triton.maps import MapCode, Matrix, matrix
 from accel.backends.triton.operands import TileEmitter
 from accel.backends.triton.pairs import pairwise
 from accel.backends.triton.powers import quick_powers
-from accel.backends.triton.product_plan import Plan
+from accel.backends.triton.product_plan import Plan, multiplied
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block
 from accel.backends.triton.tiles import next_power
@@ -77,7 +77,7 @@ class OverlappedTile:
 
 def operands_of(plan: Plan, indexer: Indexer) -> tuple[Matrix, list[Matrix]] | None:
     """x and the weight (once for each accumulator) as matrices; None if they are not."""
-    x, weight, _ = plan.op.arguments()
+    x, weight = multiplied(plan.op)
     left = matrix(indexer, x, plan.x_index, plan.rows, plan.left)
     right = [matrix(indexer, weight, i, plan.columns, plan.right) for i in plan.weight_indices]
     if left is None or left.value.dtype not in (torch.float16, torch.bfloat16):
@@ -310,11 +310,17 @@ class OverlappedWriter(BringingWriter):
     def _tile_columns(self) -> int:
         return self.piece
 
+    def _columns_of_a_tile(self) -> int:
+        return self.width
+
+    def _first_column(self) -> str:
+        return self.col0
+
     def _laid_out(self, value: str) -> str:
         return f"tl.convert_layout({value}, layout)"
 
     def _bind(self, axes: Sequence[Axis], variable: str, dim: str, size: int) -> None:
-        super()._bind(axes, variable, dim, self.piece if variable == "col" else size)
+        super()._bind(axes, variable, dim, self.width if variable == "col" else size)
 
     def _store(self, target: str, value: Value, index: Index) -> None:
         emitter = self.emitter

@@ -18,7 +18,7 @@ from accel.backends.triton import dtypes, float8
 from accel.backends.triton.addresses import decompose, size_text
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.operands import StoredOperands, is_stored
-from accel.backends.triton.product_plan import Plan, codes_of
+from accel.backends.triton.product_plan import SUM_COLUMNS, Plan, codes_of, multiplied
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import parts_of
@@ -91,7 +91,7 @@ class MatmulWriter:
     def _step(self, body: Block, sums: Sequence[str]) -> None:
         """One block of K: x's tile, and one of the weight for each accumulator."""
         plan, tile, emitter = self.plan, self.tile, self.emitter
-        x, weight = codes_of(plan.op) or plan.op.operands[:2]
+        x, weight = multiplied(plan.op)
         bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
         known = frozenset((*plan.rows, *plan.left))
         with emitter.inside(Scope(body, known)):
@@ -115,7 +115,7 @@ class MatmulWriter:
         options = ""
         if codes_of(self.plan.op) is not None:
             options = f", max_num_imprecise_acc={min(_FLOAT8_SPAN, self.tile.depth)}"
-        elif self.plan.op.operands[0].dtype == torch.float32:
+        elif multiplied(self.plan.op)[0].dtype == torch.float32:
             options = f", {FULL_PRECISION}"
         return f"{sum} = tl.dot({left}, {right}, {sum}{options})"
 
@@ -155,8 +155,11 @@ class MatmulWriter:
                 scope.known[(plan.op.result, place)] = made
                 for other in plan.swapped:
                     scope.known[(plan.op.result, other.place)] = self._swap(made, other.distance)
-            for target, (value_, index) in zip(self.targets, plan.stores, strict=True):
+            whole = len(plan.stores)
+            for target, (value_, index) in zip(self.targets[:whole], plan.stores, strict=True):
                 self._store(target, value_, index)
+            for target, (value_, index) in zip(self.targets[whole:], plan.sums, strict=True):
+                self._store_sums(target, value_, index)
 
     def _bias(self, place: Index) -> Expr | None:
         """What is added to the product before it is rounded."""
@@ -181,6 +184,40 @@ class MatmulWriter:
         return made
 
     def _tile_columns(self) -> int:
+        return int(self.tile.columns)
+
+    def _first_column(self) -> str:
+        """The first column of the results that are stored at once."""
+        return "(inside // height * COLS)"
+
+    def _store_sums(self, target: str, value: Value, index: Index) -> None:
+        """Sums over every SUM_COLUMNS columns of the tile: complete ones, so that nothing has to be
+        added to memory."""
+        emitter, block, width = self.emitter, self.emitter.block, self._tile_columns()
+        count, columns = width // SUM_COLUMNS, int(self.columns)
+        beyond = columns % self._columns_of_a_tile() > 0
+        made = emitter.element(value, index)
+        if width % SUM_COLUMNS or made.dims != frozenset((ROW, COL)):
+            raise BackendError(f"sums over {SUM_COLUMNS} columns in tiles of {width}")
+        first, total = self._first_column(), columns // SUM_COLUMNS
+        rows = {emitter.masks[a]: None for a in self.plan.rows if a in emitter.masks}
+        place = f"row * {total} + {first} // {SUM_COLUMNS}"
+        if count == 1:
+            text = f"tl.sum({made}, 1)[:, None]"
+            if beyond:
+                rows[f"({first} < {columns})"] = None
+        else:
+            text = f"tl.sum({made}.reshape([ROWS, {count}, {SUM_COLUMNS}]), 2)"
+            place += f" + tl.arange(0, {count})[None, :]"
+            if beyond:
+                ahead = f"{first} + {SUM_COLUMNS} * tl.arange(0, {count})[None, :]"
+                rows[f"({ahead} < {columns})"] = None
+        sums = block.let(text, "float32", made.dims, "sums")
+        mask = f", mask={' & '.join(rows)}" if rows else ""
+        block.line(f"tl.store({target} + {place}, {sums}{mask})")
+
+    def _columns_of_a_tile(self) -> int:
+        """Of which all columns of tiles are multiples."""
         return int(self.tile.columns)
 
     def _laid_out(self, value: str) -> str:

@@ -1,0 +1,201 @@
+"""Products around a norm that has no kernel: partial sums in an epilogue, rows scaled in the next.
+
+Interpreted against the IR interpreter, and compiled for Hopper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from accel.backends.triton import TritonBackend
+from accel.backends.triton.cooperative import CooperativeTile
+from accel.backends.triton.matmul import Tile, candidates
+from accel.backends.triton.overlapped import OverlappedTile
+from accel.backends.triton.paired import PairedTile
+from accel.backends.triton.product_plan import SUM_COLUMNS, MatmulTile
+from accel.errors import BackendError
+from accel.ir import Builder, Function, TensorType, WeightStore, interpret
+from accel.ir.module import Value
+from tests.backends.kernels import function_of, kernel_of, sym
+from tests.backends.test_triton_gemv import check, halves, inputs_for
+from tests.backends.test_tvm_kernels import typed
+from tests.backends.triton_kernels import InterpretedKernels
+from tests.backends.triton_worker import Worker
+
+BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
+# As small as compile with pieces of as many columns as a sum has.
+TILES: dict[str, Tile] = {
+    "loop": MatmulTile(32, 128, 32, 4),
+    "loop, two sums": MatmulTile(16, 256, 32, 4),
+    "turns": OverlappedTile(64, 128, 32, 3),
+    "shared": CooperativeTile(128, 256, 32, 3),
+    "shared by three": CooperativeTile(192, 128, 32, 3, groups=3),
+    "paired": PairedTile(128, 256, 16, 3, 4),
+}
+BACKENDS = {name: TritonBackend("sm_90", sms=2, tile=tile) for name, tile in TILES.items()}
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    one = Worker()
+    yield one
+    one.close()
+
+
+def summed(b: Any, value: Value) -> Value:
+    *lead, columns = value.shape
+    cut = b.reshape(value, shape=(*lead, int(columns) // SUM_COLUMNS, SUM_COLUMNS))
+    total: Value = b.sum(cut, axes=(len(lead) + 1,))
+    return total
+
+
+def producer(types: list[TensorType], moments: int) -> Function:
+    """x = residual + linear with the sums of x^2, and of x where `moments` is 2."""
+
+    def build(b: Builder, a: Value, w: Value, r: Value, *bias: Value) -> list[Value]:
+        x = b.add(b.linear(a, w, *bias), r)
+        wide = b.cast(x, dtype=F32)
+        sums = [summed(b, b.mul(wide, wide)), summed(b, wide)]
+        return [x, *sums[:moments]]
+
+    return function_of(types, build)
+
+
+PRODUCERS = {
+    "one sum": ([typed(BF16, 150, 72), typed(BF16, 256, 72), typed(BF16, 150, 256)], 1),
+    "two sums": (
+        [typed(FP16, 3, 67, 40), typed(FP16, 384, 40), typed(FP16, 3, 67, 384), typed(FP16, 384)],
+        2,
+    ),
+    "one part": ([typed(FP16, 64, 16), typed(FP16, 128, 16), typed(FP16, 64, 128)], 2),
+}
+
+
+def check_sums(worker: Worker, backend: TritonBackend, function: Function, rows: int = 0) -> str:
+    """Of whole numbers small enough that no type rounds them: results are equal."""
+    torch.manual_seed(0)
+    inputs = [
+        torch.randint(-1, 2, [d if isinstance(d, int) else rows for d in a.shape]).to(a.dtype)
+        for a in function.args
+    ]
+    runner = InterpretedKernels([function], worker, ["matmul"], backend)
+    exact = interpret(function, inputs, WeightStore(), oracle=True)
+    for got, want, result in zip(runner(0, inputs), exact, function.results, strict=True):
+        assert got.dtype == result.dtype and torch.equal(got.double(), want)
+    return runner.source(0)
+
+
+@pytest.mark.parametrize("tile", BACKENDS)
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_partial_sums(worker: Worker, name: str, tile: str) -> None:
+    types, moments = PRODUCERS[name]
+    source = check_sums(worker, BACKENDS[tile], producer(types, moments))
+    assert ("warp_specialize" in source) == ("loop" not in tile)
+    assert source.count("tl.sum(") >= moments
+
+
+@pytest.mark.parametrize("rows", [2, 65, 300])
+@pytest.mark.parametrize("tile", ["loop", "paired"])
+def test_partial_sums_of_symbolic_rows(worker: Worker, tile: str, rows: int) -> None:
+    s = sym("s")
+    types = [typed(BF16, s, 32), typed(BF16, 384, 32), typed(BF16, s, 384)]
+    check_sums(worker, BACKENDS[tile], producer(types, 1), rows)
+
+
+def scaled(b: Any, x: Value, w: Value, r: Value) -> Value:
+    """r[m] * linear(x, w), rounded once."""
+    y: Value = b.linear(b.cast(x, dtype=F32), b.cast(w, dtype=F32))
+    return b.mul(y, r)
+
+
+def rounded(b: Any, value: Value, like: Value) -> Value:
+    made: Value = b.cast(value, dtype=like.dtype)
+    return made
+
+
+CONSUMERS: dict[str, tuple[list[TensorType], Any]] = {
+    "rms": (
+        [typed(BF16, 150, 72), typed(BF16, 256, 72), typed(F32, 150, 1)],
+        lambda b, x, w, r: rounded(b, scaled(b, x, w, r), x),
+    ),
+    "rms, gate times up": (
+        [typed(BF16, 2, 70, 64), typed(BF16, 512, 64), typed(F32, 2, 70, 1)],
+        lambda b, x, w, r: halves(b, rounded(b, scaled(b, x, w, r), x)),
+    ),
+    "mean, bias, gelu": (
+        [typed(FP16, 3, 67, 40), typed(FP16, 384, 40), typed(F32, 3, 67, 1), typed(F32, 3, 67, 1),
+         typed(F32, 384), typed(F32, 384)],
+        lambda b, x, w, r, m, s, c: b.gelu(
+            rounded(b, b.add(b.sub(scaled(b, x, w, r), b.mul(m, s)), c), x)
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", BACKENDS)
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_scaled_rows(worker: Worker, name: str, tile: str) -> None:
+    types, build = CONSUMERS[name]
+    torch.manual_seed(0)
+    source = check(
+        worker, function_of(types, build), inputs_for(types), "matmul", backend=BACKENDS[tile]
+    )
+    assert ("warp_specialize" in source) == ("loop" not in tile)
+    assert 'input_precision="ieee"' not in source
+
+
+def test_products_are_not_rounded_before_they_are_scaled(worker: Worker) -> None:
+    """Sums beyond fp16's range, which r brings back."""
+    types = [typed(FP16, 64, 64), typed(FP16, 128, 64), typed(F32, 64, 1)]
+    function = function_of(types, lambda b, x, w, r: rounded(b, scaled(b, x, w, r), x))
+    torch.manual_seed(0)
+    x, w = torch.randn(64, 64).half() * 200, torch.randn(128, 64).half() * 200
+    inputs: list[Tensor] = [x, w, torch.full((64, 1), 1e-4)]
+    assert bool(((x.double() @ w.double().T).abs() > 65504).any())
+    for backend in (BACKENDS["loop"], BACKENDS["shared"]):
+        check(worker, function, inputs, "matmul", backend=backend)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, F32])
+def test_other_results_are_refused(kind: torch.dtype) -> None:
+    types = [typed(BF16, 64, 64), typed(BF16, 256, 64)]
+
+    def build(b: Builder, x: Value, w: Value) -> list[Value]:
+        y = b.linear(x, w)
+        cut = b.reshape(b.cast(y, dtype=kind), shape=(64, 2, 128) if kind != F32 else (64, 4, 64))
+        return [y, b.sum(cut, axes=(2,))]
+
+    with pytest.raises(BackendError, match="float32 sum over every 128 columns"):
+        BACKENDS["loop"].generate([kernel_of(function_of(types, build), "matmul")])
+
+
+def test_narrow_tiles_are_refused() -> None:
+    types = [typed(BF16, 64, 64), typed(BF16, 256, 64), typed(BF16, 64, 256)]
+    kernel = kernel_of(producer(types, 1), "matmul")
+    for tile in (MatmulTile(32, 64, 32, 4), OverlappedTile(64, 64, 32, 3)):
+        with pytest.raises(BackendError, match="in tiles of 64"):
+            TritonBackend("sm_90", tile=tile).generate([kernel])
+    for one in candidates(kernel, 132):
+        TritonBackend("sm_90", tile=one).generate([kernel])
+    TritonBackend("sm_80").generate([kernel])  # where the model of costs chooses a wide one
+
+
+WHOLE = [OverlappedTile(), CooperativeTile(), CooperativeTile(192, 128, groups=3), PairedTile()]
+
+
+@pytest.mark.parametrize("tile", WHOLE)
+@pytest.mark.parametrize("name", [*PRODUCERS, *CONSUMERS])
+def test_compiles_for_hopper(name: str, tile: OverlappedTile) -> None:
+    if name in PRODUCERS:
+        function = producer(*PRODUCERS[name])
+    else:
+        function = function_of(*CONSUMERS[name])
+    backend = TritonBackend("sm_90", tile=tile)
+    made = backend.compile([kernel_of(function, "matmul")])
+    (launch,) = made.launches[made.names[0]]
+    assert "wgmma" in launch.binary.ptx and launch.binary.shared <= 227 << 10
