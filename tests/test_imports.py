@@ -17,7 +17,7 @@ PACKAGE = ROOT / "accel"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Files at the root of the package: names, errors, settings. Anyone may import them.
-BASE = {"", "config", "errors", "large_pages", "names", "tree"}
+BASE = {"", "config", "errors", "large_pages", "names", "tree", "writes"}
 # What each part may import besides itself and BASE.
 ALLOWED: dict[str, set[str]] = {
     "loading": {"runtime"},

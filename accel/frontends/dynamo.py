@@ -35,6 +35,7 @@ from accel.frontends.graph import Output, Program, import_aten_graph, import_dyn
 from accel.frontends.joint import rewrite_joint
 from accel.ir.interpret import interpret
 from accel.ir.module import Module
+from accel.writes import write_back
 
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 CompileFunction = Callable[[Module, Mapping[str, Any], torch.device], Compiled]
@@ -200,10 +201,7 @@ class GraphCallable:
         else:
             flat = [_argument(kind, args[i]) for i, kind in self._arguments]
         with torch.no_grad():
-            results = self._compiled(flat)
-            for i, result in self.program.writes:
-                if args[i] is not results[result]:
-                    args[i].copy_(results[result])
+            results = write_back(args, self._compiled(flat), self.program.writes)
         return tuple(self._output(o, results, args) for o in self.program.outputs)
 
     def _output(self, output: Output, results: Sequence[Tensor], args: Sequence[Any]) -> Any:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from accel.errors import OptionError
@@ -18,6 +17,7 @@ from accel.runtime.executor import CompiledFunction
 from accel.runtime.generator import Generator
 from accel.runtime.report import explain
 from accel.runtime.text import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
+from accel.writes import storage_of, write_back
 
 
 class State:
@@ -60,7 +60,9 @@ class EntryPoint:
         self.function, self.convention, self._state = function, convention, state
         self.name = function.plan.name
         self._plain = all(a.kind == "input" for a in convention.arguments)
-        self._updates = [(i, r) for i, r in enumerate(convention.results) if r.kind != "output"]
+        kinds = [(r.kind, r.argument, i) for i, r in enumerate(convention.results)]
+        self._writes = [(argument, i) for kind, argument, i in kinds if kind == "mutation"]
+        self._states = [(argument, i) for kind, argument, i in kinds if kind == "state"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = self.convention.flatten(args, kwargs)
@@ -68,23 +70,24 @@ class EntryPoint:
 
     def run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """The same on flat lists: inputs without state in, outputs without state out."""
-        if self._plain and not self._updates:
+        if self._plain and not self._writes:
             return self.function(leaves)
         with self._state.lock:
             inputs = list(leaves)
             for argument in self.convention.arguments[len(leaves) :]:
                 inputs.append(self._state.get(argument.name, argument.initial))
-            results = self.function(inputs)
-            for i, update in self._updates:
-                self._update(inputs[update.argument], results[i], update.argument, update.kind)
+            results = write_back(inputs, self.function(inputs), self._writes)
+            for argument, i in self._states:
+                name = self.convention.arguments[argument].name
+                self._state.set(name, _own(results[i], argument, inputs))
         return results[: self.convention.outputs_count]
 
-    def _update(self, old: Tensor, new: Tensor, argument: int, kind: str) -> None:
-        if kind == "state":
-            self._state.set(self.convention.arguments[argument].name, new)
-        elif new.data_ptr() != old.data_ptr() or new.stride() != old.stride():
-            with torch.no_grad():  # an input that the model writes to
-                old.copy_(new)
+
+def _own(value: Tensor, argument: int, inputs: Sequence[Tensor]) -> Tensor:
+    """A new state in memory that is neither the caller's nor another state's."""
+    others = (t for i, t in enumerate(inputs) if i != argument)
+    shared = storage_of(value) in {storage_of(t) for t in others} - {0}
+    return value.clone() if shared else value
 
 
 class CompiledModel:

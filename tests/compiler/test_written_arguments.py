@@ -1,0 +1,98 @@
+"""Models that write to their arguments: every other result is as it was before the write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import accel
+
+
+def swap(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    kept = x.clone()
+    x.copy_(y)
+    y.copy_(kept)
+    return x - y
+
+
+def moved(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    x.copy_(y)
+    y.zero_()
+    return x + y
+
+
+def kept_whole(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    old = x.clone()
+    x.zero_()
+    return old, old[1], y
+
+
+def kept_sum(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    old = x + 0
+    x.mul_(2).add_(y)
+    return old.view(-1), x * y
+
+
+def through_a_buffer(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    old = model.kept.clone()
+    model.kept.copy_(x)
+    x.copy_(old)
+    return old + y
+
+
+def two_buffers(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    model.kept.copy_(model.other)
+    model.other.mul_(1)
+    model.kept.add_(x)
+    return model.kept - model.other
+
+
+class Model(nn.Module):
+    def __init__(self, body: Callable[..., Any]) -> None:
+        super().__init__()
+        self.body = body
+        self.register_buffer("kept", torch.arange(6.0).view(2, 3))
+        self.register_buffer("other", torch.ones(2, 3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.body(self, x, y)
+
+
+BODIES = [swap, moved, kept_whole, kept_sum, through_a_buffer, two_buffers]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("how", ["compile", "package", "torch"])
+def test_results_are_those_of_eager(body: Any, how: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    eager, model = Model(body).eval(), Model(body).eval()
+    given = (torch.randn(2, 3), torch.randn(2, 3))
+    if how == "compile":
+        fast: Any = accel.compile(model)
+    elif how == "package":
+        accel.package(model, [t.clone() for t in given], path=tmp_path / "m.accel")
+        fast = accel.load(tmp_path / "m.accel")
+    else:
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="accel")
+    for _ in range(3):
+        wanted_args, args = ([t.clone() for t in given] for _ in range(2))
+        with torch.no_grad():
+            wanted, got = eager(*wanted_args), fast(*args)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(args, wanted_args, rtol=0, atol=1e-6)
+
+
+def test_state_is_not_the_callers_memory() -> None:
+    """What a model copied from an argument stays when the caller writes over the argument."""
+    fast = accel.compile(Model(through_a_buffer).eval())
+    x, y = torch.ones(2, 3), torch.zeros(2, 3)
+    with torch.no_grad():
+        fast(x, y)
+        x.fill_(9)
+        assert torch.equal(fast(torch.zeros(2, 3), y), torch.ones(2, 3))
