@@ -55,7 +55,8 @@ def decode_lines(data: dict[str, Any]) -> list[str]:
         "",
         "Seconds until a system is ready (compiled, warm; none for Inductor's modes that found",
         "another one's kernels, or were compiled beforehand), and the largest error of the logits",
-        "against eager float32, relative to the largest one.",
+        "against eager float32, relative to the largest one. From the cache: a new process that",
+        "finds accel's kernels there, weights already on the GPU.",
         "",
         _line(["workload", *head]),
         _line(["---"] * (len(head) + 1)),
@@ -82,7 +83,9 @@ def _ready(row: dict[str, Any]) -> str:
         return ""
     seconds = "" if row["compile_seconds"] is None else f"{row['compile_seconds']:.1f} s"
     error = "" if row["error"] is None else f"{row['error']:.0e}"
-    return ", ".join(part for part in (seconds, error) if part)
+    again = row.get("from_cache_seconds")
+    cached = f"from the cache {again:.1f} s" if again else ""
+    return ", ".join(part for part in (seconds, cached, error) if part)
 
 
 def _line(cells: list[str]) -> str:

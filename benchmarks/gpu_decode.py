@@ -1,7 +1,7 @@
 """Generation on one GPU beside PyTorch: decode steps, prefill, whole texts.
 
     python -m benchmarks.gpu_decode [--rows 1b_decode,8b_decode] [--systems accel,...] [--out FILE]
-                                    [--caches FOLDER] [--limit SECONDS] [--roofline]
+                                    [--caches FOLDER] [--limit SECONDS] [--roofline] [--from-cache]
 
 Shapes of Llama-3.2-1B and Llama-3-8B in bfloat16, random weights made on the device. All systems
 of a row run in this process, on the same weights, one after another; CUDA graphs are allowed to
@@ -25,7 +25,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ import accel
 from benchmarks import peer_caches
 from benchmarks.bounded import OutOfTime, at_most
 from benchmarks.docs_gpu_decode import NEW, text_line
+from benchmarks.from_cache import from_cache
 from benchmarks.gpu_roofline import Options, Program, add_options, measure_all, parts_of
 from benchmarks.measure import RESULTS, machine, merged
 from benchmarks.static_llama import StaticLlama
@@ -89,7 +90,8 @@ class Row:
     logits is relative to the largest one, against eager float32 (None where that takes too long).
     `host_microseconds`: what a call costs the host, which does not wait for its end. Of accel's
     texts: `step_milliseconds` of a step in the middle of the text, and `prompt_milliseconds` of the
-    prompt, by themselves; what else the text takes is the loop around them.
+    prompt, by themselves; what else the text takes is the loop around them. `from_cache_seconds`:
+    until accel is ready in a new process that finds its kernels in the cache.
     """
 
     workload: str
@@ -100,6 +102,7 @@ class Row:
     host_microseconds: float | None = None
     step_milliseconds: float | None = None
     prompt_milliseconds: float | None = None
+    from_cache_seconds: float | None = None
 
 
 def build(shape: str) -> Any:
@@ -334,9 +337,12 @@ def measure(name: str, model: Any, chosen: Sequence[str], options: Options) -> l
                 raise RuntimeError(f"{system} on {name} is off by {error}, eager by {allowed}")
             row = _timed(name, system, made, call, ids, options.programs)
             row.compile_seconds, row.error = seconds, error
+            if system == "accel" and options.from_cache:
+                row.from_cache_seconds = from_cache(name)
             rows.append(row)
             print(f"{name:14} {system:26} {row.milliseconds:9.3f} ms  ready {seconds} s  error "
-                  f"{error}  host {row.host_microseconds} us", flush=True)  # fmt: skip
+                  f"{error}  host {row.host_microseconds} us  from cache {row.from_cache_seconds}",
+                  flush=True)  # fmt: skip
             del made, got, call
             gc.collect()
             torch.cuda.empty_cache()
@@ -406,10 +412,11 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--systems", default=",".join(systems()))
     add_options(parser)
+    parser.add_argument("--from-cache", action="store_true", help="accel once more, from its cache")
     parser.add_argument("--out", default=str(RESULTS / "gpu_decode.json"))
     chosen = parser.parse_args()
     path, names = Path(chosen.out), chosen.systems.split(",")
-    options = Options.of(chosen)
+    options = replace(Options.of(chosen), from_cache=chosen.from_cache)
     rows: list[Row] = []
     model, shape = None, ""
     for name in chosen.rows.split(","):
