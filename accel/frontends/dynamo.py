@@ -35,7 +35,7 @@ from accel.frontends.graph import Output, Program, import_aten_graph, import_dyn
 from accel.frontends.joint import rewrite_joint
 from accel.ir.interpret import interpret
 from accel.ir.module import Module
-from accel.writes import write_back
+from accel.writes import first_overlap, write_back
 
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 CompileFunction = Callable[[Module, Mapping[str, Any], torch.device], Compiled]
@@ -259,12 +259,16 @@ class InferenceGraph:
         program = import_dynamo_graph(graph, inputs, is_weight if freeze else lambda t: False)
         self._frozen = [(i, inputs[i], version(inputs[i])) for i in program.frozen]
         self._callable = GraphCallable(program, compile_module)
+        self._written = [i for i, _ in program.writes]
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         for i, tensor, was in self._frozen:
             if args[i] is not tensor or version(tensor) != was:
                 self._thaw()
                 break
+        if self._written and first_overlap(args, self._written) is not None:
+            _log.warning("a tensor that the graph writes shares memory with another: run by torch")
+            return tuple(self._graph(*args))
         return self._callable(*args)
 
     def _thaw(self) -> None:

@@ -405,6 +405,12 @@ class _Importer:
                 return Output("input", i)
             if self.aliased:
                 return None  # whoever made the graph restores the aliasing
+            if (leaf.dtype, leaf.is_conj(), leaf.is_neg()) != (
+                fake.dtype,
+                fake.is_conj(),
+                fake.is_neg(),
+            ):
+                return None  # the same memory read as something else: a copy has its values
             view = (
                 tuple(expr_of(n) for n in leaf.shape),
                 tuple(expr_of(n) for n in leaf.stride()),

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from accel.errors import OptionError
+from accel.errors import InputError, OptionError
 from accel.names import near
 from accel.runtime.convention import Convention
 from accel.runtime.device_loop import stop_tokens
@@ -17,7 +17,7 @@ from accel.runtime.executor import CompiledFunction
 from accel.runtime.generator import Generator
 from accel.runtime.report import explain
 from accel.runtime.text import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
-from accel.writes import storage_of, write_back
+from accel.writes import first_overlap, storage_of, write_back
 
 
 class State:
@@ -76,11 +76,21 @@ class EntryPoint:
             inputs = list(leaves)
             for argument in self.convention.arguments[len(leaves) :]:
                 inputs.append(self._state.get(argument.name, argument.initial))
+            self._check_overlap(inputs)
             results = write_back(inputs, self.function(inputs), self._writes)
             for argument, i in self._states:
                 name = self.convention.arguments[argument].name
                 self._state.set(name, _own(results[i], argument, inputs))
         return results[: self.convention.outputs_count]
+
+    def _check_overlap(self, inputs: Sequence[Tensor]) -> None:
+        found = first_overlap(inputs, [argument for argument, _ in self._writes])
+        if found is not None:
+            one, other = (f"'{self.convention.arguments[i].name or i}'" for i in found)
+            raise InputError(
+                f"'{self.name}' writes to its argument {one}, which shares memory with {other}",
+                advice="pass a copy of one of them (clone())",
+            )
 
 
 def _own(value: Tensor, argument: int, inputs: Sequence[Tensor]) -> Tensor:

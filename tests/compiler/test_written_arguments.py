@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import accel
+from accel.errors import InputError
+from accel.writes import overlap
 
 
 def swap(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -96,3 +98,61 @@ def test_state_is_not_the_callers_memory() -> None:
         fast(x, y)
         x.fill_(9)
         assert torch.equal(fast(torch.zeros(2, 3), y), torch.ones(2, 3))
+
+
+def add_to_first(x: Tensor, y: Tensor) -> Tensor:
+    x.add_(1)
+    return x + y
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_arguments_that_share_memory(alike: bool) -> None:
+    """A compiled model refuses them; `torch.compile` gives what eager PyTorch gives."""
+    memory, same = torch.ones(7), torch.ones(7)
+    views = (lambda t: (t, t)) if alike else (lambda t: (t[1:], t[:-1]))
+    wanted = add_to_first(*views(same))
+    with pytest.raises(InputError, match="shares memory with 'y'"):
+        accel.compile(add_to_first)(*views(memory))
+    assert torch.equal(memory, torch.ones(7))
+    torch._dynamo.reset()
+    fast = torch.compile(add_to_first, backend="accel")
+    for given in (torch.ones(7), memory):  # the first call compiles
+        assert torch.equal(fast(*views(given)), wanted)
+        assert torch.equal(given, same)
+    apart = torch.ones(8)
+    assert torch.equal(accel.compile(add_to_first)(apart[::2], apart[1::2]), torch.full((4,), 3.0))
+    assert torch.equal(apart, torch.tensor([2.0, 1] * 4))
+
+
+def test_overlap_is_of_elements() -> None:
+    a = torch.zeros(6, 8)
+    assert overlap(a[2:4], a[3])
+    assert overlap(a[:, 1:3], a.view(torch.int32)[:, 2])
+    assert not overlap(a[:3], a[3:])
+    assert not overlap(a[:, ::2], a[:, 1::2])
+    assert not overlap(a[:0], a)
+    assert not overlap(a, torch.zeros(6, 8))
+
+
+READ_AS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x.view(torch.int32),
+    lambda x: torch.view_as_complex(x),
+    lambda x: torch.view_as_complex(x).conj(),
+    lambda x: torch.view_as_complex(x).conj().imag,
+    lambda x: x.t(),
+]
+
+
+@pytest.mark.parametrize("read", READ_AS)
+def test_memory_of_an_argument_read_as_something_else(read: Callable[[Tensor], Tensor]) -> None:
+    torch._dynamo.reset()
+    fast, x = torch.compile(read, backend="accel"), torch.randn(3, 2)
+    with torch.no_grad():
+        got, wanted = fast(x), read(x)
+    assert got.dtype == wanted.dtype
+    assert torch.equal(got, wanted)
+    z = torch.randn(3, dtype=torch.complex64)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        conjugate = torch.compile(lambda t: t.conj(), backend="accel")(z)
+    assert torch.equal(conjugate, z.conj())
