@@ -8,15 +8,19 @@ with a symbol for it: they are captured at three lengths, their loops rolled up,
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from accel.compiler.plain_forward import (
+    EncoderDecoder,
+    SourceAndText,
+    masked_forward,
+    plain_forward,
+)
 from accel.errors import AccelError, CaptureError, FixedSizeError
-from accel.frontends.checkpoints import LanguageModel
 from accel.frontends.export import capture
 from accel.frontends.token_loops import token_by_token
 from accel.ir.interpret import interpret
@@ -45,23 +49,28 @@ def capture_text(model: Any, capacity: int, batch: int = 1) -> Module:
     Raises CaptureError for what cannot be captured, naming the place.
     """
     plain = plain_forward(model)
-    names = ["input_ids", "decoder_input_ids"] if isinstance(plain, EncoderDecoder) else ["ids"]
+    pair = isinstance(plain, (EncoderDecoder, SourceAndText))
     rows = 1 if batch == 1 else _EXAMPLE_ROWS
     first: dict[int, Any] = {} if batch == 1 else {0: Dim("batch")}
     source = {**first, 1: Dim("source", min=2, max=_longest_source(model, capacity))}
     text = {**first, 1: Dim("length", min=2, max=capacity)}
     examples = [torch.zeros(rows, min(_EXAMPLE_TOKENS, capacity), dtype=torch.int64)]
     shapes = [text]
-    if len(names) == 2:
+    if pair:
         examples.insert(0, torch.zeros(rows, _EXAMPLE_SOURCE, dtype=torch.int64))
         shapes.insert(0, source)
     with token_by_token(plain):
         try:
             return capture(plain, tuple(examples), dynamic_shapes=tuple(shapes))
         except FixedSizeError:
-            if len(names) == 2:
+            if pair:
                 raise
             return _capture_loops(plain, rows, first, capacity)
+        except CaptureError:
+            masked = masked_forward(plain)
+            if masked is None:
+                raise
+            return capture(masked, tuple(examples), dynamic_shapes=tuple(shapes))
 
 
 def _capture_loops(plain: nn.Module, rows: int, first: dict[int, Any], capacity: int) -> Module:
@@ -88,13 +97,18 @@ def _check_longest(plain: nn.Module, made: Module, rows: int, capacity: int) -> 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, high, (rows, capacity), generator=generator).to(first.device)
     with torch.no_grad():
-        wanted = plain(ids)[:, -1].double()
+        wanted = _last(plain(ids)).double()
     try:
-        found = interpret(made.main, [ids], made.weights)[0][:, -1].double()
+        found = _last(interpret(made.main, [ids], made.weights)[0]).double()
     except (AccelError, RuntimeError, IndexError, ValueError) as error:
         raise _too_long(capacity, str(error)) from error
     if not float((found - wanted).abs().max()) <= _SAME * float(wanted.abs().max()):
         raise _too_long(capacity, "its logits differ")
+
+
+def _last(logits: Tensor) -> Tensor:
+    """Of the last token; a model may return only those."""
+    return logits if logits.dim() == 2 else logits[:, -1]
 
 
 def _too_long(capacity: int, why: str) -> CaptureError:
@@ -109,66 +123,3 @@ def _longest_source(model: Any, capacity: int) -> int:
     config = getattr(model, "config", None)
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 1 else max(capacity, 1024)
-
-
-def plain_forward(model: Any) -> nn.Module:
-    """A forward from ids to logits, without a cache."""
-    if isinstance(model, nn.Module) and model.training:
-        raise CaptureError(
-            "the model is in training mode: dropout would be random",
-            advice="call model.eval() first",
-        )
-    if isinstance(model, nn.Module) and hasattr(model, "generation_config"):
-        if getattr(model.config, "is_encoder_decoder", False):
-            return EncoderDecoder(model).eval()
-        return LanguageModel(model).eval()
-    _check_arguments(model)
-    return Logits(model).eval()
-
-
-def _check_arguments(model: Any) -> None:
-    """Raises CaptureError for a forward that wants more than token ids."""
-    forward = model.forward if isinstance(model, nn.Module) else model
-    try:
-        parameters = list(inspect.signature(forward).parameters.values())
-    except (TypeError, ValueError):  # written in another language
-        return
-    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    more = [p.name for p in parameters[1:] if p.default is p.empty and p.kind in plain]
-    if more:
-        raise CaptureError(
-            "a generator is derived from a forward over token ids alone; this one also wants "
-            f"{', '.join(more)}",
-            advice="wrap the model in a forward(input_ids) that returns logits, without a cache",
-        )
-
-
-class EncoderDecoder(nn.Module):
-    """input_ids [B, T], decoder_input_ids [B, S] -> logits [B, S, V]; without its cache."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
-        out = self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, use_cache=False)
-        logits: Tensor = out.logits
-        return logits
-
-
-class Logits(nn.Module):
-    """The logits of a model that returns them alone, or as `logits`."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        out = self.model(input_ids)
-        logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"the forward returns a {type(out).__name__}, and a generator is derived from the "
-                "logits alone, without a cache"
-            )
-        return logits

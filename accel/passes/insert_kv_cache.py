@@ -39,6 +39,7 @@ from accel.ir.storage import WeightStore
 from accel.ir.types import Dim, TensorType, symbol_names
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.equivalence import check_decode
+from accel.passes.every_token import every_token
 from accel.passes.mixing import check_order
 from accel.passes.narrow import WHOLE, Axes, depend_on, stored
 from accel.passes.row_positions import fix_rows, give_positions, row_axis
@@ -304,6 +305,9 @@ def _ids(main: Function) -> tuple[Value, sympy.Symbol]:
             f"the ids are {ids.type}: the length of the text is no symbol",
             advice='capture with dynamic_shapes={"input_ids": {1: Dim("length")}}',
         )
+    if result is not None and not _has(result, shape[1]):
+        every_token(main, ids, shape[1])
+        result = main.results[0]
     if result is None or not _has(result, shape[1]):
         raise CaptureError(
             "a generator needs one result, logits [batch, length, vocabulary]",
