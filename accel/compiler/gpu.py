@@ -63,6 +63,7 @@ KERNEL_PIPELINE = (
     "dce",
     "recompute_sums",
     "dce",
+    "select_copies",
     "fuse",
     "dce",
 )
