@@ -316,6 +316,10 @@ class OverlappedWriter(BringingWriter):
     def _first_column(self) -> str:
         return self.col0
 
+    def _rows_of_a_tile(self) -> str:
+        wide = ".to(tl.int64)" if self.emitter.kind == "int64" else ""
+        return f"{self.row0}{wide} + tl.arange(0, ROWS, tl.SliceLayout(1, layout))"
+
     def _laid_out(self, value: str) -> str:
         return f"tl.convert_layout({value}, layout)"
 

@@ -186,6 +186,11 @@ class MatmulWriter:
     def _tile_columns(self) -> int:
         return int(self.tile.columns)
 
+    def _rows_of_a_tile(self) -> str:
+        """The rows of the results that are stored at once, in one dimension: stored in two, sums
+        go to memory from every register that could hold a column."""
+        return "(first + inside % height) * ROWS + tl.arange(0, ROWS)"
+
     def _first_column(self) -> str:
         """The first column of the results that are stored at once."""
         return "(inside // height * COLS)"
@@ -200,20 +205,21 @@ class MatmulWriter:
         if width % SUM_COLUMNS or made.dims != frozenset((ROW, COL)):
             raise BackendError(f"sums over {SUM_COLUMNS} columns in tiles of {width}")
         first, total = self._first_column(), columns // SUM_COLUMNS
-        rows = {emitter.masks[a]: None for a in self.plan.rows if a in emitter.masks}
-        place = f"row * {total} + {first} // {SUM_COLUMNS}"
+        block.line(f"line = {self._rows_of_a_tile()}")
+        masks = []
+        if any(a in emitter.masks for a in self.plan.rows):
+            masks.append(f"(line < {size_text(self.rows)})")
         if count == 1:
-            text = f"tl.sum({made}, 1)[:, None]"
-            if beyond:
-                rows[f"({first} < {columns})"] = None
+            text, place = f"tl.sum({made}, 1)", f"line * {total} + {first} // {SUM_COLUMNS}"
+            masks += [f"({first} < {columns})"] if beyond else []
         else:
+            block.line("line = line[:, None]")
+            block.line(f"part_of_line = {first} // {SUM_COLUMNS} + tl.arange(0, {count})[None, :]")
             text = f"tl.sum({made}.reshape([ROWS, {count}, {SUM_COLUMNS}]), 2)"
-            place += f" + tl.arange(0, {count})[None, :]"
-            if beyond:
-                ahead = f"{first} + {SUM_COLUMNS} * tl.arange(0, {count})[None, :]"
-                rows[f"({ahead} < {columns})"] = None
+            place = f"line * {total} + part_of_line"
+            masks += [f"(part_of_line < {total})"] if beyond else []
         sums = block.let(text, "float32", made.dims, "sums")
-        mask = f", mask={' & '.join(rows)}" if rows else ""
+        mask = f", mask={' & '.join(masks)}" if masks else ""
         block.line(f"tl.store({target} + {place}, {sums}{mask})")
 
     def _columns_of_a_tile(self) -> int:
