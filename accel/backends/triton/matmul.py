@@ -311,34 +311,34 @@ def folds(
     products = [next(o for o in ops if o.name == "linear") for ops in members]
     if not all(_may_overlap(*multiplied(op)) for op in products):
         return "a product whose operands are no 16-bit matrices that TMA can copy"
-    rows = product(norm.result.shape[:-1])
+    rows, width_of_one = product(norm.result.shape[:-1]), norm.result.dtype.itemsize
+    saved = lost = 0.0
+    for op, ops in zip(products, members, strict=True):
+        x, weight = multiplied(op)
+        most, columns = rows if isinstance(rows, int) else max(_TOKENS), int(weight.shape[0])
+        tile = choose_overlapped(most, columns, int(x.shape[-1]), _rest(ops), sms, _halves(ops))
+        if not fills(most, columns, tile, sms):
+            return f"{most} rows of {columns} columns do not fill the multiprocessors"
     for n in (rows,) if isinstance(rows, int) else _TOKENS:
-        saved = LAUNCH + 2 * n * width * norm.result.dtype.itemsize / BANDWIDTH
-        lost = 0.0
+        saved += LAUNCH + 2 * n * width * width_of_one / BANDWIDTH
         for op, ops in zip(products, members, strict=True):
-            more = _folded_costs(n, op, ops, sms, capability)
-            if more is None:
-                return f"{n} rows do not fill the multiprocessors"
-            lost += more
-        if lost >= saved:
-            return f"products alone save {1e6 * lost:.1f} us, the norm takes {1e6 * saved:.1f} us"
+            lost += _folded_costs(n, op, ops, sms, capability)
+    if lost >= saved:
+        return f"products alone save {1e6 * lost:.1f} us, the norm takes {1e6 * saved:.1f} us"
     return None
 
 
-def _folded_costs(
-    rows: int, op: Op, members: Sequence[Op], sms: int, capability: int
-) -> float | None:
-    """Seconds that a product takes longer where it has to be generated; None if it cannot be."""
+def _folded_costs(rows: int, op: Op, members: Sequence[Op], sms: int, capability: int) -> float:
+    """Seconds that a product takes longer where it has to be generated."""
+    if saves(op, members, sms, capability) is None:
+        return 0.0
     x, weight = multiplied(op)
     columns, depth = int(weight.shape[0]), int(x.shape[-1])
     rest, halves = _rest(members), _halves(members)
     tile = choose_overlapped(rows, columns, depth, rest, sms, halves)
-    if not fills(rows, columns, tile, sms):
-        return None
     own = overlapped_seconds(rows, columns, depth, tile, rest, sms, halves)
     library = library_seconds(rows, columns, depth, sms)
-    library += rest_seconds(rows, columns, halves, x.dtype.itemsize, rest)
-    return max(0.0, own - library) if saves(op, members, sms, capability) else 0.0
+    return own - library - rest_seconds(rows, columns, halves, x.dtype.itemsize, rest)
 
 
 # -- the code --------------------------------------------------------------------------------

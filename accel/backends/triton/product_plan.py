@@ -179,9 +179,9 @@ def _summed(result: Value, shape: Shape) -> Value:
         last = tuple(a % len(cut.result.shape) for a in total.attribute("axes"))
         plain = last == (len(shape),) and not total.attribute("keepdim")
         whole = cut.operands[0].shape == shape and cut.result.shape[:-2] == shape[:-1]
-        if whole and plain and cut.result.shape[-2:] == (parts, SUM_COLUMNS):
-            if result.dtype == torch.float32:
-                return cut.operands[0]
+        parted = cut.result.shape[-2:] == (parts, SUM_COLUMNS)
+        if whole and plain and parted and result.dtype == torch.float32:
+            return cut.operands[0]
     raise BackendError(
         f"a matmul kernel with a result that is neither of its shape nor a float32 sum over every "
         f"{SUM_COLUMNS} columns"
