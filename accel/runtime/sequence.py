@@ -32,7 +32,8 @@ class Part:
         function, words: of a kernel; None if the closure only frees slots.
         dynamic: places among the words of tensors that a call brings, with their slots.
         made: outputs that each call allocates.
-        copies: an output starts as a copy of memory that an earlier kernel may write.
+        copies: memory that an earlier kernel may write is copied before the kernel runs: what an
+            output starts as, or an operand that is a strided view.
         frees: slots that hold nothing from here on.
         weights: address and bytes of the largest weight that the kernel reads.
     """

@@ -144,6 +144,8 @@ class StepBuilder:
         if not any(_numel(self.binding.shapes[v]) for v in step.outputs):
             return kernel_without_work(made)
         copies = any(not self._is_same(o, i) for o, i in updates.items())
+        # Dynamic and yet bound: a strided view of the arena, which `fill` copies.
+        copies |= any(self.static[step.inputs[i]] is not None for i, _ in dynamic)
         self._part = Part(function, words, dynamic, made, copies, weights=self._weights_of(step))
         return kernel_run(function, words, dynamic, made)
 

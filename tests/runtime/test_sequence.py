@@ -53,6 +53,17 @@ def test_other_steps_come_between():
         torch.testing.assert_close(fast(strided), model(strided), atol=1e-5, rtol=1e-5)
 
 
+def test_a_strided_view_of_what_a_kernel_made_is_read_after_it():
+    """Values, cut from one product with the keys, are multiplied by a generated kernel."""
+    pytest.importorskip("transformers")
+    loop = accel.compile_generator(tiny("llama"), capacity=32, cache="int4").generator.loop
+    with torch.no_grad():
+        runs = [loop.prefill(torch.tensor([[5, 6, 7, 8]]), loop.empty(1)) for _ in range(3)]
+    for logits, state in runs[1:]:
+        assert torch.equal(logits, runs[0][0])
+        assert all(map(torch.equal, state, runs[0][1]))
+
+
 @pytest.fixture
 def four_threads() -> Iterator[None]:
     """More threads than this machine may have cores: who waits must let others run."""
