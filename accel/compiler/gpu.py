@@ -46,6 +46,8 @@ _ONE_ARCHITECTURE = ("wgmma.", "setmaxnreg.", "tcgen05.")
 _TARGET = re.compile(r"(\.target sm_\d+)[af]\b")
 
 KERNEL_PIPELINE = (
+    "fold_norm_weights",
+    "defer_norms",
     "select_depthwise",
     "select_products",
     "select_experts",
