@@ -149,6 +149,71 @@ def test_scaled_rows(worker: Worker, name: str, tile: str) -> None:
     assert 'input_precision="ieee"' not in source
 
 
+def statistics(b: Any, *parts: Value) -> list[Value]:
+    """Mean, if there are two, and 1 / sqrt(mean square - mean^2 + eps) from partial sums."""
+    square, *first = (b.sum(p, axes=(p.type.rank - 1,), keepdim=True) for p in parts[::-1])
+    share = b.full(value=1 / 384, shape=(), dtype=F32)
+    variance, mean = b.mul(square, share), [b.mul(v, share) for v in first]
+    for m in mean:
+        variance = b.sub(variance, b.mul(m, m))
+        variance = b.maximum(variance, b.full(value=0.0, shape=(), dtype=F32))
+    eps = b.full(value=1e-5, shape=(), dtype=F32)
+    return [*mean, b.rsqrt(b.add(variance, eps))]
+
+
+def layer_normed(b: Any, x: Value, w: Value, s: Value, p: Value, colsum: Value) -> Value:
+    mean, r = statistics(b, s, p)
+    t: Value = b.linear(b.cast(x, dtype=F32), b.cast(w, dtype=F32))
+    return b.gelu(rounded(b, b.mul(b.sub(t, b.mul(mean, colsum)), r), x))
+
+
+INSIDE: dict[str, tuple[list[TensorType], Any]] = {
+    "rms, sums of parts": (
+        [typed(BF16, 150, 72), typed(BF16, 256, 72), typed(F32, 150, 32)],
+        lambda b, x, w, p: rounded(b, scaled(b, x, w, *statistics(b, p)), x),
+    ),
+    "gate times up, sums of parts": (
+        [typed(BF16, 2, 70, 64), typed(BF16, 512, 64), typed(F32, 2, 70, 7)],
+        lambda b, x, w, p: halves(b, rounded(b, scaled(b, x, w, *statistics(b, p)), x)),
+    ),
+    "mean, gelu, sums of parts": (
+        [typed(FP16, 3, 67, 40), typed(FP16, 384, 40), typed(F32, 3, 67, 6), typed(F32, 3, 67, 6),
+         typed(F32, 384)],
+        layer_normed,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", BACKENDS)
+@pytest.mark.parametrize("name", INSIDE)
+def test_sums_of_parts(worker: Worker, name: str, tile: str) -> None:
+    types, build = INSIDE[name]
+    torch.manual_seed(0)
+    inputs = inputs_for(types)
+    for i, type in enumerate(types):
+        if type.dtype == F32 and type.rank == len(types[0].shape):
+            inputs[i] = torch.rand(inputs[i].shape) * 8 + 40 * (i == len(types) - 2)
+    if len(types) == 5:  # sums and sums of squares
+        inputs[2] = inputs[2] - 4
+    source = check(worker, function_of(types, build), inputs, "matmul", backend=BACKENDS[tile])
+    assert source.count("tl.sum(") == len(types) - 2 - (len(types) == 5)
+
+
+@pytest.mark.parametrize("parts", [65, 4])
+def test_other_sums_are_refused(parts: int) -> None:
+    types = [
+        typed(BF16, 64, 64),
+        typed(BF16, 256, 64),
+        typed(F32 if parts > 64 else BF16, 64, parts),
+    ]
+
+    def build(b: Builder, x: Value, w: Value, p: Value) -> Value:
+        return b.mul(b.linear(x, w), b.cast(b.sum(p, axes=(1,), keepdim=True), dtype=BF16))
+
+    with pytest.raises(BackendError, match="sum in a matmul kernel"):
+        BACKENDS["loop"].generate([kernel_of(function_of(types, build), "matmul")])
+
+
 def test_products_are_not_rounded_before_they_are_scaled(worker: Worker) -> None:
     """Sums beyond fp16's range, which r brings back."""
     types = [typed(FP16, 64, 64), typed(FP16, 128, 64), typed(F32, 64, 1)]
@@ -189,12 +254,12 @@ WHOLE = [OverlappedTile(), CooperativeTile(), CooperativeTile(192, 128, groups=3
 
 
 @pytest.mark.parametrize("tile", WHOLE)
-@pytest.mark.parametrize("name", [*PRODUCERS, *CONSUMERS])
+@pytest.mark.parametrize("name", [*PRODUCERS, *CONSUMERS, *INSIDE])
 def test_compiles_for_hopper(name: str, tile: OverlappedTile) -> None:
     if name in PRODUCERS:
         function = producer(*PRODUCERS[name])
     else:
-        function = function_of(*CONSUMERS[name])
+        function = function_of(*{**CONSUMERS, **INSIDE}[name])
     backend = TritonBackend("sm_90", tile=tile)
     made = backend.compile([kernel_of(function, "matmul")])
     (launch,) = made.launches[made.names[0]]

@@ -109,18 +109,18 @@ class CooperativeWriter(OverlappedWriter):
                     half = ("first", "second")[piece]
                     part.line(f"acc_0 = tl.convert_layout({half}, layout)")
                 super()._epilogue(part)
-            ahead, rest = loaded_ahead(part.lines, ("row", "col"))
+            ahead, rest = loaded_ahead(part.lines, ("row", "col", "row_of_parts"))
             early += ahead
             body.lines += rest
         body.lines[self.multiplied_from : self.multiplied_from] = early
 
 
-def loaded_ahead(lines: Sequence[str], roots: tuple[str, str]) -> tuple[list[str], list[str]]:
+def loaded_ahead(lines: Sequence[str], roots: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Loads that depend on rows alone, or on columns, with the positions that they need; and the
     lines without these loads.
 
-    `lines` assign names once; `roots` are those of the rows' and the columns' positions. Names that
-    are assigned nowhere in them are known ahead.
+    `lines` assign names once; `roots` are those of rows' and of columns' positions. Names that are
+    assigned nowhere in them are known ahead.
     """
     assigned = {found[1] for found in map(_ASSIGNMENT.match, lines) if found is not None}
     along: dict[str, set[str]] = {}  # positions: which of the roots they depend on

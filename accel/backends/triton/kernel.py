@@ -336,4 +336,8 @@ def _source(name: str, program: Program, signature: dict[str, str], comment: str
         *program.helpers,
         f"@{jit}.jit\ndef {name}({parameters}):\n{program.lines}\n",
     ]
-    return "\n\n".join(parts)
+    source = "\n\n".join(parts)
+    if program.gluon and "tl.PropagateNan" in source:  # which Gluon does not name
+        source = source.replace("tl.PropagateNan", "triton_language.PropagateNan")
+        source = source.replace(head, f"import triton.language as triton_language\n{head}", 1)
+    return source

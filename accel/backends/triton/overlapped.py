@@ -51,6 +51,7 @@ _FEW_REGISTERS = 40  # of a thread of the warp that copies
 SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
 _BARRIER_BYTES = 1 << 10
 _FEWEST_STAGES = 3  # with fewer, a result goes to memory without TMA
+_FORM = "tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {}, {}])"  # results of an instruction
 _TMA_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -313,6 +314,16 @@ class OverlappedWriter(BringingWriter):
     def _columns_of_a_tile(self) -> int:
         return self.width
 
+    def _parts_at_once(self, count: int) -> tuple[str, str]:
+        """In the layout of a product of as many columns: a row's sum is where its results are."""
+        form = f"tl.SliceLayout({{}}, {_FORM.format(count, self._instruction_depth())})"
+        wide = ".to(tl.int64)" if self.emitter.kind == "int64" else ""
+        rows = f"{self.row0}{wide} + tl.arange(0, ROWS, {form.format(1)})"
+        return rows, f"tl.arange(0, {count}, {form.format(0)})"
+
+    def _of_rows(self, value: str) -> str:
+        return f"tl.convert_layout({value}, tl.SliceLayout(1, layout))"
+
     def _first_column(self) -> str:
         return self.col0
 
@@ -360,10 +371,12 @@ class OverlappedWriter(BringingWriter):
         return "\n".join(lines)
 
     def _layouts(self) -> str:
-        bits = 256 // (8 * self.left.value.dtype.itemsize)
-        form = "tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {}, {}])"
-        return (f"    wide: tl.constexpr = {form.format('COLS', bits)}\n"
-                f"    layout: tl.constexpr = {form.format(self.piece, bits)}")  # fmt: skip
+        depth = self._instruction_depth()
+        return (f"    wide: tl.constexpr = {_FORM.format('COLS', depth)}\n"
+                f"    layout: tl.constexpr = {_FORM.format(self.piece, depth)}")  # fmt: skip
+
+    def _instruction_depth(self) -> int:
+        return 256 // (8 * self.left.value.dtype.itemsize)
 
     def _registers(self) -> list[int]:
         return [*(self.groups - 1) * [_REGISTERS[self.groups]], _FEW_REGISTERS]

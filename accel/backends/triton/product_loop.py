@@ -21,12 +21,13 @@ from accel.backends.triton.operands import StoredOperands, is_stored
 from accel.backends.triton.product_plan import SUM_COLUMNS, Plan, codes_of, multiplied
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
-from accel.backends.triton.tiles import parts_of
+from accel.backends.triton.tiles import next_power, parts_of
 from accel.errors import BackendError
 from accel.ir.module import Value
 from accel.ir.types import Dim, product
 
 _FLOAT8_SPAN = 128  # of K
+_FEWEST_PARTS = 8  # of a row that are read at once: columns of the smallest result of tensor cores
 FULL_PRECISION, TF32_PRECISION = 'input_precision="ieee"', 'input_precision="tf32"'
 
 
@@ -41,6 +42,7 @@ class MatmulWriter:
         self.columns = product(a.extent for a in plan.columns)
         self.depth = int(product(a.extent for a in plan.left))
         self._made: dict[tuple[str, str, int], Expr] = {}
+        self._totals: dict[Value, Expr] = {}
 
     def write(self) -> Program:
         emitter, tile = self.emitter, self.tile
@@ -145,6 +147,8 @@ class MatmulWriter:
             scope = emitter.scopes[-1]
             self._bind(plan.rows, "row", ROW, tile.rows)
             self._bind(plan.columns, "col", COL, tile.columns)
+            for key in plan.statistics:
+                emitter.results[key] = self._total(key[0])
             for name, place in zip(sums, plan.places, strict=True):
                 value = Expr(name, "float32", both)
                 added = self._bias(place)
@@ -160,6 +164,36 @@ class MatmulWriter:
                 self._store(target, value_, index)
             for target, (value_, index) in zip(self.targets[whole:], plan.sums, strict=True):
                 self._store_sums(target, value_, index)
+
+    def _total(self, total: Value) -> Expr:
+        """The sum of each row of an argument, read at once; the same for all pieces of a tile."""
+        assert total.op is not None
+        value = total.op.operands[0]
+        if value not in self._totals:
+            emitter, block, parts = self.emitter, self.emitter.block, int(value.shape[-1])
+            emitter.used.setdefault(value)
+            wide = next_power(max(parts, _FEWEST_PARTS))
+            rows, across = self._parts_at_once(wide)
+            block.line(f"row_of_parts = {rows}")
+            masks = []
+            if any(a in emitter.masks for a in self.plan.rows):
+                masks.append(f"(row_of_parts < {size_text(self.rows)})[:, None]")
+            masks += [f"({across} < {parts})[None, :]"] if wide > parts else []
+            tail = f", mask={' & '.join(masks)}, other=0.0" if masks else ""
+            place = f"{emitter.pointers[value]} + row_of_parts[:, None] * {parts}"
+            text = f"tl.load({place} + {across}[None, :]{tail})"
+            made = block.let(text, "float32", frozenset((ROW, COL)), "parts")
+            text = self._of_rows(f"tl.sum({made}, 1)")
+            self._totals[value] = block.let(f"{text}[:, None]", "float32", frozenset((ROW,)), "sum")
+        return self._totals[value]
+
+    def _parts_at_once(self, count: int) -> tuple[str, str]:
+        """Rows and columns of a tile of `count` parts of each row."""
+        return self._rows_of_a_tile(), f"tl.arange(0, {count})"
+
+    def _of_rows(self, value: str) -> str:
+        """One number a row, in the layout of the epilogue."""
+        return value
 
     def _bias(self, place: Index) -> Expr | None:
         """What is added to the product before it is rounded."""

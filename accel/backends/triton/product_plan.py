@@ -15,13 +15,14 @@ import torch
 from accel.backends.loops.index import Affine, Axis, Indexer
 from accel.backends.loops.phases import Planner
 from accel.backends.loops.survey import Survey
-from accel.backends.loops.trace import Index
+from accel.backends.loops.trace import Index, Key
 from accel.errors import BackendError
 from accel.ir.module import Op, Value
 from accel.ir.types import Shape, product
 
 _MAX_ROUNDS = 8
 _MOST_TILES = 2  # accumulators of a program
+MOST_PARTS = 64  # of a sum that a row is scaled with: each tile reads them all
 _HALF = (torch.float16, torch.bfloat16)
 SUM_COLUMNS = 128  # of a partial sum that an epilogue stores: what a group of warps has at once
 
@@ -59,6 +60,7 @@ class Plan:
     `swapped` are needed besides `places`: a rotary embedding reads the other half of a head.
     `sums`: what is added up over every SUM_COLUMNS columns, by element. These results of the
     kernel, [..., columns / SUM_COLUMNS] in float32, come after `stores`.
+    `statistics`: sums over the last axis of arguments [..., parts], one a row, by element.
     """
 
     op: Op
@@ -73,6 +75,7 @@ class Plan:
     weight_indices: tuple[Index, ...]
     survey: Survey
     sums: tuple[tuple[Value, Index], ...] = field(default=(), kw_only=True)
+    statistics: tuple[Key, ...] = field(default=(), kw_only=True)
 
 
 def codes_of(op: Op) -> tuple[Value, Value] | None:
@@ -165,8 +168,25 @@ def plan(planner: Planner) -> Plan:
         survey.fixed |= operands.fixed
         rows = tuple(axis for a in lead for axis in of(a)[1])
         return Plan(op, rows, of(column)[1], of(left)[1], of(right)[1], stores, places, swapped,
-                    x_index, weights, survey, sums=sums)  # fmt: skip
+                    x_index, weights, survey, sums=sums,
+                    statistics=_statistics(survey, index[:-1]))  # fmt: skip
     raise BackendError("a matmul kernel whose index does not come to rest")
+
+
+def _statistics(survey: Survey, row: Index) -> tuple[Key, ...]:
+    """The sums of rows of arguments that elements need."""
+    for (value, index), op in survey.reductions.items():
+        given = op.operands[0]
+        parts, last = given.shape[-1], given.type.rank - 1
+        known = op.name == "sum" and tuple(a % (last + 1) for a in op.attribute("axes")) == (last,)
+        stored = given.op is None and given.dtype == torch.float32 and value.dtype == given.dtype
+        few = isinstance(parts, int) and parts <= MOST_PARTS
+        if not (known and stored and few and index[:last] == row):
+            raise BackendError(
+                f"accel.{op.name} in a matmul kernel that is no sum over the last axis, of at most "
+                f"{MOST_PARTS}, of a float32 argument with the product's rows"
+            )
+    return tuple(survey.reductions)
 
 
 def _summed(result: Value, shape: Shape) -> Value:
