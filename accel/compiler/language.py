@@ -182,7 +182,7 @@ def derive_generator(
     insert = InsertKvCache(capacity=capacity, batch=batch, extend=min(extend, capacity))
     before, after = cache_passes(cache)
     paged = any(isinstance(p, PageCache) for p in after)
-    insert.rings, insert.unequal = not paged, batch != 1 and not paged
+    insert.rings, insert.unequal = not paged, batch != 1
     passes: list[str | Pass] = [*CLEAN_PIPELINE, *before, insert, *after]
     PassManager(passes, Context(), validate=validate).run(module)
     del module.functions["main"]

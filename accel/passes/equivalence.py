@@ -119,32 +119,37 @@ def _compare_unequal(
     batch, total = ids.shape
     others = _other_inputs(module, batch, generator)
     fixed = _run(module, "encode", others) if "encode" in module.functions else []
-    empty = empty_state(module, batch)
-    filled: dict[int, list[Tensor]] = {}
+    filled: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
-    def after(tokens: int) -> list[Tensor]:
-        """@prefill of so many tokens of every row."""
+    def after(tokens: int) -> tuple[Tensor, list[Tensor]]:
+        """@prefill of so many tokens of every row: logits, and the state in the tokens' order."""
         if tokens not in filled:
-            filled[tokens] = _run(module, "prefill", [ids[:, :tokens], *fixed, *empty])
+            whole = _Text(module, batch, fixed, generator)
+            logits, *state = whole.run("prefill", ids[:, :tokens], [], whole.empty)
+            filled[tokens] = logits, whole.tokens(state)
         return filled[tokens]
 
     lengths = [max(first - row * max(first // 2, 1), 1) for row in range(batch)]
     axes = [int(item["rows"]) for item, _ in _state(module)]
-    state = [
-        torch.cat([after(n)[1 + i].narrow(axis, row, 1) for row, n in enumerate(lengths)], axis)
-        for i, axis in enumerate(axes)
-    ]
+    text = _Text(module, batch, fixed, generator)
+    if text.table:
+        state = text.prefills(ids, lengths)
+    else:
+        rows = list(enumerate(lengths))
+        state = [
+            torch.cat([after(n)[1][i].narrow(axis, row, 1) for row, n in rows], axis)
+            for i, axis in enumerate(axes)
+        ]
     for step in range(total - first):
         place = [n + step for n in lengths]
         tokens = torch.stack([ids[row, n : n + 1] for row, n in enumerate(place)])
-        inputs = [tokens, _position(module, place), *fixed, *state]
-        logits, *state = _run(module, "decode", inputs)
+        logits, *state = text.run("decode", tokens, [_position(module, place)], state)
         for row, n in enumerate(place):
             where = f"@decode of row {row} at position {n} beside rows at {place}"
-            wanted, *right = after(n + 1)
+            wanted, right = after(n + 1)
             yield _error(wanted[row], logits[row]), f"the logits of {where}"
             kept = [x.narrow(a, row, 1) for x, a in zip(right, axes)]
-            made = [x.narrow(a, row, 1) for x, a in zip(state, axes)]
+            made = [x.narrow(a, row, 1) for x, a in zip(text.tokens(state), axes)]
             yield from _compare_state(module, kept, made, n + 1, where)
 
 
@@ -188,15 +193,28 @@ class _Text:
         pages = 0
         if "paged" in facts:
             each = int(facts["capacity"]) // int(facts["paged"]["page"])
-            pages = batch * each + _SPARE_PAGES
-            order = torch.randperm(pages, generator=generator)[: batch * each]
-            self.table = [order.reshape(batch, each).int()]
+            pages = 2 * batch * each + _SPARE_PAGES
+            order = torch.randperm(pages, generator=generator)[: 2 * batch * each].int()
+            own, self.nobody = order.reshape(2, batch, each)
+            self.table = [own]
         self.empty = empty_state(module, batch, pages)
 
     def run(
         self, name: str, ids: Tensor, position: Sequence[Tensor], state: Sequence[Tensor]
     ) -> list[Tensor]:
         return _run(self.module, name, [ids, *position, *self.fixed, *self.table, *state])
+
+    def prefills(self, ids: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Pools after prompts of unequal length, those of one length at a time.
+
+        Meanwhile the other rows write to pages of nobody.
+        """
+        state, own = self.empty, self.table[0]
+        for count in sorted(set(lengths)):
+            given = torch.tensor([n == count for n in lengths])
+            table = torch.where(given[:, None], own, self.nobody)
+            _, *state = _run(self.module, "prefill", [ids[:, :count], *self.fixed, table, *state])
+        return state
 
     def tokens(self, state: Sequence[Tensor]) -> list[Tensor]:
         """The state with every text's tokens in order."""

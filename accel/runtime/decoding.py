@@ -149,12 +149,16 @@ class TokenLoop:
             logits, part = self.prefill(ids[given, -count:], self.empty(len(given)), chunk)
             place = torch.tensor(rows, device=self.device)
             for whole, new, axis in zip(state, part, self._axes):
-                whole.index_copy_(axis, place, new.narrow(axis, 0, len(rows)))
+                _bytes(whole).index_copy_(axis, place, _bytes(new.narrow(axis, 0, len(rows))))
             made.append((place, logits[: len(rows)]))
-        together = made[0][1].new_empty(len(lengths), made[0][1].shape[1])
-        for place, logits in made:
-            together[place] = logits
-        return together, state
+        return gathered(made, len(lengths)), state
+
+    def missing(self, texts: int) -> int:
+        """How many copies of the last text a caller adds, where the number of rows is fixed."""
+        return (self.rows or texts) - texts
+
+    def ended(self, state: State, running: Sequence[bool]) -> None:
+        """Told which texts go on: what the others keep may be let go."""
 
     def decode(self, tokens: Tensor, position: Tensor, state: State) -> tuple[Tensor, State]:
         """Runs one token a row, [B]: its logits [B, V], the state.
@@ -217,11 +221,26 @@ class TokenLoop:
                 yield tokens
                 if limits.stops:
                     running &= ~torch.isin(tokens, stops)
-                    if not bool(running.any()):
+                    left = running.tolist()
+                    if not any(left):
                         return
+                    self.ended(state, left)
                 if step + 1 == limits.new:
                     return
                 if sampling.reads_text:
                     ids = torch.cat([ids, tokens[:, None]], dim=1)
                 logits, state = self.decode(tokens, position, state)
                 position += 1
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """As integers what torch does not index, which is float8."""
+    return x.view(torch.uint8) if x.itemsize == 1 else x
+
+
+def gathered(parts: Sequence[tuple[Tensor, Tensor]], rows: int) -> Tensor:
+    """Logits [rows, V] from (which rows, their logits)."""
+    whole = parts[0][1].new_empty(rows, parts[0][1].shape[1])
+    for place, logits in parts:
+        whole[place] = logits
+    return whole

@@ -284,7 +284,7 @@ class _Call:
         """The texts of rows that run together."""
         count = len(rows)
         if not self.speculates:  # where more rows run than there are, the last one fills them
-            rows = rows + rows[-1:] * ((self.generator.rows or count) - count)
+            rows = rows + rows[-1:] * self.generator.loop.missing(count)
         lengths = [prompts.lengths[row] for row in rows]
         text = prompts.ids[rows, prompts.ids.shape[1] - max(lengths) :]
         sampling = self.sampling(lengths)

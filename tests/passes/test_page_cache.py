@@ -20,9 +20,17 @@ pytest.importorskip("transformers")
 CAPACITY = 12
 
 
-def paged(family: str, before: str = "", options: str = "page=4", extend: int = 0) -> Module:
+def paged(
+    family: str,
+    before: str = "",
+    options: str = "page=4",
+    extend: int = 0,
+    unequal: bool = False,
+    batch: int = 0,
+) -> Module:
     module = captured(tiny(family))
-    insert = f"insert_kv_cache{{capacity={CAPACITY},extend={extend},rings=false}}"
+    rows = f"unequal={str(unequal).lower()},batch={batch}"
+    insert = f"insert_kv_cache{{capacity={CAPACITY},extend={extend},rings=false,{rows}}}"
     run_pipeline(module, f"{before}{insert},page_cache{{{options}}}")
     verify(module)
     return module
@@ -41,6 +49,32 @@ def test_codes_have_pages(form: str) -> None:
     decode = module.functions["decode"]
     assert sum(op.name == "gather_pages" for op in decode.ops) > 4
     assert check_decode(module, prompts=(3,), batches=(2,), steps=2) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "bloom", "gpt2", "gemma3"])
+def test_rows_of_unequal_length_decode_as_they_would_alone(family: str) -> None:
+    """To the last position of the cache, beside rows that stand before other pages' ends."""
+    module = paged(family, options="page=4", unequal=True)
+    decode = module.functions["decode"]
+    assert module.metadata["kv_cache"]["unequal"]
+    rows = decode.args[0].shape[:1]
+    assert all(op.operands[3].shape == rows for op in _ops(module, "update_pages"))
+    assert all(op.operands[4].shape == rows for op in _ops(module, "paged_attention"))
+    allowed = 1e-6 if family == "mixtral_grouped" else TOLERANCE
+    assert check_decode(module, prompts=(5,), batches=(3,), steps=3) <= allowed
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_codes_of_rows_of_unequal_length(form: str) -> None:
+    module = paged("llama", f"quantize_cache{{format={form}}},", unequal=True)
+    assert check_decode(module, prompts=(5,), batches=(2,), steps=2) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("batch", "page"), [(2, 1), (3, 3), (5, 12)])
+def test_a_fixed_number_of_rows_of_unequal_length(batch: int, page: int) -> None:
+    module = paged("llama", options=f"page={page}", unequal=True, batch=batch)
+    assert all(f.args[0].shape[0] == batch for n, f in module.functions.items() if n != "main")
+    assert check_decode(module, prompts=(2, 5), steps=2) <= TOLERANCE
 
 
 @pytest.mark.parametrize("page", [1, 3, 12])
@@ -126,6 +160,58 @@ def test_planted_mistakes_are_caught(plant: Callable[[Module], None]) -> None:
     verify(module)
     with pytest.raises(ContractError, match="decode equivalence"):
         check_decode(module, prompts=(3,), batches=(2,), steps=2)
+
+
+def _of_rows(op: Op, index: int, order: tuple[int, ...]) -> None:
+    """An operand's rows in another order."""
+    b, value = Builder(before=op), op.operands[index]
+    rows = [b.slice(value, axis=0, start=r, stop=r + 1) for r in order]
+    op.set_operand(index, b.cat(*rows, axis=0))
+
+
+def one_row_writes_a_slot_late(module: Module) -> None:
+    op = _ops(module, "update_pages")[0]
+    b, at = Builder(before=op), op.operands[3]
+    last = b.iota(shape=tuple(at.shape), axis=0, dtype=torch.int64)
+    late = b.add(at, b.floor_div(last, b.scalar(2, torch.int64)))
+    op.set_operand(3, b.remainder(late, b.scalar(CAPACITY, torch.int64)))
+
+
+def one_row_sees_a_token_too_few(module: Module) -> None:
+    op = _ops(module, "paged_attention")[0]
+    b, at = Builder(before=op), op.operands[4]
+    last = b.iota(shape=tuple(at.shape), axis=0, dtype=torch.int64)
+    op.set_operand(4, b.sub(at, b.floor_div(last, b.scalar(2, torch.int64))))
+
+
+def rows_see_as_far_as_others(module: Module) -> None:
+    _of_rows(_ops(module, "paged_attention")[0], 4, (1, 0, 2))
+
+
+def rows_write_to_the_pages_of_others(module: Module) -> None:
+    _of_rows(_ops(module, "update_pages")[1], 2, (1, 0, 2))
+
+
+def rows_read_the_pages_of_others(module: Module) -> None:
+    _of_rows(_ops(module, "paged_attention")[0], 3, (1, 0, 2))
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        one_row_writes_a_slot_late,
+        one_row_sees_a_token_too_few,
+        rows_see_as_far_as_others,
+        rows_write_to_the_pages_of_others,
+        rows_read_the_pages_of_others,
+    ],
+)
+def test_planted_mistakes_in_one_row_are_caught(plant: Callable[[Module], None]) -> None:
+    module = paged("llama", unequal=True, batch=3)
+    plant(module)
+    verify(module)
+    with pytest.raises(ContractError, match="decode equivalence"):
+        check_decode(module, prompts=(5,), steps=2)
 
 
 # -- refusals ------------------------------------------------------------------------------------
