@@ -1,0 +1,70 @@
+"""Gives gradients of embedding tables to the kernel generator, with what is added to them.
+
+A table that is also the head's weight has two gradients: the head's, over all rows, and the
+embedding's, which has numbers in the rows of the tokens that were read and zeros elsewhere. One
+kernel writes their sum, so that the second is never written by itself. The elementwise ops that
+make the other operand (the head's gradient times a number) are taken along.
+Contract: exact (the kernel's region is the ops it replaces).
+
+    %1 = "accel.mul"(%head, %loss)                 %3 = "accel.kernel"(%grad, %ids, %head, %loss) ({
+    %2 = "accel.embedding_backward"(%grad, %ids) ->   mul, embedding_backward, add
+    %3 = "accel.add"(%1, %2)                        }) {kind = "embedding_gradient"}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from accel.ir.capability import KernelGenerator
+from accel.ir.module import Op, Value
+from accel.ir.op import Trait
+from accel.passes.anchored import AnchoredPass
+from accel.passes.base import EXACT, Context, Contract, register_pass
+from accel.passes.outline import elementwise_epilogue
+
+KIND = "embedding_gradient"
+
+
+@register_pass
+@dataclass
+class SelectEmbeddingGradients(AnchoredPass):
+    """Outlines embedding gradients with at most `most` elementwise ops after each, and as many
+    before what these add."""
+
+    name: ClassVar[str] = "select_embedding_gradients"
+    contract: ClassVar[Contract] = EXACT
+    anchors: ClassVar[tuple[str, ...]] = ("embedding_backward",)
+    kind: ClassVar[str] = KIND
+
+    most: int = 6
+
+    def _select(
+        self, op: Op, context: Context, generator: KernelGenerator, order: dict[Op, int]
+    ) -> None:
+        if not context.rewrite(self.name, op):
+            return
+        after = elementwise_epilogue(op, generator, self.most)
+        inside = [op, *after]
+        beside = self._beside(inside, generator)
+        ops = sorted((*beside, *inside), key=order.__getitem__)
+        self._outline(ops, KIND, generator, order)
+
+    def _beside(self, inside: Sequence[Op], generator: KernelGenerator) -> list[Op]:
+        """Elementwise ops and views that nothing but the kernel's own ops read."""
+        found: list[Op] = []
+        taken = set(inside)
+        pending: list[Value] = [v for o in inside[1:] for v in o.operands]
+        while pending and len(found) < self.most:
+            value = pending.pop()
+            made = value.op
+            if made is None or made in taken or value.single_user not in taken:
+                continue
+            plain = made.has(Trait.ELEMENTWISE) or made.has(Trait.VIEW)
+            if not plain or len(made.results) != 1 or generator.supports(made) is not None:
+                continue
+            taken.add(made)
+            found.append(made)
+            pending.extend(made.operands)
+        return found
