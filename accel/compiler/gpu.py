@@ -58,9 +58,10 @@ KERNEL_PIPELINE = (
     "select_batched",
     "select_scans",
     "select_topk",
+    "select_embedding_gradients",
     "flash_layout",
     "select_libraries",
-    "decompose{keep=embedding_backward}",  # torch sorts the places once and adds in float32
+    "decompose{keep=embedding_backward}",  # of very many tokens: torch sorts, adds in float32
     "cse",
     "dce",
     "recompute_sums",

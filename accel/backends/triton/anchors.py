@@ -17,6 +17,7 @@ from accel.backends.triton import (
     batched,
     cached,
     depthwise,
+    embedding_gradient,
     experts,
     gemv,
     matmul,
@@ -111,6 +112,9 @@ ANCHORS: dict[str, Anchor] = {
     ),
     "scan": Anchor(scan.OPS, scan.reason, scan.generate),
     "topk": Anchor(("topk",), topk.reason, topk.generate),
+    "embedding_gradient": Anchor(
+        embedding_gradient.OPS, embedding_gradient.reason, embedding_gradient.generate
+    ),
     "depthwise": Anchor(
         ("conv",),
         depthwise.reason,
