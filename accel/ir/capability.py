@@ -38,6 +38,10 @@ class KernelGenerator(Protocol):
         read it, each with the ops that its kernel takes along. Its parameters do not matter.
         """
 
+    def folds_statistics(self, parts: int) -> bool:
+        """Whether such a product adds up the `parts` sums of each row that it scales for itself,
+        rather than read what a kernel before it has made of them."""
+
     def supports_anchor(self, op: Op, kind: str) -> str | None:
         """None if a kernel of this kind may be built around the op, else the reason why not.
 

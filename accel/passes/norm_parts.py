@@ -10,12 +10,14 @@ number a row (`scaling_of`). Both are plain ops, so that they can be found where
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Value
 from accel.ir.op import Trait
-from accel.ir.types import same_shape
+from accel.ir.types import same_dim, same_shape
 
 PART = 128  # columns whose sum a product leaves: what every kernel's tile is a multiple of
 NARROW = (torch.float16, torch.bfloat16)
@@ -99,6 +101,24 @@ def scaling_of(linear: Op) -> list[Op]:
         value = user.result
         if user.name == "cast":
             return found if value.dtype in NARROW else []
+
+
+def statistics_of(scaling: Sequence[Op]) -> list[Op]:
+    """The ops that make a row's numbers in `scaling` of sums over parts; none if they come from
+    elsewhere."""
+    found: dict[Op, None] = {}
+    rows = [v for op in scaling for v in op.operands if v.shape and same_dim(v.shape[-1], 1)]
+    pending = [v.op for v in rows]
+    while pending:
+        op = pending.pop()
+        if op is None or not (op.name in ("sum", "full") or op.has(Trait.ELEMENTWISE)):
+            return []
+        if op in found or op.name == "full":
+            continue
+        found[op] = None
+        if op.name != "sum":
+            pending += [v.op for v in op.operands]
+    return list(found)
 
 
 def _outer(value: Value) -> Op | None:

@@ -15,6 +15,7 @@ Contract: exact (the kernel's region is the ops it replaces).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ from accel.ir.op import Trait
 from accel.ir.types import same_shape
 from accel.passes.anchored import AnchoredPass
 from accel.passes.base import EXACT, Context, Contract, register_pass
-from accel.passes.norm_parts import parts_of, scaling_of, widened
+from accel.passes.norm_parts import parts_of, scaling_of, statistics_of, widened
 from accel.passes.outline import elementwise_epilogue
 from accel.passes.rotated import rotation_of
 
@@ -79,7 +80,7 @@ class SelectProducts(AnchoredPass):
             return
         if not context.rewrite(self.name, op):
             return
-        around = [*norm, *decoding, *_widened(op)]
+        around = [*norm, *decoding, *_widened(op), *_statistics(scaling, generator)]
         self._outline(ops, kind, generator, order, duplicate=around)
 
     def _take_rotation(
@@ -111,6 +112,13 @@ def _widened(op: Op) -> list[Op]:
         made is not None and made.name == "cast" and made.operands[0].dtype == torch.float8_e4m3fn
     )
     return [made] if codes and made is not None else []
+
+
+def _statistics(scaling: Sequence[Op], generator: KernelGenerator) -> list[Op]:
+    """What makes the numbers that scale a deferred norm's rows, if each product does that."""
+    found = statistics_of(scaling)
+    parts = [op.operands[0].shape[-1] for op in found if op.name == "sum"]
+    return found if all(isinstance(n, int) and generator.folds_statistics(n) for n in parts) else []
 
 
 def _norm(op: Op, generator: KernelGenerator) -> list[Op]:

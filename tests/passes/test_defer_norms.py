@@ -157,6 +157,27 @@ def test_products_take_the_sums_and_the_scaling() -> None:
     assert "linear" not in ops(module) and "cast" not in ops(module)
 
 
+class Sums(Folds):
+    """Products add up the sums of what they scale for themselves."""
+
+    def folds_statistics(self, parts: int) -> bool:
+        return parts == 2
+
+
+@pytest.mark.parametrize("norm", [rms, layer])
+def test_products_add_up_what_scales_them(norm: Callable[..., Any]) -> None:
+    module = program(block(norm), *types(3, 100))
+    passes = [*PASSES, "select_products", "cse", "dce", "fuse", "dce"]
+    deferred(module, Sums("sm_90"), passes)
+    kernels = [op for op in module.main.ops if op.name == "kernel"]
+    assert [str(k.attribute("kind")) for k in kernels].count("rowwise") == 0
+    readers = [k for k in kernels if any(o.name == "rsqrt" for o in k.regions[0].ops)]
+    assert len(readers) == 2
+    for kernel in readers:
+        assert (3, 100, 2) in [v.shape for v in kernel.operands]
+        assert (3, 100, 1) not in [v.shape for v in kernel.operands]
+
+
 def test_gate_and_up_are_halves_of_what_was_scaled() -> None:
     def make(b: Any, a: Any, h: Any) -> Any:
         y = b.linear(rms(b, made(b, a, h)), stored(b, 64, WIDTH))

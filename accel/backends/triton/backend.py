@@ -177,6 +177,9 @@ class TritonBackend:
     ) -> str | None:
         return matmul.folds(norm, maker, readers, self.sms, capability(self.arch))
 
+    def folds_statistics(self, parts: int) -> bool:
+        return False
+
     def supports_anchor(self, op: Op, kind: str) -> str | None:
         reason = type_reason(op) or anchors.reason(op, kind, self.tf32)
         if reason is None and not self.measures:

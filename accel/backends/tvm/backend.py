@@ -85,6 +85,9 @@ class TvmBackend:
     ) -> str | None:
         return "a vendor's library computes the products"
 
+    def folds_statistics(self, parts: int) -> bool:
+        return False
+
     def supports_decoding(self, op: Op) -> str | None:
         """None if a kernel of kind "gemv" may decode its weight with this op."""
         if op.definition.decompose is None:
