@@ -250,6 +250,36 @@ def test_narrow_tiles_are_refused() -> None:
     TritonBackend("sm_80").generate([kernel])  # where the model of costs chooses a wide one
 
 
+def asked(backend: TritonBackend, rows: Any, width: int, depth: int, columns: int) -> str | None:
+    """What a backend says of a norm between linear + residual and one linear, as a model has it."""
+    types = [typed(BF16, rows, depth), typed(BF16, width, depth), typed(BF16, rows, width)]
+    function = Function("main", [*types, typed(BF16, columns, width)])
+    b = Builder(function.body)
+    a, w, residual, after = function.args
+    y = b.linear(a, w)
+    x = b.add(residual, y)
+    norm = b.rms_norm(x, None, eps=1e-5)
+    z = b.linear(norm, after)
+    ops = [v.op for v in (y, x, norm, z)]
+    return backend.folds_norm(ops[2], ops[:2], [ops[3:]])
+
+
+def test_which_norms_are_folded() -> None:
+    hopper, s = TritonBackend("sm_90"), sym("s")
+    assert asked(hopper, 2048, 4096, 14336, 6144) is None
+    assert asked(hopper, s, 4096, 4096, 28672) is None
+    reasons = {
+        "no products in Gluon": (TritonBackend("sm_80"), 2048, 4096, 4096, 6144),
+        "which are no sums of 128": (hopper, 2048, 4160, 4096, 6144),
+        "do not fill": (hopper, 128, 4096, 4096, 6144),
+        "no 16-bit matrices": (hopper, 2048, 4096, 4100, 6144),
+        "the norm takes": (hopper, 12608, 768, 3072, 2304),
+    }
+    for text, case in reasons.items():
+        reason = asked(*case)
+        assert reason is not None and text in reason
+
+
 WHOLE = [OverlappedTile(), CooperativeTile(), CooperativeTile(192, 128, groups=3), PairedTile()]
 
 

@@ -150,7 +150,7 @@ def candidates(kernel: Op, sms: int) -> list[Tile]:
         overlapped = [*_COOPERATIVE, *overlapped]
     if any(o.name == "sum" for o in kernel.regions[0].ops):
         overlapped = [t for t in overlapped if t.columns == SUM_COLUMNS or t in _COOPERATIVE]
-        loops = [t for t in loops if t.columns % SUM_COLUMNS == 0]
+        loops = [t for t in loops if isinstance(t, MatmulTile) and t.columns % SUM_COLUMNS == 0]
     return [*overlapped, *loops]
 
 
