@@ -72,7 +72,7 @@ def overlap(one: Tensor, other: Tensor) -> bool:
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """The bytes of its storage between which a tensor lies."""
-    start = tensor.storage_offset() * tensor.element_size()
+    start = int(tensor.storage_offset()) * tensor.element_size()
     if tensor.numel() == 0:
         return start, start
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))

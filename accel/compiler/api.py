@@ -19,10 +19,12 @@ from accel.compiler.options import Options
 from accel.compiler.pipeline import Program, compile_module, tensor_pipeline
 from accel.compiler.targets import Target, get_target
 from accel.errors import CaptureError, InputError, OptionError
+from accel.frontends import autocast
 from accel.frontends.export import capture, small_sizes
 from accel.ir.module import Module
 from accel.passes.pipeline import parse_pipeline
 from accel.runtime.artifact import GoldenCase, write_artifact
+from accel.runtime.aten import draws
 from accel.runtime.convention import describe_parameters
 from accel.runtime.golden import golden_case, record
 from accel.runtime.memory import collection_paused
@@ -195,7 +197,8 @@ class Compiled:
     def _specialize(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CompiledModel:
         leaves, description = tree.flatten((tuple(args), dict(kwargs)))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
-        key = (repr(description), tuple((t.dtype, tuple(t.shape)) for t in tensors))
+        seen = tuple((t.dtype, tuple(t.shape)) for t in tensors)
+        key = (repr(description), seen, autocast.current())
         found = self._programs.get(key)
         if found is not None:
             return found[1]
@@ -208,7 +211,9 @@ class Compiled:
                     )
                 with collection_paused():
                     program = self._compile(args, kwargs)
-                    self._programs[key] = (program, to_model(program), tensors)
+                    first = next(iter(self._programs.values()), None)
+                    shared = None if first is None else first[1].kept
+                    self._programs[key] = (program, to_model(program, shared=shared), tensors)
                     self._calls[key] = (tuple(args), dict(kwargs))
         return self._programs[key][1]
 
@@ -295,22 +300,31 @@ class Compiled:
         program, model, tensors = self._latest()
         golden = []
         if self.options.golden:
-            with torch.random.fork_rng():
-                golden.append(self._golden(model, tensors))
-            model.reset_state()
+            golden += self._golden(program, model, tensors)
         write_artifact(path, to_contents(program, golden))
 
-    def _golden(self, model: CompiledModel, tensors: Sequence[Tensor]) -> GoldenCase:
-        """The recorded call; of the model itself, where the program's device is not here."""
+    def _golden(
+        self, program: Program, model: CompiledModel, tensors: Sequence[Tensor]
+    ) -> list[GoldenCase]:
+        """The recorded call, from first values of state on; of the model itself, where the
+        program's device is not here (unless it draws: devices draw different numbers)."""
         entry = next(iter(model.entry_points.values()))
         device = entry.function.device
         if device.type == "cpu" or torch.cuda.is_available():
-            return record(entry.name, entry.run, tensors, device)
-        args, kwargs = next(reversed(self._calls.values()))
-        with torch.no_grad():
-            leaves, _ = tree.flatten(self.model(*args, **kwargs))
+            return [record(entry.name, entry.anew().run, tensors, device)]
+        if draws(program.plans[entry.name]):
+            return []
         kept = [t.detach().clone() for t in tensors]
-        return golden_case(entry.name, kept, [t for t in leaves if isinstance(t, Tensor)])
+        _, description = tree.flatten(next(reversed(self._calls.values())))
+        args, kwargs = tree.unflatten(description, [t.clone() for t in kept])
+        with torch.no_grad():
+            if isinstance(self.model, nn.Module):
+                own = {name: b.clone() for name, b in self.model.named_buffers()}
+                result = torch.func.functional_call(self.model, own, tuple(args), kwargs)
+            else:
+                result = self.model(*args, **kwargs)
+        leaves, _ = tree.flatten(result)
+        return [golden_case(entry.name, kept, [t for t in leaves if isinstance(t, Tensor)])]
 
 
 def compile_function(

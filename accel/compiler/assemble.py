@@ -27,13 +27,18 @@ from accel.tree import class_named
 HOST_CODE = {"cpu": "kernels.so", "cuda": "kernels.cuda"}
 
 
-def to_model(program: Program, files: Mapping[str, bytes] | None = None) -> CompiledModel:
-    """The program, ready to be called in this process. `files`: what its artifact carries along."""
+def to_model(
+    program: Program, files: Mapping[str, bytes] | None = None, shared: State | None = None
+) -> CompiledModel:
+    """The program, ready to be called in this process.
+
+    `files`: what its artifact carries along; `shared`: the state of other programs of the model.
+    """
     device = device_of(program.target.kind)
     weights = weights_on(device, program.weights)
     host = load_code(program.library, device) if program.library else None
     prepared = PreparedCalls()
-    state = State(weights.tensor)
+    state = State(weights.tensor, shared)
     entries = {
         name: EntryPoint(
             to_function(program, name, weights=weights, host=host, prepared=prepared),

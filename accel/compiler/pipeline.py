@@ -38,6 +38,7 @@ from accel.compiler.options import Options
 from accel.compiler.targets import Target
 from accel.compiler.tune import TuneProducts, Tuner, clock_for, kernels_of
 from accel.compiler.variants import place_in
+from accel.frontends import autocast
 from accel.ir.capability import Library
 from accel.ir.fingerprint import region_fingerprint
 from accel.ir.module import Module, Op
@@ -129,7 +130,7 @@ def compile_module(
     Raises AccelError subclasses: ContractError where a pass breaks its promise, BackendError where
     no backend takes an op, OptionError for a pipeline that does not parse.
     """
-    with gpu.processes(target, options, pool) as pool:
+    with gpu.processes(target, options, pool) as pool, autocast.suspended(autocast.current()):
         return _compile(module, target, options, calibration, pool)
 
 

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import accel.frontends.aten  # noqa: F401  (fills the table)
 from accel import tree
 from accel.errors import AccelError, InputError
+from accel.frontends import autocast
 from accel.frontends.calls import Call, storage_key, written_storages
 from accel.frontends.dynamic import DynamicShapes
 from accel.frontends.fakes import fake_weights
@@ -119,6 +120,13 @@ class _Capture:
         # A tied weight is one fake, stored once.
         fakes = fake_weights(self.fake_mode, self.weights, to_cpu=to_cpu)
         calls, result, after = self._trace(model, fakes)
+        with autocast.suspended(autocast.current()):
+            return self._import(fakes, calls, result, after)
+
+    def _import(
+        self, fakes: dict[str, Tensor], calls: list[Call], result: Any, after: dict[str, Tensor]
+    ) -> Module:
+        """The module of what was recorded."""
         outputs, description = tree.flatten(result)
         symbols = self.dynamic.symbols()
         module = Module()

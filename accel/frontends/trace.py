@@ -30,7 +30,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.errors import CaptureError
-from accel.frontends import flex
+from accel.frontends import autocast, flex
 from accel.frontends.calls import Call
 from accel.frontends.fakes import ResultMemo
 from accel.ir.module import Location
@@ -67,6 +67,10 @@ class Recorder(ProxyTorchDispatchMode):
             if _is_vmapped(args):
                 with _InnerRecorder(self):
                     return func(*args, **kwargs)
+            key = autocast.key_of(func, (args, kwargs))
+            if key is not None:
+                with self:  # which sees the casts, and the operator once more
+                    return func._op_dk(key, *args, **kwargs)
             if func._schema.name in _CHANGES_SIZE:
                 raise CaptureError(
                     f"{func} gives a tensor another size", where=str(self.where() or "")
@@ -248,13 +252,16 @@ def record(
     Raises CaptureError with the user's file and line where tracing cannot go on.
     """
     recorder = Recorder(where)
+    ambient = autocast.current()
     with (
+        autocast.suspended(ambient),
         torch.no_grad(),
         _compiling(),
         flex.whole(),
         fake_mode,
         enable_python_dispatcher(),
         recorder,
+        autocast.resumed(ambient),
     ):
         result = function()
     return recorder.calls, result

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from accel.errors import ArtifactError
-from accel.runtime.plan import dtype_of
+from accel.runtime.plan import FunctionPlan, dtype_of
 
 _CPU = torch.device("cpu")
 _NAME = re.compile(r"([A-Za-z_]\w*)::(\w+)(?:\.(\w+))?")
@@ -32,6 +32,12 @@ _NEW_MEMORY = re.compile(
     r"|rms_norm|scaled_dot_product_attention|std|var|max_pool[123]d|embedding_bag|silu_backward"
     r"|pad_sequence|cross_entropy_loss|nll_loss(_nd)?|repeat_interleave|outer|kron|logsumexp"
 )
+
+
+def draws(plan: FunctionPlan) -> bool:
+    """Whether a plan's results depend on random draws."""
+    tag = torch.Tag.nondeterministic_seeded
+    return any(tag in resolve(step.name).tags for step in plan.steps if step.kind == "aten")
 
 
 @functools.cache

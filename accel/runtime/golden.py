@@ -16,6 +16,8 @@ from torch import Tensor
 
 from accel.runtime.artifact import GoldenCase
 
+_SEED = 0
+
 
 @dataclass(frozen=True)
 class Deviation:
@@ -47,8 +49,18 @@ def record(
 ) -> GoldenCase:
     """Calls a compiled function on its device and keeps inputs and outputs."""
     kept = [t.detach().cpu().clone() for t in inputs]
-    outputs = run([t.to(device, copy=True) for t in kept])
-    return golden_case(function, kept, outputs)
+    return golden_case(function, kept, replay(run, kept, device))
+
+
+def replay(
+    run: Callable[[Sequence[Tensor]], list[Tensor]],
+    inputs: Sequence[Tensor],
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """The results of a call on copies of the inputs; what the model draws is always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(_SEED)
+        return run([t.to(device, copy=True) for t in inputs])
 
 
 def golden_case(function: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> GoldenCase:

@@ -23,14 +23,19 @@ from accel.writes import first_overlap, storage_of, write_back
 class State:
     """Tensors that a model changes when it is called, shared by its entry points.
 
-    `initial` gives a first value by weight name. Values are replaced, never written by this class;
+    `initial` gives a first value by weight name. With `shared`, values are those of another program
+    of the same model. Values are replaced, never written by this class;
     the plan may write them where it donates them.
     """
 
-    def __init__(self, initial: Callable[[str], Tensor]) -> None:
+    def __init__(self, initial: Callable[[str], Tensor], shared: State | None = None) -> None:
         self._initial = initial
-        self._values: dict[str, Tensor] = {}
-        self.lock = threading.Lock()
+        self._values: dict[str, Tensor] = {} if shared is None else shared._values
+        self.lock: threading.Lock = threading.Lock() if shared is None else shared.lock
+
+    def anew(self) -> State:
+        """Another one, with first values."""
+        return State(self._initial)
 
     def get(self, name: str, weight: str) -> Tensor:
         if name not in self._values:
@@ -60,9 +65,9 @@ class EntryPoint:
         self.function, self.convention, self._state = function, convention, state
         self.name = function.plan.name
         self._plain = all(a.kind == "input" for a in convention.arguments)
-        kinds = [(r.kind, r.argument, i) for i, r in enumerate(convention.results)]
-        self._writes = [(argument, i) for kind, argument, i in kinds if kind == "mutation"]
-        self._states = [(argument, i) for kind, argument, i in kinds if kind == "state"]
+        results = list(enumerate(convention.results))
+        self._writes = [(r.argument, i) for i, r in results if r.kind == "mutation"]
+        self._states = [(r.argument, i) for i, r in results if r.kind == "state"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = self.convention.flatten(args, kwargs)
@@ -78,10 +83,14 @@ class EntryPoint:
                 inputs.append(self._state.get(argument.name, argument.initial))
             self._check_overlap(inputs)
             results = write_back(inputs, self.function(inputs), self._writes)
-            for argument, i in self._states:
-                name = self.convention.arguments[argument].name
-                self._state.set(name, _own(results[i], argument, inputs))
+            for place, i in self._states:
+                name = self.convention.arguments[place].name
+                self._state.set(name, _own(results[i], place, inputs))
         return results[: self.convention.outputs_count]
+
+    def anew(self) -> EntryPoint:
+        """The same function with a state of its own, at its first values."""
+        return EntryPoint(self.function, self.convention, self._state.anew())
 
     def _check_overlap(self, inputs: Sequence[Tensor]) -> None:
         found = first_overlap(inputs, [argument for argument, _ in self._writes])
@@ -105,6 +114,7 @@ class CompiledModel:
 
     Attributes:
         entry_points: name -> callable; calling the model calls the first.
+        kept: what the model has changed so far.
     """
 
     def __init__(
@@ -119,7 +129,8 @@ class CompiledModel:
     ) -> None:
         self.entry_points = dict(entry_points)
         self._main = next(iter(self.entry_points.values()))
-        self._state, self._stages, self._ledger, self._report = state, stages, ledger, report
+        self.kept = state
+        self._stages, self._ledger, self._report = stages, ledger, report
         self._generator: Generator | None = None
         self._files = dict(files or {})
 
@@ -207,8 +218,8 @@ class CompiledModel:
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the tensors that the model has changed so far."""
-        return self._state.snapshot()
+        return self.kept.snapshot()
 
     def reset_state(self) -> None:
         """Back to the values that the model was compiled with."""
-        self._state.reset()
+        self.kept.reset()

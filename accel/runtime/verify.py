@@ -22,7 +22,7 @@ from accel.runtime.aten import resolve
 from accel.runtime.cuda import check_device, require_device
 from accel.runtime.cuda_code import unpack
 from accel.runtime.device import device_of
-from accel.runtime.golden import Deviation, compare
+from accel.runtime.golden import Deviation, compare, replay
 from accel.runtime.interfaces import HostCodeLoader, Libraries
 from accel.runtime.loader import Rebuild, is_signed_by_trusted_key, load
 from accel.runtime.manifest import Golden, check_machine
@@ -123,12 +123,13 @@ class _Verifier:
             inputs, outputs = artifact.golden(golden)
             case = GoldenCase(golden.function, inputs, outputs, golden.tolerances)
             first = next(iter(model.entry_points.values()))
-            function = model.entry_points.get(golden.function, first).function
-            require_device(function.device)
+            entry = model.entry_points.get(golden.function, first)
+            device = entry.function.device
+            require_device(device)
             if golden.function == GENERATE:
                 results = [model.generator.logits(inputs[0], outputs[0].shape[0])]
             else:
-                results = function([t.to(function.device, copy=True) for t in inputs])
+                results = replay(entry.anew().run, inputs, device)
             return compare(golden.function, [r.cpu() for r in results], case)
 
         name = f"golden {golden.function}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import accel
 from accel.errors import InputError
+from accel.runtime.verify import verify_artifact
 from accel.writes import overlap
 
 
@@ -156,3 +157,42 @@ def test_memory_of_an_argument_read_as_something_else(read: Callable[[Tensor], T
     with torch.no_grad():
         conjugate = torch.compile(lambda t: t.conj(), backend="accel")(z)
     assert torch.equal(conjugate, z.conj())
+
+
+class Counter(nn.Module):
+    """A state of which every program of the model has to know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("total", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.total += x.sum(0)
+        return x * self.calls + self.total
+
+
+def test_programs_for_several_sizes_share_state() -> None:
+    eager, fast = Counter().eval(), accel.compile(Counter().eval())
+    for rows in (1, 2, 1, 3, 2):
+        x = torch.randn(rows, 3)
+        torch.testing.assert_close(fast(x), eager(x))
+
+
+def test_saving_leaves_state_alone_and_what_was_saved_starts_anew(tmp_path: Path) -> None:
+    x = torch.ones(2, 3)
+    fast = accel.compile(Counter().eval(), inputs=(x,))
+    first, second = fast(x), fast(x)
+    fast.save(tmp_path / "m.accel")
+    assert torch.equal(fast(x), second + (second - first))
+    assert verify_artifact(tmp_path / "m.accel").ok
+    assert torch.equal(accel.load(tmp_path / "m.accel")(x), first)
+
+
+def test_what_a_model_draws_is_replayed(tmp_path: Path) -> None:
+    accel.package(lambda x: x + torch.rand(4), (torch.ones(4),), path=tmp_path / "m.accel")
+    assert verify_artifact(tmp_path / "m.accel").ok
+    state = torch.get_rng_state()
+    verify_artifact(tmp_path / "m.accel")
+    assert torch.equal(state, torch.get_rng_state())
