@@ -1,10 +1,10 @@
 """Gives attention to the kernel generator, with the views around it.
 
 A generated kernel reads queries, keys and values through their head split (and out of a fused qkv
-projection), and writes the merged heads, so nothing is copied before or after; scores stay in the
-core. What the generator does not take (few queries, odd head sizes) is left to a vendor library.
-With `masks` the kernel also computes the mask, where that reads less than a mask of all pairs: a
-causal band with padded keys, a bias of distances.
+projection), turns queries (rotary embedding) and writes the merged heads, so nothing is copied
+before or after; scores stay in the core. What the generator does not take (few queries, odd head
+sizes) is left to a vendor library. With `masks` the kernel also computes the mask, where that reads
+less than a mask of all pairs: a causal band with padded keys, a bias of distances.
 Contract: exact (the kernel's region is the ops it replaces).
 
     %q = "accel.permute"(%1)                     %3 = "accel.kernel"(%1, %k, %v) ({
@@ -48,14 +48,24 @@ class SelectAttention(AnchoredPass):
     ) -> None:
         if not context.rewrite(self.name, op):
             return
-        ops = [op, *views_after(op, generator)]
-        before = views_before(op, generator)
+        turn = _turn_before(op, generator)
+        ops = [*turn, op, *views_after(op, generator)]
+        before = {v for o in (*turn, op) for v in views_before(o, generator)}
         if self.masks:
             before |= mask_before(op, generator)
         views = sorted(before, key=order.__getitem__)
         # Where it has several results, somebody may read one before the last view of another.
         place = ops[-1] if len(op.results) == 1 else op
         self._outline(ops, op.name, generator, order, duplicate=views, place=place, constants=False)
+
+
+def _turn_before(op: Op, generator: KernelGenerator) -> list[Op]:
+    """The rotary embedding of the queries, if nothing else reads what it makes: a program has its
+    queries in its hands once, and can turn them there."""
+    made = op.operands[0].op if op.name == "attention" else None
+    if made is None or made.name != "rope" or len(made.result.uses) != 1:
+        return []
+    return [made] if generator.supports_neighbour(op, made) is None else []
 
 
 def _is_view(op: Op | None, generator: KernelGenerator) -> bool:

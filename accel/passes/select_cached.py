@@ -4,7 +4,8 @@ A step of decoding writes one row of keys and values for each layer and reads th
 in many small kernels, whose launches cost more than the work. The generator's kernel takes the
 whole of it, if it says so (`supports_neighbour`): the rotary embedding of the new query and key,
 the two updates, attention, the merge of its heads. Updates that stay (a prompt's keys and values)
-become kernels of kind "update", which write the new rows alone, those of a layer together.
+become kernels of kind "update", which write the new rows alone, those of a layer together, and
+turn the keys; the prompt's own attention reads them from the cache.
 Contract: exact (the kernel's region is the ops it replaces).
 
     %1 = "accel.rope"(%q, %cos, %sin)                  %5, %6, %7 = "accel.kernel"(%qkv, ...) ({
@@ -16,9 +17,11 @@ Contract: exact (the kernel's region is the ops it replaces).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from accel.ir.builder import Builder
 from accel.ir.capability import KernelGenerator
 from accel.ir.module import Function, Op, Value
 from accel.ir.op import Trait
@@ -91,6 +94,8 @@ class SelectCached(AnchoredPass):
                 group.append(left.pop(0))
             if not context.rewrite(self.name, group[0]):
                 return
+            updates = list(group)
+            group = [*self._turns(updates, generator, order), *updates]
             views = {v for o in group for v in views_before(o, generator)}
             kernel = outline(
                 group,
@@ -102,6 +107,57 @@ class SelectCached(AnchoredPass):
             )
             _insert_early(kernel, group[-1], function, order)
             finish_outline(kernel, group)
+
+    def _turns(
+        self, updates: Sequence[Op], generator: KernelGenerator, order: dict[Op, int]
+    ) -> list[Op]:
+        """Rotary embeddings that new rows come from, which the update's kernel then computes: what
+        else reads them reads the rows where they are written."""
+        found: list[Op] = []
+        for update in updates:
+            source, others = _read_back(update, updates, order)
+            if source is None or generator.supports_neighbour(update, source) is not None:
+                continue
+            for user in others:
+                _read_rows(update, source.result, user, self.name, order)
+            found.append(source)
+        return sorted(dict.fromkeys(found), key=order.__getitem__)
+
+
+def _read_back(
+    update: Op, updates: Sequence[Op], order: dict[Op, int]
+) -> tuple[Op | None, list[Op]]:
+    """The rotary embedding that makes an update's rows, and who else reads them; None where those
+    come before the update's kernel, or do not find the rows at the start of the state."""
+    state, rows, start = update.operands
+    source = rows.op
+    if source is None or source.name != "rope" or state.dtype != rows.dtype:
+        return None, []
+    others = [user for user in dict.fromkeys(rows.users) if user is not update]
+    if others and (update.attribute("ring") or not is_zero(start)):
+        return None, []
+    read = [v for o in (source, *updates) for v in o.operands]
+    made = [order[v.op] for v in read if v.op not in (None, source) and not is_full(v)]
+    if any(user.has(Trait.TERMINATOR) or order[user] < max(made, default=0) for user in others):
+        return None, []
+    return source, others
+
+
+def _read_rows(update: Op, rows: Value, user: Op, made_by: str, order: dict[Op, int]) -> None:
+    """Points a reader of an update's rows to the updated state."""
+    axis = int(update.attribute("axis")) % rows.type.rank
+    b = Builder(before=user, location=update.location, made_by=made_by)
+    part = b.slice(update.result, axis=axis, start=0, stop=rows.shape[axis])
+    for index, operand in enumerate(user.operands):
+        if operand is rows:
+            user.set_operand(index, part)
+    assert part.op is not None
+    order[part.op] = order[user]
+
+
+def is_zero(value: Value) -> bool:
+    """Whether it is the constant 0."""
+    return value.op is not None and value.op.name == "full" and value.op.attribute("value") == 0
 
 
 def _pages_before(op: Op, generator: KernelGenerator) -> set[Op]:

@@ -155,9 +155,13 @@ def choose(kernel: Op, sms: int, capability: int) -> Any:
 
 
 def neighbour_reason(op: Op, neighbour: Op) -> str | None:
-    """None if the kernel of a linear or of cached attention may hold this op too, else why not."""
+    """None if the kernel of a linear, attention or an update may hold this op too, else why not."""
     if op.name == "cached_attention":
         return cached.neighbour_reason(op, neighbour)
+    if op.name == "attention":
+        return attention.neighbour_reason(op, neighbour)
+    if op.name == "dynamic_update" and neighbour.name == "rope":
+        return None  # decomposed inside of the kernel
     if neighbour.name == "slice":
         axis = int(neighbour.attribute("axis")) % op.result.type.rank
         halves = neighbour.result.shape[axis] * 2 == op.result.shape[axis]
@@ -185,7 +189,7 @@ def product_kind(op: Op) -> str:
 
 def is_whole(op: Op, kind: str) -> bool:
     """Whether the kernel's own generator takes this op, which so stays whole."""
-    if (kind, op.name) in (("gemv", "dequantize"), ("topk", "softmax")):
+    if (kind, op.name) in (("gemv", "dequantize"), ("topk", "softmax"), ("attention", "rope")):
         return True
     return kind in ANCHORS and op.name in ANCHORS[kind].ops
 

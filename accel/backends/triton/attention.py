@@ -11,8 +11,9 @@ import torch
 from accel.backends.loops.phases import Planner
 from accel.backends.triton import head_tiles
 from accel.backends.triton.attention_listed import ListedAttention, SeenWriter
-from accel.backends.triton.attention_loop import AttentionWriter, Plan, plan
+from accel.backends.triton.attention_loop import AttentionWriter
 from accel.backends.triton.attention_overlapped import OverlappedAttention
+from accel.backends.triton.attention_plan import Plan, plan
 from accel.backends.triton.attention_tiles import (
     OverlappedTile,
     Tile,
@@ -21,14 +22,16 @@ from accel.backends.triton.attention_tiles import (
     choose_overlapped,
     library_is_faster,
 )
+from accel.backends.triton.attention_turned import TURNED_DEPTH
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, kind_of
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.powers import quick_powers
 from accel.backends.triton.program import Program
+from accel.ir.builder import Builder
 from accel.ir.module import Op, Region
 from accel.ir.types import product
 
-__all__ = ["candidates", "choose", "generate", "library_reason", "reason"]
+__all__ = ["candidates", "choose", "generate", "library_reason", "neighbour_reason", "reason"]
 
 _LARGEST_HEAD = 256
 
@@ -73,6 +76,22 @@ def library_reason(op: Op, capability: int) -> str | None:
     return library_is_faster(op, overlapped)
 
 
+def neighbour_reason(op: Op, neighbour: Op) -> str | None:
+    """None if the kernel around `op` may also turn its queries, else why not."""
+    if neighbour.name != "rope" or op.operands[0] is not neighbour.result:
+        return f"accel.{neighbour.name} does not ride along with attention"
+    if neighbour.attribute("style") != "half" or int(op.operands[0].shape[3]) % TURNED_DEPTH:
+        return "a rotary embedding whose pairs are not half of a head apart, or of short heads"
+    return None
+
+
+def _decompose_turn(op: Op) -> None:
+    """The rotary embedding of the queries as the ops that it is made of."""
+    turn = op.operands[0].op
+    if turn is not None and turn.name == "rope":
+        turn.replace_with(Builder(before=turn).decompose(turn))
+
+
 def _kind(region: Region) -> str:
     """The type of positions. A mask that is computed has no memory, however large it is."""
     return kind_of(region, (*region.args, *region.results))
@@ -84,12 +103,15 @@ class AttentionGenerator(Generator):
     tile: Tile | None = None
 
     def run(self) -> KernelCode:
+        op = next(op for op in self.region.ops if op.name == "attention")
+        tile = self.tile or choose_loop(op)
+        if not isinstance(tile, OverlappedTile):
+            _decompose_turn(op)
         made = plan(self.planner)
         self.kind = _kind(self.region)
         pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
         emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
         write = Slot("result", 0)
-        tile = self.tile or choose_loop(made.op)
         writer: AttentionWriter
         if isinstance(tile, OverlappedTile):
             noted = self._look(made, tile) if tile.listed else []

@@ -16,7 +16,8 @@ from accel.backends.loops.merge import merged
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import decompose, size_text
-from accel.backends.triton.attention_loop import AttentionWriter, Plan, Side, Span, over, padded
+from accel.backends.triton.attention_loop import AttentionWriter, Side, Span, over, padded
+from accel.backends.triton.attention_plan import Plan
 from accel.backends.triton.attention_tiles import AttentionTile
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.operands import StoredOperands

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from accel.backends.loops.merge import merged
 from accel.backends.triton.addresses import decompose, size_text
-from accel.backends.triton.attention_loop import AttentionWriter, Plan, Span, over, padded
+from accel.backends.triton.attention_loop import AttentionWriter, Span, over, padded
+from accel.backends.triton.attention_plan import Plan
 from accel.backends.triton.attention_tiles import AttentionTile
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.operands import StoredOperands

@@ -19,87 +19,24 @@ from dataclasses import dataclass
 
 import torch
 
-from accel.backends.loops.index import Affine, Axis, Indexer
+from accel.backends.loops.index import Affine
 from accel.backends.loops.merge import merged
-from accel.backends.loops.phases import Planner
-from accel.backends.loops.places import find_place
-from accel.backends.loops.survey import Survey
 from accel.backends.loops.trace import Index, broadcast_index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import decompose, size_text
 from accel.backends.triton.attention_op import facts_of
+from accel.backends.triton.attention_plan import Plan
 from accel.backends.triton.attention_tiles import AttentionTile, Tile
 from accel.backends.triton.emitter import Scope
-from accel.backends.triton.operands import StoredOperands
+from accel.backends.triton.operands import StoredOperands, is_stored
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import next_power, parts_of
-from accel.errors import BackendError
-from accel.ir.module import Op, Value
+from accel.ir.module import Value
 from accel.ir.types import Dim, product
 
 _LOG2E = math.log2(math.e)
 _BOTH = frozenset((ROW, COL))
-
-
-# -- the plan --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Axes of the loops, and where operands are read and the result is written."""
-
-    op: Op
-    indexer: Indexer
-    outer: tuple[Axis, ...]  # batch and head
-    query: Index  # (b, h, i, depth) of q
-    key: Index  # (b, g, j, depth) of k, depth down the rows
-    value: Index  # (b, g, j, e) of v, j down the rows
-    place: Index  # (b, h, i, j) of a score
-    column: Affine
-    address: Affine  # of the result
-    reads: tuple[Affine, ...]
-    fixed: frozenset[Axis]
-
-
-def plan(planner: Planner) -> Plan:
-    """Plans a region whose only result is an attention, or a view of it."""
-    region, indexer = planner.region, planner.indexer
-    op = next(op for op in region.ops if op.name == "attention")
-    if len(region.results) != 1:
-        raise BackendError("an attention kernel has one result", where=str(op.location or ""))
-    q, k, v, mask, sinks = op.arguments()
-    _, found = find_place(planner, op)
-    batch, head, row, column, address = found
-    group = indexer.divide(head, int(q.shape[1]) // int(k.shape[1]))[0]
-    depth, across = (_along(planner, "depth", k.shape[3]) for _ in range(2))
-    key, down = (_along(planner, "key", k.shape[2]) for _ in range(2))
-    place = (batch, head, row, key)
-    survey = Survey(indexer, {})
-    query_at, key_at = (batch, head, row, across), (batch, group, key, depth)
-    value_at = (batch, group, down, column)
-    for operand, index in ((q, query_at), (k, key_at), (v, value_at)):
-        survey.element(operand, index)
-    if mask is not None:
-        survey.element(mask, broadcast_index(place, (0, 0, 0, 0), mask.shape))
-    if sinks is not None:
-        survey.element(sinks, (head,))
-    indexer.splits.clear()
-    outer = tuple(sorted((batch.axes | head.axes), key=lambda a: a.order))
-    return Plan(op, indexer, outer, query_at, key_at, value_at, place, column, address,
-                (*survey.reads, address), frozenset(survey.fixed))  # fmt: skip
-
-
-def seen_head(plan: Plan, indexer: Indexer) -> Affine:
-    """Of the heads that a mask tells apart, the one of a place: 0 where it is the same for all."""
-    mask = plan.op.arguments()[3]
-    shape = (1,) * (4 - mask.type.rank) + tuple(mask.shape)
-    index = tuple(Affine() if d == 1 else at for d, at in zip(shape[:2], plan.place[:2]))
-    return indexer.flatten(index, shape[:2])
-
-
-def _along(planner: Planner, name: str, extent: Dim) -> Affine:
-    return Affine() if extent == 1 else planner.indexer.of(planner.indexer.axis(name, extent))
 
 
 # -- the code --------------------------------------------------------------------------------
@@ -213,7 +150,8 @@ class AttentionWriter:
         block.line("across = tl.arange(0, DEPTH)[None, :]")
         self._bind(self.plan.query[3], "across", COL, self.depth, padded(self.depth))
         with emitter.inside(Scope(block, self.top.axes | self.plan.query[3].axes)):
-            query = self._operand(self.q, self.plan.query, "[ROWS, DEPTH]")
+            read = self._operand if is_stored(self.q) else self._computed
+            query = read(self.q, self.plan.query, "[ROWS, DEPTH]")
             block.line(f"query = {query}")
         block.line("depth = tl.arange(0, DEPTH)[:, None]")
         self._bind(self.plan.key[3], "depth", ROW, self.depth, padded(self.depth))
@@ -315,6 +253,13 @@ class AttentionWriter:
             text = f"tl.broadcast_to({made}, {shape})"
             made = emitter.block.let(text, "stored", _BOTH, "operand")
         return made
+
+    def _computed(self, value: Value, index: Index, shape: str) -> Expr:
+        """As `_operand`, of what is computed in the kernel: turned queries."""
+        emitter, block = self.emitter, self.emitter.block
+        made = dtypes.to_storage(emitter.element(value, index), value.dtype, block)
+        inside = emitter.mask(frozenset(a for one in index for a in one.axes))
+        return Expr(f"tl.where({inside}, {made}, 0.0)" if inside else made.text, "stored", _BOTH)
 
     def _lazy_factor(self) -> float:
         """What scores are multiplied with on their way into `exp2`: one operation with the

@@ -22,9 +22,10 @@ import torch
 
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import size_text
-from accel.backends.triton.attention_loop import Plan, over
-from accel.backends.triton.attention_parts import PartsWriter
+from accel.backends.triton.attention_loop import over
+from accel.backends.triton.attention_plan import Plan
 from accel.backends.triton.attention_tiles import OverlappedTile
+from accel.backends.triton.attention_turned import TurnedQueries
 from accel.backends.triton.dependent import WAIT
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.head_tiles import Tiles, operands_of, reason
@@ -47,7 +48,7 @@ _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _BARRIERS = ("query_ready", "query_free", "key_ready", "key_free", "value_ready", "value_free")
 
 
-class OverlappedAttention(PartsWriter):
+class OverlappedAttention(TurnedQueries):
     """Writes the one program. Raises BackendError for what `reason` refuses, or operands that are
     no matrices."""
 
@@ -78,13 +79,14 @@ class OverlappedAttention(PartsWriter):
         self.sink = Block(self.top.block.names)
         self.before = self._first_sum(self.sink)
         weigh, loads = self._weigh_function()
+        turning = self._turning()
         maps = [self._map(number, one) for number, one in enumerate(self.tiles)]
         parts = product((parts_of(self.queries, tile.rows), *(a.extent for a in self.plan.outer)))
         programs: Dim = parts
         if tile.persistent:
             programs = min(parts, self.sms) if isinstance(parts, int) else self.sms
         laps = self._laps_function(parts, programs)
-        helpers = [self._constants(), *laps, place, self._bounds_function(), weigh,
+        helpers = [self._constants(), *laps, place, self._bounds_function(), weigh, *turning,
                    self._bring_function(), self._step_function(loads),
                    self._attend_function(loads)]  # fmt: skip
         reads = [t.value for t in self.tiles] + list(emitter.used)
@@ -327,7 +329,9 @@ class OverlappedAttention(PartsWriter):
             f"total = tl.full([64], {self.before[1]}, tl.float32, tl.SliceLayout(1, SCORES))",
             "acc = tl.zeros([64, WIDTH], tl.float32, RESULT)",
             "zero = tl.zeros([64, COLS], tl.float32, SCORES)",
+            *self._before_queries(),
             "mbarrier.wait(query_ready.index(which), visit & 1)",
+            *self._turned(),
             "slot = taken % STAGES",
             "mbarrier.wait(key_ready.index(slot), (taken // STAGES) & 1)",
             *begin,
@@ -358,7 +362,7 @@ class OverlappedAttention(PartsWriter):
         inner.lines = loop
         body.nest(self.parts, inner)
         head = self._arguments("queries", "keys", "values", *self.barriers, self.target,
-                               *self._noted(), *loads)  # fmt: skip
+                               *self._noted(), *self._all(loads))  # fmt: skip
         return self._function(f"attend(which: tl.constexpr, {head})", body)
 
     def _cuts_more(self) -> bool:
@@ -410,7 +414,7 @@ class OverlappedAttention(PartsWriter):
             lines.append("mbarrier.arrive(turn.index(0), count=1)")  # the first group's turn
         barriers = ", ".join(self.barriers)
         work = self._arguments("queries, keys, values", barriers, self.target, *self._noted(),
-                               *loads)  # fmt: skip
+                               *self._all(loads))  # fmt: skip
         bring = self._arguments("m0, m1, m2, queries, keys, values", barriers, *self._noted())
         working, bringing = _REGISTERS[groups]
         warps = [4] * (groups - 1) + [1]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from accel.backends.loops.phases import region_symbols
 from accel.backends.triton.addresses import size_name, size_text
-from accel.backends.triton.attention_loop import AttentionWriter, Plan, seen_head
+from accel.backends.triton.attention_loop import AttentionWriter
+from accel.backends.triton.attention_plan import Plan, seen_head
 from accel.backends.triton.attention_tiles import OverlappedTile
 from accel.backends.triton.head_tiles import shifts
 from accel.backends.triton.operands import StoredOperands

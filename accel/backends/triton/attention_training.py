@@ -23,8 +23,9 @@ from accel.backends.loops.phases import Planner
 from accel.backends.loops.survey import Survey
 from accel.backends.loops.trace import Index, broadcast_index
 from accel.backends.triton.attention_backward import KeyGradients, QueryGradient
-from accel.backends.triton.attention_loop import AttentionWriter, Plan
+from accel.backends.triton.attention_loop import AttentionWriter
 from accel.backends.triton.attention_op import facts_of
+from accel.backends.triton.attention_plan import Plan
 from accel.backends.triton.attention_tiles import AttentionTile, BackwardTile, choose_loop
 from accel.backends.triton.cached_plan import through_views
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, kind_of

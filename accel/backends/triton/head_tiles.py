@@ -13,7 +13,8 @@ import torch
 
 from accel.backends.loops.index import Affine, Axis, Indexer, exact_quotient
 from accel.backends.loops.trace import Index
-from accel.backends.triton.attention_loop import Plan, over, padded
+from accel.backends.triton.attention_loop import over, padded
+from accel.backends.triton.attention_plan import Plan
 from accel.backends.triton.attention_tiles import OverlappedTile
 from accel.backends.triton.maps import MULTIPLE, Loads
 from accel.backends.triton.operands import is_stored
@@ -117,10 +118,10 @@ def operands_reason(plan: Plan, tile: OverlappedTile) -> str | None:
 def operands_of(
     plan: Plan, indexer: Indexer, tile: OverlappedTile
 ) -> tuple[list[Tiles], str | None]:
-    q, k, v, *_ = plan.op.arguments()
+    _, k, v, *_ = plan.op.arguments()
     found = [
         tiles_of(indexer, value, index, int(value.shape[3]))
-        for value, index in ((q, plan.query), (k, plan.key), (v, plan.value))
+        for value, index in ((plan.queries, plan.query), (k, plan.key), (v, plan.value))
     ]
     made = [t for t in found if t is not None]
     if len(made) < 3:
