@@ -6,7 +6,7 @@ warns, and the report lists each with the path of its source, so that nothing fa
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def _next(
             for op in function.ops:
                 if op.name == "kernel" and kernel_fingerprint(op) == print_:
                     dissolve(op)
-        PassManager(list(_PIPELINE), context).run(module)
+        # Without the generator: what it has code for would stay whole, and torch may have none.
+        PassManager(list(_PIPELINE), replace(context, generator=None)).run(module)
     name = f"accel_{print_[:16]}"
     reason = _reason(failure)
     _log.warning("kernel %s does not compile: %s; its source is %s; %s computes it",

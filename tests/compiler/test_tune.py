@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 import accel
 from accel.backends.triton import TritonBackend, kernel_fingerprint
+from accel.backends.triton.attention_tiles import AttentionTile
 from accel.backends.triton.gemv import GemvTile
 from accel.compiler import fallback, gpu, measure
 from accel.compiler.kernel_jobs import Job, Workers, compile_job, not_cached
@@ -322,6 +324,21 @@ def test_a_kernel_that_does_not_compile_falls_visibly(
     else:
         assert "torch" in failure.instead and left == ["call", "relu", "kernel"]
     assert set(made[0]) == set(kernels_of(module)) and made[1]
+
+
+def test_torch_gets_what_it_has_operators_for() -> None:
+    """A rotary embedding is none of them, though kernels may hold it."""
+
+    def build(b: Any, q: Any, cos: Any, sin: Any, k: Any, v: Any) -> Any:
+        return b.attention(b.rope(q, cos, sin, style="half"), k, v, scale=0.1, causal=True)
+
+    heads, angles = t(1, 2, 64, 128), t(64, 128)
+    module = program((function_of([heads, angles, angles, heads, heads], build), "attention"))
+    backend = TritonBackend(tile=AttentionTile(1 << 11, 1 << 11, 4))
+    context = Context(generator=backend, libraries=gpu.libraries())
+    _, (failure,) = fallback.compile_launches(module, backend, Options(), context)
+    left = {op.name for op in module.main.ops}
+    assert "torch" in failure.instead and "rope" not in left and {"call", "mul"} <= left
 
 
 # -- programs and artifacts ------------------------------------------------------------------
