@@ -219,7 +219,9 @@ class PagedLoop(TokenLoop):
         return super().missing(texts) if self._has_source else 0
 
     def empty(self, rows: int) -> PagedState:
-        return PagedState(self.pool, self._columns, self._table.dtype, rows, self.rows)
+        # A recorded step is of one number of rows; on a CPU, fewer rows are less work.
+        fixed = self.rows or (rows if self.device.type == "cuda" else None)
+        return PagedState(self.pool, self._columns, self._table.dtype, rows, fixed)
 
     def fork(self, state: State, rows: Sequence[int], tokens: int) -> State:
         """Texts that begin with the `tokens` tokens of these rows: one copied page a text."""
