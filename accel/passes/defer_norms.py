@@ -48,6 +48,7 @@ from accel.passes.weights import drop_unused
 NORMS = ("rms_norm", "layer_norm")
 _MOST_EPILOGUE = 6
 Compute = Callable[[WeightStore, str], Tensor]
+Rows = tuple[Value, Value | None]  # r [.., 1] and, of a layer norm, the mean [.., 1]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class DeferNorms(Pass):
             return
         constants = _Constants(module, context)
         for function in module.functions.values():
+            rows: dict[tuple[Value, str, float], Rows] = {}
             for op in function.ops:
                 if op.name not in NORMS:
                     continue
@@ -82,7 +84,7 @@ class DeferNorms(Pass):
                 elif has_parameters(op):
                     context.miss(self.name, op, "its parameters are not in the weights after it")
                 elif context.rewrite(self.name, op):
-                    _defer(site, constants)
+                    _defer(site, rows, constants)
         drop_unused(module, constants.freed)
 
 
@@ -105,6 +107,8 @@ def site_of(norm: Op, generator: KernelGenerator) -> NormSite | str:
     if maker is None:
         return "what it normalizes is not the sum of a product and something else"
     other = next((u for u in norm.result.users if not reads_norm(u, norm)), None)
+    if not norm.result.uses:
+        return "nothing reads it"
     if other is not None:
         return f"accel.{other.name} reads its result, or a product of no stored weight"
     readers: list[list[Op]] = []
@@ -141,15 +145,20 @@ def _maker(x: Value) -> tuple[Op, Op] | None:
     return None
 
 
-def _defer(site: NormSite, constants: _Constants) -> None:
-    norm, (_, add) = site.norm, site.maker
-    x, centered = add.result, norm.name == "layer_norm"
-    made_by = DeferNorms.name
-    assert add.next is not None
-    b = Builder(before=add.next, location=norm.location, made_by=made_by)
-    parts = emit_parts(b, x, sums=centered)
-    b = Builder(before=norm, made_by=made_by)
-    scale, mean = _statistics(b, parts, int(x.shape[-1]), float(norm.attribute("eps")))
+def _defer(
+    site: NormSite, known: dict[tuple[Value, str, float], Rows], constants: _Constants
+) -> None:
+    """`known`: what other norms of the same x have for its rows."""
+    norm, x, made_by = site.norm, site.norm.operands[0], DeferNorms.name
+    key = (x, norm.name, float(norm.attribute("eps")))
+    if key not in known:
+        _, add = site.maker
+        assert add.next is not None
+        b = Builder(before=add.next, location=norm.location, made_by=made_by)
+        parts = emit_parts(b, x, sums=norm.name == "layer_norm")
+        b = Builder(before=norm, made_by=made_by)
+        known[key] = _statistics(b, parts, int(x.shape[-1]), key[-1])
+    scale, mean = known[key]
     for linear, *_ in site.readers:
         b = Builder(before=linear, made_by=made_by)
         _, weight, bias = linear.arguments()
@@ -164,10 +173,8 @@ def _defer(site: NormSite, constants: _Constants) -> None:
     norm.erase()
 
 
-def _statistics(
-    b: Builder, parts: list[Value], columns: int, eps: float
-) -> tuple[Value, Value | None]:
-    """r [.., 1] and, of a layer norm, the mean [.., 1], from sums over parts of the rows."""
+def _statistics(b: Builder, parts: list[Value], columns: int, eps: float) -> Rows:
+    """What the rows are scaled with, from sums over their parts."""
     axis, wide = parts[0].type.rank - 1, torch.float32
 
     def mean_of(part: Value) -> Value:

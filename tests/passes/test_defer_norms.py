@@ -192,6 +192,19 @@ def test_gate_and_up_are_halves_of_what_was_scaled() -> None:
     assert last.results[0].dtype == BF16 and len(last.operands) == 3
 
 
+def test_two_norms_of_one_sum_share_its_parts() -> None:
+    """Attention and what follows it side by side."""
+
+    def make(b: Any, a: Any, h: Any) -> Any:
+        x = made(b, a, h)
+        return [b.linear(layer(b, x), stored(b, 16, WIDTH, name=n)) for n in ("q", "k")]
+
+    module = program(make, *types(3, 5))
+    ledger, _ = deferred(module)
+    assert ledger.rows[1].rewrites == {"defer_norms": 2}
+    assert ops(module).count("sum") == 4 and ops(module).count("rsqrt") == 1
+
+
 def with_reader(b: Any, a: Any, h: Any) -> Any:
     n = rms(b, made(b, a, h))
     return b.linear(n, stored(b, 16, WIDTH)), b.relu(n)
