@@ -70,8 +70,8 @@ class UpdatePages:
     """pool [P, G, page, ...] with source [B, G, S, ...] written from `position` on.
 
     Token i of row b goes to slot (position + i) mod page of page table[b, (position + i) // page];
-    `position` is 0-d, or [B], int64 or int32. Tokens must fit the table, and no two rows may write
-    to one page.
+    `position` is 0-d, or [B] where texts of unequal length run together, int64 or int32. Tokens
+    must fit the table, and rows that write to one page must write the same there.
     """
 
     @staticmethod
