@@ -49,7 +49,8 @@ class SelectEmbeddingGradients(AnchoredPass):
         inside = [op, *after]
         beside = self._beside(inside, generator)
         ops = sorted((*beside, *inside), key=order.__getitem__)
-        self._outline(ops, KIND, generator, order)
+        numbers = [o for o in (v.op for x in ops for v in x.operands) if o and _is_number(o)]
+        self._outline(ops, KIND, generator, order, duplicate=numbers)
 
     def _beside(self, inside: Sequence[Op], generator: KernelGenerator) -> list[Op]:
         """Elementwise ops and views that nothing but the kernel's own ops read."""
@@ -68,3 +69,8 @@ class SelectEmbeddingGradients(AnchoredPass):
             found.append(made)
             pending.extend(made.operands)
         return found
+
+
+def _is_number(op: Op) -> bool:
+    """Whether an op converts one number, which every kernel that reads it may do by itself."""
+    return op.name == "cast" and op.result.type.rank == 0

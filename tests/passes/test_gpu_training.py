@@ -186,3 +186,57 @@ def test_random_programs_keep_their_meaning_on_gpus(seed: int) -> None:
     PassManager(list(gpu.KERNEL_PIPELINE), context, validate=True).run(module)
     for got, want in zip(interpret(module.main, inputs, module.weights), wanted, strict=True):
         torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def rows_and_sums(b: Any, g: Any, x: Any, mean: Any, rstd: Any) -> list[Any]:
+    """As `norm_gradients`, and the sum of what is made, in another shape."""
+    dx, dw, db = norm_gradients(b, g, x, mean, rstd)
+    return [dx, dw, db, b.sum(b.reshape(dx, shape=(2, 512, 32)), axes=(0, 1))]
+
+
+def test_sums_join_the_kernel_of_their_rows() -> None:
+    shapes = ((1024, 32), (1024, 32), (1024, 1), (1024, 1))
+    module = program(rows_and_sums, *(t(*s) for s in shapes))
+    inputs = [torch.randn(s) for s in shapes]
+    before = interpret(module.main, inputs, module.weights)
+    run(module, "decompose", "cse", "recompute_sums", "dce", "fuse", "dce", "join_sums")
+    ((kind, names),) = kernels(module)
+    assert kind == "summed" and names.count("sum") == 4
+    for a, c in zip(interpret(module.main, inputs, module.weights), before, strict=True):
+        assert torch.equal(a, c)
+
+
+def few_rows(b: Any, x: Any) -> list[Any]:
+    y = b.mul(x, x)
+    return [y, b.sum(y, axes=(0,))]
+
+
+def all_at_once(b: Any, x: Any) -> list[Any]:
+    y = b.mul(x, x)
+    return [y, b.sum(y, axes=(0, 1))]
+
+
+def of_all_rows(b: Any, x: Any) -> list[Any]:
+    return [b.sub(x, b.sum(x, axes=(0,), keepdim=True))]
+
+
+@pytest.mark.parametrize(
+    ("build", "rows"), [(few_rows, 64), (all_at_once, 2048), (of_all_rows, 2048)]
+)
+def test_other_sums_stay(build: Any, rows: int) -> None:
+    module = program(build, t(rows, 32))
+    run(module, "decompose", "cse", "dce", "fuse", "dce", "join_sums")
+    assert "summed" not in [kind for kind, _ in kernels(module)]
+
+
+def test_a_sum_of_later_values_stays() -> None:
+    """Its kernel cannot stand where the rows' kernel is."""
+
+    def build(b: Any, x: Any, w: Any) -> list[Any]:
+        y = b.mul(x, x)
+        z = b.linear(y, w)
+        return [y, b.sum(b.mul(y, z), axes=(0,))]
+
+    module = program(build, t(2048, 32), t(32, 32))
+    run(module, "decompose", "cse", "dce", "fuse", "dce", "join_sums")
+    assert "summed" not in [kind for kind, _ in kernels(module)]

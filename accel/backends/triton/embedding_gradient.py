@@ -220,7 +220,7 @@ class EmbeddingGradientGenerator(Generator):
         both = frozenset((*made.rows, *made.columns))
         with emitter.inside(Scope(block, both)):
             for value, at in made.survey.costly:
-                if value.op is None:
+                if value.op is None and not made.survey.bounds:  # which reads have conditions
                     emitter.element(value, at)  # on its way while the sums' loops run
             self._add_up(emitter, made)
             total = Expr("total", "float32", frozenset((ROW, COL)))
