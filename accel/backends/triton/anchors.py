@@ -24,6 +24,7 @@ from accel.backends.triton import (
     pooling,
     scan,
     skinny,
+    summed,
     topk,
     updates,
 )
@@ -115,6 +116,7 @@ ANCHORS: dict[str, Anchor] = {
     "embedding_gradient": Anchor(
         embedding_gradient.OPS, embedding_gradient.reason, embedding_gradient.generate
     ),
+    "summed": Anchor(("kernel",), summed.reason, summed.generate, summed.candidates),
     "depthwise": Anchor(
         ("conv",),
         depthwise.reason,
