@@ -32,7 +32,8 @@ KERNEL, LIBRARY = "kernel", "library"  # labels; other variants are called as th
 def place_in(pipeline: Sequence[object]) -> int:
     """Where tuning belongs among the passes: after those that make kernels around an op."""
     names = [str(each).partition("{")[0] for each in pipeline]
-    made = [i for i, n in enumerate(names) if n.startswith("select_") and n != "select_libraries"]
+    names = names[: names.index("select_libraries")] if "select_libraries" in names else names
+    made = [i for i, n in enumerate(names) if n.startswith("select_")]
     return max(made, default=-1) + 1
 
 

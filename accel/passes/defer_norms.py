@@ -27,27 +27,22 @@ Contract: exact, with stored constants (sums of the weight's columns). Before an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from accel.ir.builder import Builder
 from accel.ir.capability import KernelGenerator
 from accel.ir.module import Module, Op, Value, constant_name
-from accel.ir.storage import WeightStore
 from accel.ir.types import TensorType, same_shape
 from accel.passes.base import EXACT_CONSTANTS, Context, Contract, Pass, register_pass
 from accel.passes.norm_parts import NARROW, PART, emit_parts
 from accel.passes.outline import elementwise_epilogue
 from accel.passes.select_products import halves_of
-from accel.passes.weights import drop_unused
 
 NORMS = ("rms_norm", "layer_norm")
 _MOST_EPILOGUE = 6
-Compute = Callable[[WeightStore, str], Tensor]
 Rows = tuple[Value, Value | None]  # r [.., 1] and, of a layer norm, the mean [.., 1]
 
 
@@ -72,7 +67,7 @@ class DeferNorms(Pass):
     def run(self, module: Module, context: Context) -> None:
         if context.generator is None:
             return
-        constants = _Constants(module, context)
+        sums = _ColumnSums(module, context)
         for function in module.functions.values():
             rows: dict[tuple[Value, str, float], Rows] = {}
             for op in function.ops:
@@ -84,8 +79,7 @@ class DeferNorms(Pass):
                 elif has_parameters(op):
                     context.miss(self.name, op, "its parameters are not in the weights after it")
                 elif context.rewrite(self.name, op):
-                    _defer(site, rows, constants)
-        drop_unused(module, constants.freed)
+                    _defer(site, rows, sums)
 
 
 def has_parameters(norm: Op) -> bool:
@@ -145,9 +139,7 @@ def _maker(x: Value) -> tuple[Op, Op] | None:
     return None
 
 
-def _defer(
-    site: NormSite, known: dict[tuple[Value, str, float], Rows], constants: _Constants
-) -> None:
+def _defer(site: NormSite, known: dict[tuple[Value, str, float], Rows], sums: _ColumnSums) -> None:
     """`known`: what other norms of the same x have for its rows."""
     norm, x, made_by = site.norm, site.norm.operands[0], DeferNorms.name
     key = (x, norm.name, float(norm.attribute("eps")))
@@ -165,10 +157,10 @@ def _defer(
         wide = torch.float32
         y = b.linear(b.cast(x, dtype=wide), b.cast(weight, dtype=wide))
         if mean is not None:
-            y = b.sub(y, b.mul(mean, constants.column_sums(b, weight)))
+            y = b.sub(y, b.mul(mean, sums.of(b, weight)))
         y = b.mul(y, scale)
         if bias is not None:
-            y = b.add(y, constants.widened(b, bias))
+            y = b.add(y, b.cast(bias, dtype=wide))
         linear.replace_with([b.cast(y, dtype=x.dtype)])
     norm.erase()
 
@@ -191,34 +183,24 @@ def _statistics(b: Builder, parts: list[Value], columns: int, eps: float) -> Row
 
 
 @dataclass
-class _Constants:
-    """What the products read besides their weights, in float32: one of each, however often."""
+class _ColumnSums:
+    """Sums of the columns of weights, float32 [N]: one of each, however often it is read."""
 
     module: Module
     context: Context
-    made: dict[tuple[str, str], str] = field(default_factory=dict)
-    freed: list[str] = field(default_factory=list)
+    made: dict[str, str] = field(default_factory=dict)
 
-    def column_sums(self, b: Builder, weight: Value) -> Value:
-        """[N]: of the stored weight, so that mean(x) cancels as exactly as the product has it."""
-
-        def compute(store: WeightStore, name: str) -> Tensor:
-            return store.in_place(name).detach().sum(1, dtype=torch.float64)
-
-        return self._constant(b, weight, "sums", compute)
-
-    def widened(self, b: Builder, bias: Value) -> Value:
-        """[N]: a bias that is added before anything is rounded."""
-        self.freed.append(str(constant_name(bias)))
-        return self._constant(b, bias, "wide", lambda store, name: store.in_place(name).detach())
-
-    def _constant(self, b: Builder, source: Value, what: str, compute: Compute) -> Value:
-        name = str(constant_name(source))
-        type_ = TensorType((source.shape[0],), torch.float32)
-        if (name, what) not in self.made:
+    def of(self, b: Builder, weight: Value) -> Value:
+        """Of the weight as it is stored: mean(x) cancels as exactly as the product has it."""
+        name = str(constant_name(weight))
+        type_ = TensorType((weight.shape[0],), torch.float32)
+        if name not in self.made:
             store = self.module.weights.pick(name)
-            self.made[name, what] = self.context.store_lazily(
-                self.module, f"{name}.{what}", type_, lambda: compute(store, name)
+            self.made[name] = self.context.store_lazily(
+                self.module,
+                f"{name}.sums",
+                type_,
+                lambda: store.in_place(name).detach().sum(1, dtype=torch.float64),
             )
-        found: Value = b.constant(self.made[name, what], type_)
+        found: Value = b.constant(self.made[name], type_)
         return found

@@ -96,7 +96,9 @@ def scaling_of(linear: Op) -> list[Op]:
             return []
         if not same_shape(user.result.shape, value.shape):
             return []
-        found += [made for v in user.operands if v is not value and (made := _outer(v)) is not None]
+        found += [
+            made for v in user.operands if v is not value and (made := _beside(v)) is not None
+        ]
         found.append(user)
         value = user.result
         if user.name == "cast":
@@ -121,10 +123,14 @@ def statistics_of(scaling: Sequence[Op]) -> list[Op]:
     return list(found)
 
 
-def _outer(value: Value) -> Op | None:
-    """The op that multiplies a number of each row with one of each column, for one reader."""
+def _beside(value: Value) -> Op | None:
+    """The op that multiplies a number of each row with one of each column, or widens a stored bias,
+    for one reader."""
     op = value.op
-    if op is None or op.name != "mul" or len(value.uses) != 1:
+    if op is None or len(value.uses) != 1:
         return None
+    if op.name == "cast":
+        source = op.operands[0].op
+        return op if source is not None and source.name == "constant" else None
     small = all(not same_shape(v.shape, value.shape) for v in op.operands)
-    return op if small else None
+    return op if op.name == "mul" and small else None

@@ -148,7 +148,7 @@ def test_products_take_the_sums_and_the_scaling() -> None:
     parts = ["linear", "add", "cast", "mul", "reshape", "sum", "reshape", "sum"]
     assert ("matmul", parts) in found
     scaled = ["cast", "cast", "linear", "mul", "sub", "mul", "cast"]
-    scaled[-1:] = ["add", "cast"]  # the norm's bias, which a product without one has now
+    scaled[-1:] = ["cast", "add", "cast"]  # the norm's bias, which a product without one has now
     assert ("matmul", scaled) in found
     assert ("matmul", [*scaled, "gelu"]) in found
     maker = kernels[0]
