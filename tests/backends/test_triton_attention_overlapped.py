@@ -61,6 +61,14 @@ def three(batch: int, queries: int, keys: int, count: int, groups: int) -> list[
     return [typed(FP16, batch, queries, 64 * count), *[typed(FP16, batch, keys, 64 * groups)] * 2]
 
 
+def turned(b: Any, x: Any, cos: Any, sin: Any, cache: Any) -> Any:
+    """Two heads and the values of [B, S, 4 * 128]; keys in a cache."""
+    length = x.shape[1]
+    q, v = (heads(b, b.slice(x, axis=2, start=i, stop=j), 128) for i, j in ((0, 256), (384, 512)))
+    keys = b.slice(cache, axis=2, start=0, stop=length)
+    return merged(b, b.attention(b.rope(q, cos, sin), keys, v, scale=0.1, causal=True))
+
+
 S = sym("s0")
 CASES: dict[str, tuple[list[TensorType], Callable[..., Any], int]] = {
     "one part": (three(1, 128, 64, 1, 1), plain, 0),
@@ -108,6 +116,10 @@ CASES: dict[str, tuple[list[TensorType], Callable[..., Any], int]] = {
     "the same, keys that are none": (
         [*three(2, 130, 197, 2, 2), typed(BOOL, 2, 197)],
         lambda b, *x: plain(b, *x, causal=True, offset=67), 0,
+    ),
+    "turned queries": (
+        [typed(BF16, 1, S, 4 * 128), *[typed(BF16, 1, S, 128)] * 2, typed(BF16, 1, 1, 210, 128)],
+        lambda b, *x: turned(b, *x), 201,
     ),
     "symbolic": (
         [typed(BF16, 1, S, 6 * 64)], lambda b, x: fused(b, x, size=64, groups=1, causal=True), 140,
