@@ -3,8 +3,8 @@
 A contiguous cache takes memory for the longest text that may come. In pages a text takes what it
 has, page by page, and texts that begin alike may share what they have in common: the table is an
 argument of the functions, and `accel.runtime.pages` decides what is in it. The pass comes after
-`insert_kv_cache`; keys and values that are kept encoded (`quantize_cache`) are paged as codes. Where
-that gave @decode a position for each row, each row writes and reads its own pages at its own.
+`insert_kv_cache`; keys and values that are kept encoded (`quantize_cache`) are paged as codes.
+Where it gave @decode a position for each row, each row writes and reads its own pages there.
 
 Paper: Kwon et al., 2023 (PagedAttention). Contract: exact, and decode equivalence for tables whose
 pages lie in any order, which `check` measures. Before and after:

@@ -189,9 +189,11 @@ ENCODED = ["int8", "fp8", "int4"]
     "cache",
     [*ENCODED, "stream_cache{sinks=2,window=20}", "paged", *(f"{c},paged" for c in ENCODED)],
 )
-def test_keys_are_computed_inside_of_the_kernel(cache: str) -> None:
+@pytest.mark.parametrize("batch", [1, 3])
+def test_keys_are_computed_inside_of_the_kernel(cache: str, batch: int) -> None:
     """Codes are decoded, keys turned, pages read a block at a time; the cache is written there."""
-    fast = compile_generator(tiny("llama"), capacity=64, cache=cache)
+    fast = compile_generator(tiny("llama"), capacity=64, batch=batch, cache=cache)
+    assert fast.generator.loop.each == (batch > 1)  # texts of unequal length
     steps = fast.entry_points["decode"].function.plan.steps
     assert not [step.name for step in steps if step.kind in ("library", "aten")]
     attention = [s for s in steps if "cached_attention" in s.name]
@@ -240,7 +242,7 @@ def _paged(page: int, rows: int, batch: int, pages: int) -> tuple[Function, Func
         return keys, values, merged
 
     pool = f32(batch * pages + 3, 2, page, 32)
-    angles = f32(1, 1, rows, 32)
+    angles = f32(batch, 1, rows, 32)  # each row's own, as its position is
     table = TensorType((batch, pages), torch.int32)
     at = TensorType((batch,), torch.int64) if batch > 1 else I64
     types = [f32(batch, rows, 256), angles, angles, pool, pool, table, at]

@@ -22,14 +22,16 @@ DRAWS = {"do_sample": True, "top_p": 0.95, "temperature": 1.3, "repetition_penal
 SEEDS = [3, 1, 4, 15]
 
 
-def models(family: str) -> tuple[Any, Any, Any]:
+def models(family: str, cache: str = "") -> tuple[Any, Any, Any]:
     """Compiled for one text at a time, for any number of texts, and for three."""
     model = tiny(family)
     torch.manual_seed(1)
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.data.normal_(0, 0.3)  # texts that vary
-    one, many, three = (accel.compile_generator(model, capacity=32, batch=n) for n in (1, 0, 3))
+    one, many, three = (
+        accel.compile_generator(model, capacity=32, batch=n, cache=cache) for n in (1, 0, 3)
+    )
     return one, many, three
 
 
@@ -75,6 +77,18 @@ def test_greedy(compiled: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch)
         steps = 0
         same(call(model, PROMPTS), alone)
         assert steps == batches * (NEW - 1)  # they do run together
+
+
+@pytest.mark.parametrize(
+    "cache", ["stream_cache{sinks=2,window=6}", "evict_cache{heavy=4,recent=4}"]
+)
+def test_caches_that_keep_fewer_tokens(cache: str) -> None:
+    """Sinks and a window that prompts have passed or not; tokens that each row evicts itself."""
+    one, *others = models("llama", cache)
+    alone = [call(one, [p]) for p in PROMPTS]
+    for model in others:
+        assert model.generator.loop.each
+        same(call(model, PROMPTS), alone)
 
 
 def test_attention_masks_as_transformers_takes_them(compiled: tuple[Any, Any, Any]) -> None:
