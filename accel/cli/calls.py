@@ -16,6 +16,7 @@ from torch import Tensor
 from accel.cli.inputs import InputSpec, Size, load_tensors, make_tensor, read_array
 from accel.errors import InputError, OptionError
 from accel.names import near
+from accel.runtime.cuda import require_device
 from accel.runtime.model import CompiledModel, EntryPoint
 from accel.runtime.plan import FunctionPlan, ValueSpec, dtype_of, evaluate_size
 
@@ -71,6 +72,7 @@ def prepare_call(
     if entry and entry not in model.entry_points:
         raise OptionError(f"no entry point named '{entry}'", advice=near(entry, model.entry_points))
     chosen = model.entry_points[entry or next(iter(model.entry_points))]
+    require_device(chosen.function.device)
     plan = chosen.function.plan
     count = chosen.convention.inputs_count
     values = [plan.values[v] for v in plan.inputs[:count]]

@@ -107,15 +107,30 @@ def make_tensor(spec: InputSpec, seed: int) -> Tensor:
     if spec.fill and not _RANGE.fullmatch(spec.fill):
         return _checked(read_array(spec.fill), spec)
     found = _RANGE.fullmatch(spec.fill)
+    low, high = _range(found, spec)
     if spec.dtype == torch.bool:
         return torch.randint(0, 2, spec.shape, generator=generator).bool()
     if spec.dtype.is_floating_point or spec.dtype.is_complex:
         if found is None:
             return torch.randn(spec.shape, generator=generator).to(spec.dtype)
-        low, high = float(found[1]), float(found[2])
         return (torch.rand(spec.shape, generator=generator) * (high - low) + low).to(spec.dtype)
-    first, last = (int(found[1]), int(found[2])) if found else _INTEGER_RANGE
-    return torch.randint(first, last, spec.shape, generator=generator).to(spec.dtype)
+    return torch.randint(int(low), int(high), spec.shape, generator=generator).to(spec.dtype)
+
+
+def _range(found: re.Match[str] | None, spec: InputSpec) -> tuple[float, float]:
+    """The numbers LOW..HIGH of a fill. Raises OptionError for what is no range."""
+    if found is None:
+        return _INTEGER_RANGE
+    kind = float if spec.dtype.is_floating_point or spec.dtype.is_complex else int
+    try:
+        low, high = kind(found[1]), kind(found[2])
+    except ValueError:
+        low = high = 0
+    if not low < high:
+        raise OptionError(
+            f"'{spec.fill}' is no range of {spec.dtype}", advice="write LOW..HIGH, LOW < HIGH"
+        )
+    return low, high
 
 
 def _checked(tensor: Tensor, spec: InputSpec) -> Tensor:

@@ -82,6 +82,8 @@ class Options:
             raise OptionError(f"on_violation = '{chosen.on_violation}'", advice="raise or undo")
         if chosen.tune not in ("off", "quick", "full"):
             raise OptionError(f"tune = '{chosen.tune}'", advice="off, quick or full")
+        if chosen.fuel < -1:
+            raise OptionError(f"fuel = {chosen.fuel}", advice="a number of rewrites, or -1: all")
         if chosen.float32 not in ("exact", "tf32", "torch"):
             raise OptionError(f"float32 = '{chosen.float32}'", advice="exact, tf32 or torch")
         return chosen

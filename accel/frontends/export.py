@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import accel.frontends.aten  # noqa: F401  (fills the table)
 from accel import tree
-from accel.errors import AccelError, InputError
+from accel.errors import AccelError, CaptureError, InputError
 from accel.frontends import autocast
 from accel.frontends.calls import Call, storage_key, written_storages
 from accel.frontends.dynamic import DynamicShapes
@@ -33,7 +33,7 @@ from accel.frontends.fakes import fake_weights
 from accel.frontends.importer import Importer
 from accel.frontends.trace import FrameLocator, record
 from accel.ir.module import Function, Module, Value
-from accel.ir.types import TensorType
+from accel.ir.types import Shape, TensorType, same_shape
 
 
 def capture(
@@ -240,11 +240,25 @@ class _Capture:
         ]
         final += [("state", index, self._final[name]) for name, index in states.items()]
         for kind, index, tensor in final:
+            self._check_size(importer, arguments[index]["name"], function.args[index], tensor)
             function.donates[len(values)] = index
             values.append(importer.b.cast_to(importer(tensor), function.args[index].dtype))
             results.append({"kind": kind, "argument": index})
         importer.b.op("return", values)
         function.metadata["results"] = results
+
+    def _check_size(self, importer: Importer, name: str, before: Value, after: Tensor) -> None:
+        """A program's state keeps its size."""
+
+        def text(shape: Shape) -> str:
+            return f"[{', '.join(map(str, shape))}]"
+
+        if not same_shape(before.shape, importer.shape(after.shape)):
+            raise CaptureError(
+                f"the model gives its buffer '{name}' another size: "
+                f"{text(before.shape)} becomes {text(importer.shape(after.shape))}",
+                advice="let it have its largest size before you compile",
+            )
 
 
 def _constant_maker(importer: Importer, name: str, real: Tensor) -> Callable[[], Value]:

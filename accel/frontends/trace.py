@@ -10,6 +10,7 @@ views are recorded as they are; `accel.frontends.aliases` makes them functional.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -254,6 +255,7 @@ def record(
     recorder = Recorder(where)
     ambient = autocast.current()
     with (
+        _told_once(),
         autocast.suspended(ambient),
         torch.no_grad(),
         _compiling(),
@@ -265,6 +267,18 @@ def record(
     ):
         result = function()
     return recorder.calls, result
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Keeps torch from printing a traceback of each shape that does not fit: the error says it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from accel.errors import InputError, OutOfMemoryError
 from accel.runtime.analysis import analyze
 from accel.runtime.binding import Binding, Sizes
 from accel.runtime.bound import NO_MEMORY, Around, Bound
+from accel.runtime.cuda import require_device
 from accel.runtime.cuda_graph import GraphLimit, GraphRunner
 from accel.runtime.interfaces import HostCode, Libraries
 from accel.runtime.kept_graph import MOST_SIZES, KeptGraphRunner
@@ -179,6 +180,7 @@ class CompiledFunction:
 
     def prepare(self) -> None:
         """Checks and packs the weights now rather than in the first call."""
+        require_device(self.device)
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._parts is None:
                 self._parts = prepare(
@@ -226,6 +228,7 @@ class CompiledFunction:
 
     def _bind(self, lane: _Lane, inputs: Sequence[Tensor]) -> Bound:
         """The slow path: full checks, then closures for these sizes."""
+        require_device(self.device)
         symbols = self.signature.bind(inputs)
         self._check_gradients(inputs)
         self.prepare()

@@ -80,7 +80,9 @@ def stored_type(dtype: torch.dtype, shape: Sequence[int]) -> tuple[torch.dtype, 
     if is_sub_byte(dtype):
         return torch.uint8, stored_shape(tuple(shape), dtype)
     if dtype not in _SAFETENSORS:
-        raise ArtifactError(f"tensors of dtype {dtype} cannot be stored")
+        raise ArtifactError(
+            f"tensors of dtype {dtype} cannot be stored", advice="cast it to a narrower dtype"
+        )
     return dtype, tuple(shape)
 
 
@@ -129,7 +131,15 @@ def in_file_order(weights: Mapping[str, StoredWeight]) -> list[str]:
 
 
 def flat_bytes(tensor: Tensor) -> Tensor:
-    """A tensor's elements in C order as a flat uint8 tensor, without a copy if they lie so."""
+    """A tensor's elements in C order as a flat uint8 tensor, without a copy if they lie so.
+
+    Raises ArtifactError for a tensor whose elements do not all lie in memory.
+    """
+    if tensor.layout is not torch.strided:
+        raise ArtifactError(
+            f"tensors of layout {tensor.layout} cannot be stored",
+            advice="convert the model's own with to_dense() before it is packaged",
+        )
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8)
 

@@ -18,7 +18,7 @@ from accel.cli.inputs import (
     parse_input,
 )
 from accel.cli.models import load_model
-from accel.errors import InputError, OptionError
+from accel.errors import CaptureError, InputError, OptionError
 
 
 class TwoInputs(nn.Module):
@@ -90,7 +90,8 @@ def test_dynamic_sizes() -> None:
 
 def test_models_by_name(tmp_path: Path) -> None:
     source = "import torch\ndef build():\n    return torch.nn.Linear(2, 3), torch.ones(1, 2)\n"
-    (tmp_path / "mine.py").write_text(source + "model = torch.nn.ReLU()\nnumber = 3\n")
+    more = "def sized(size): pass\n"
+    (tmp_path / "mine.py").write_text(source + "model = torch.nn.ReLU()\nnumber = 3\n" + more)
     built = load_model(f"{tmp_path}/mine.py:build")
     assert isinstance(built.model, nn.Linear) and not built.model.training
     assert built.inputs is not None and built.inputs[0].shape == (1, 2)
@@ -101,9 +102,27 @@ def test_models_by_name(tmp_path: Path) -> None:
         (f"{tmp_path}/none.py:build", "there is no file"),
         ("no_such_module:build", "there is no module"),
         ("llm-smollm", "names no model"),
+        (f"{tmp_path}/mine.py", "mine.py:NAME"),
+        (f"{tmp_path}/mine.py:sized", "without arguments: missing a required argument: 'size'"),
     ]:
         with pytest.raises(OptionError, match=said):
             load_model(spec)
+
+
+def test_a_users_own_mistake_has_its_place(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text("def build():\n    raise KeyError('lost')\n")
+    (tmp_path / "absent.py").write_text("import no_such_package\n")
+    with pytest.raises(CaptureError, match="'build' failed: KeyError: 'lost'") as caught:
+        load_model(f"{tmp_path}/wrong.py:build")
+    assert caught.value.where.endswith("wrong.py:2")
+    with pytest.raises(CaptureError, match="no_such_package"):
+        load_model(f"{tmp_path}/absent.py:build")
+
+
+@pytest.mark.parametrize("text", ["f32[2]=3..1", "i64[2]=5..5", "i64[2]=1.5..3", "f32[2]=1e..3"])
+def test_ranges_without_a_value(text: str) -> None:
+    with pytest.raises(OptionError, match="is no range"):
+        make_tensor(parse_input(text), 0)
 
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:

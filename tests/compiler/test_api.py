@@ -201,6 +201,8 @@ def test_unknown_options_say_what_is_known(model) -> None:
         accel.compile(model, target="tpu")
     with pytest.raises(OptionError, match="quantise"):  # before the first call
         accel.compile(model, options={"passes": "quantise"})
+    with pytest.raises(OptionError, match="fuel = -7"):
+        accel.compile(model, options={"fuel": -7})
     with pytest.raises(OptionError, match="not a mapping"):
         accel.compile(model, options=["cse"])  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"name\{option=value"):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import accel
+from accel.cli.app import main
 from accel.compiler.gpu import generator
 from accel.compiler.targets import get_target
-from accel.errors import AccelError, ArtifactError
+from accel.errors import ArtifactError, MissingDependencyError
 from accel.ir import TensorType
 from accel.runtime.artifact import Artifact
 from accel.runtime.cuda_code import CudaKernel, is_cuda_code, pack, unpack
@@ -71,8 +72,14 @@ def test_an_artifact_is_made_and_checked_without_a_gpu(
     assert artifact.manifest.target.name == "h100" and artifact.manifest.golden
     assert unpack(artifact.read(artifact.manifest.host_code)).arch == "sm_90"
     loaded = accel.load(path, trust=True)
-    with pytest.raises(AccelError, match="cuda"):
+    with pytest.raises(MissingDependencyError, match="torch finds none here"):
         loaded(torch.randn(2, 7, 64).half())
+    with pytest.raises(MissingDependencyError, match="torch finds none here"):
+        loaded.prepare()
+    for verb in (["run"], ["bench"], ["explain", "--measure"], ["tune"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*verb, str(path)])
+        assert ended.value.code == MissingDependencyError.exit_code
     assert not verify_artifact(path, trust=True).ok
 
 

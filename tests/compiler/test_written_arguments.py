@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import accel
-from accel.errors import InputError
+from accel.errors import CaptureError, InputError
 from accel.runtime.verify import verify_artifact
 from accel.writes import overlap
 
@@ -196,3 +196,26 @@ def test_what_a_model_draws_is_replayed(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     verify_artifact(tmp_path / "m.accel")
     assert torch.equal(state, torch.get_rng_state())
+
+
+class Growing(nn.Module):
+    """A mask that is made again for longer texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > self.mask.shape[0]:
+            self.mask = torch.ones(x.shape[0], x.shape[0]).tril()
+        return self.mask[: x.shape[0], : x.shape[0]] @ x
+
+
+def test_a_buffer_that_changes_its_size(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(CaptureError, match=r"'mask' another size: \[2, 2\] becomes \[4, 4\]"):
+        accel.compile(Growing().eval(), inputs=(torch.ones(4, 3),))
+    fast = accel.compile(Growing().eval(), inputs=(torch.ones(2, 3),))
+    assert torch.equal(fast(torch.ones(2, 3)), torch.full((2, 3), 2.0))
+    with pytest.raises(CaptureError, match="must have same reduction dim"):
+        accel.compile(nn.Linear(2, 2).eval(), inputs=(torch.ones(4, 3),))
+    assert not caplog.records  # torch's own account of it
