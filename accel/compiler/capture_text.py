@@ -20,8 +20,10 @@ from accel.compiler.plain_forward import (
     masked_forward,
     plain_forward,
 )
+from accel.config import logger
 from accel.errors import AccelError, CaptureError, FixedSizeError
 from accel.frontends.export import capture
+from accel.frontends.symbols import SIZED_BY_DATA
 from accel.frontends.token_loops import token_by_token
 from accel.ir.interpret import interpret
 from accel.ir.module import Module, SymbolInfo
@@ -36,6 +38,9 @@ _EXAMPLE_ROWS = 2
 _LENGTHS = (11, 13, 17)
 # How far logits of a long text may be off, relative to the largest: rounding adds up in loops.
 _SAME = 0.05
+# The same of texts that are no longer than this.
+_LONG, _SAME_ROWS = 24, 1e-3
+_log = logger("compiler")
 
 
 def capture_text(model: Any, capacity: int, batch: int = 1) -> Module:
@@ -66,11 +71,59 @@ def capture_text(model: Any, capacity: int, batch: int = 1) -> Module:
             if pair:
                 raise
             return _capture_loops(plain, rows, first, capacity)
-        except CaptureError:
-            masked = masked_forward(plain)
-            if masked is None:
-                raise
-            return capture(masked, tuple(examples), dynamic_shapes=tuple(shapes))
+        except CaptureError as error:
+            made = _capture_otherwise(plain, examples, shapes, capacity)
+            if made is None:
+                raise error from error.__cause__
+            return made
+
+
+def _capture_otherwise(
+    plain: nn.Module, examples: list[Tensor], shapes: list[dict[int, Any]], capacity: int
+) -> Module | None:
+    """The capture of a model that looks for padding, or that runs parts of itself for some tokens
+    only, as mixtures of experts do. None where that does not help."""
+    masked = masked_forward(plain)
+    for form, selections in ((masked, False), (plain, True), (masked, True)):
+        if form is None:
+            continue
+        try:
+            made = capture(
+                form, tuple(examples), dynamic_shapes=tuple(shapes), selections=selections
+            )
+        except CaptureError as error:
+            _log.debug("another capture of the model: %s", error)
+            continue
+        if selections:
+            _check_selections(plain, made, examples, capacity)
+        return made
+    return None
+
+
+def _check_selections(
+    plain: nn.Module, made: Module, examples: list[Tensor], capacity: int
+) -> None:
+    """Raises CaptureError where the program differs from a model that selects tokens, on texts in
+    which not everything is selected, and on longer ones."""
+    if next(plain.parameters(), torch.zeros(())).is_meta:
+        return
+    device = next(plain.parameters(), torch.zeros(())).device
+    generator = torch.Generator().manual_seed(0)
+    high = _vocabulary(made)
+    for tokens in (2, 3, min(_LONG, capacity)):
+        ids = [
+            torch.randint(0, high, (x.shape[0], tokens), generator=generator).to(device)
+            for x in examples
+        ]
+        with torch.no_grad():
+            wanted = plain(*ids).double()
+        found = interpret(made.main, ids, made.weights)[0].double()
+        if not float((found - wanted).abs().max()) <= _SAME_ROWS * float(wanted.abs().max()):
+            raise CaptureError(
+                "the model runs parts of itself for tokens that a mask selects, and those look at "
+                "each other, or something else happens where there are none",
+                advice=SIZED_BY_DATA,
+            )
 
 
 def _capture_loops(plain: nn.Module, rows: int, first: dict[int, Any], capacity: int) -> Module:
@@ -89,11 +142,10 @@ def _capture_loops(plain: nn.Module, rows: int, first: dict[int, Any], capacity:
 def _check_longest(plain: nn.Module, made: Module, rows: int, capacity: int) -> None:
     """Raises CaptureError where the longest text shows that short ones did not tell everything:
     a model may work in blocks that they do not fill, or look back further than they reach."""
-    tables = [op.operands[0].shape[0] for op in made.main.ops if op.name == "embedding"]
     first = next(plain.parameters(), torch.zeros(()))
     if first.is_meta:
         return
-    high = tables[0] if tables and isinstance(tables[0], int) else 2
+    high = _vocabulary(made)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, high, (rows, capacity), generator=generator).to(first.device)
     with torch.no_grad():
@@ -104,6 +156,11 @@ def _check_longest(plain: nn.Module, made: Module, rows: int, capacity: int) -> 
         raise _too_long(capacity, str(error)) from error
     if not float((found - wanted).abs().max()) <= _SAME * float(wanted.abs().max()):
         raise _too_long(capacity, "its logits differ")
+
+
+def _vocabulary(made: Module) -> int:
+    tables = [op.operands[0].shape[0] for op in made.main.ops if op.name == "embedding"]
+    return tables[0] if tables and isinstance(tables[0], int) else 2
 
 
 def _last(logits: Tensor) -> Tensor:

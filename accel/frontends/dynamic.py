@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, nn
-from torch._guards import GuardSource, Source
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     ConstraintViolationError,
@@ -26,32 +24,10 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from accel import tree
 from accel.errors import CaptureError, FixedSizeError, OptionError
-from accel.frontends.shape_env import PlainShapeEnv
-from accel.frontends.symbols import Symbols
+from accel.frontends.shape_env import Label, PlainShapeEnv
+from accel.frontends.symbols import SIZED_BY_DATA, Symbols
 from accel.frontends.trace import refusal
 from accel.ir.module import Location
-
-
-@dataclass(frozen=True)
-class _InputSource(Source):
-    """Names an input to the `ShapeEnv`. Dynamo's own sources would do, but importing Dynamo takes
-    longer than most captures."""
-
-    label: str
-
-    @property
-    def guard_source(self) -> GuardSource:
-        return GuardSource.CONSTANT
-
-    @property
-    def _name_template(self) -> str:
-        return self.label
-
-    if inspect.isfunction(Source.__dict__.get("name")):  # torch before name became an attribute
-
-        def name(self) -> str:  # type: ignore[override]
-            return self.label
-
 
 # What torch says when a higher-order op meets a tracer without a rule for it.
 _HIGHER_ORDER = "not registered"
@@ -114,7 +90,7 @@ class DynamicShapes:
         )
         fake = mode.from_tensor(
             tensor.contiguous(),
-            source=_InputSource(f"__accel_input_{index}"),
+            source=Label(f"__accel_input_{index}"),
             symbolic_context=context,
         )
         for axis in mine:
@@ -156,6 +132,11 @@ class DynamicShapes:
 
         return watched
 
+    def check_counts(self) -> None:
+        """Raises CaptureError where the model made a size of a number that a tensor held."""
+        if any(self.shape_env.replace(c).is_number for c in self.shape_env.counts):
+            raise CaptureError("Python needs the value of a tensor", advice=SIZED_BY_DATA)
+
     def symbols(self) -> Symbols:
         """Names for torch's symbols: the user's. Raises CaptureError for a size that was fixed."""
         names: dict[str, str] = {}
@@ -184,6 +165,8 @@ class DynamicShapes:
             expr = self.shape_env.replace(guard.expr)
             if expr in (sympy.true, sympy.false) or self._implied(expr):
                 continue
+            if not self.shape_env.counts.isdisjoint(expr.free_symbols):
+                continue  # whoever captures so compares the program with the model
             for part in self._parts(expr):
                 condition = relation(symbols, part)
                 if condition is not None and condition not in found:

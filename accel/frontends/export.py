@@ -43,6 +43,7 @@ def capture(
     *,
     dynamic_shapes: Any = None,
     small: bool = False,
+    selections: bool = False,
 ) -> Module:
     """The program that `model(*args, **kwargs)` runs, for inference.
 
@@ -53,11 +54,13 @@ def capture(
         dynamic_shapes: as for `torch.export`: per input (by name, or in order) a dict from axis to
             `torch.export.Dim`, or to a name, e.g. `{"input_ids": {0: "batch", 1: "length"}}`.
         small: dynamic axes of which the example has no or one element are static.
+        selections: rows that a mask selects are computed for all rows; whoever asks for it compares
+            the program with the model (`accel.frontends.selections`).
 
     Raises CaptureError, with the user's file and line, for control flow or sizes that depend on
     data, for a dynamic size that the model fixes, and for what the IR cannot express.
     """
-    return _Capture(model, args, kwargs or {}, dynamic_shapes, small).module
+    return _Capture(model, args, kwargs or {}, dynamic_shapes, small, selections).module
 
 
 def small_sizes(
@@ -96,7 +99,9 @@ class _Capture:
         kwargs: Mapping[str, Any],
         dynamic_shapes: Any,
         small: bool = False,
+        selections: bool = False,
     ) -> None:
+        self.selections = selections
         self.leaves, self.inputs = tree.flatten((tuple(args), dict(kwargs)))
         for leaf in self.leaves:
             if not isinstance(leaf, Tensor):
@@ -128,6 +133,7 @@ class _Capture:
     ) -> Module:
         """The module of what was recorded."""
         outputs, description = tree.flatten(result)
+        self.dynamic.check_counts()
         symbols = self.dynamic.symbols()
         module = Module()
         function = module.add(Function("main"))
@@ -158,7 +164,9 @@ class _Capture:
         args, kwargs = tree.unflatten(self.inputs, self.fakes)
         try:
             if not isinstance(model, nn.Module):
-                calls, result = record(lambda: model(*args, **kwargs), self.fake_mode, where)
+                calls, result = record(
+                    lambda: model(*args, **kwargs), self.fake_mode, where, self.selections
+                )
                 return calls, result, {}
             probe = _Probe(model)
             replaced = {f"model.{name}": t for name, t in fakes.items()}
@@ -169,6 +177,7 @@ class _Capture:
                     ),
                     self.fake_mode,
                     where,
+                    self.selections,
                 )
         except AccelError:
             raise

@@ -21,6 +21,11 @@ from accel.ir.types import Dim, symbol
 # Above this, an upper bound is torch's way to say "none".
 _NO_BOUND = 2**31
 
+SIZED_BY_DATA = (
+    "use a fixed size with a mask, or torch.where, in place of nonzero, item, tolist or boolean "
+    "indexing"
+)
+
 _PLAIN: dict[str, Callable[..., Any]] = {
     "FloorDiv": lambda a, b: sympy.floor(sympy.expand_mul(a / b)),
     "CleanDiv": lambda a, b: a / b,
@@ -80,11 +85,10 @@ class Symbols:
 
     def _symbol(self, s: sympy.Symbol) -> sympy.Symbol:
         name = str(s.name)
-        if name.startswith(("u", "zuf")):
+        if name.startswith(("u", "zuf")) or s in getattr(self.shape_env, "counts", ()):
             raise CaptureError(
                 "a size depends on the values of a tensor",
-                advice="use a fixed size with a mask, or torch.where, in place of nonzero, item, "
-                "tolist or boolean indexing",
+                advice=SIZED_BY_DATA,
             )
         ours = self._names.get(name)
         if ours is None:

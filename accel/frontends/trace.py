@@ -34,6 +34,7 @@ from accel.errors import CaptureError
 from accel.frontends import autocast, flex
 from accel.frontends.calls import Call
 from accel.frontends.fakes import ResultMemo
+from accel.frontends.selections import Selections
 from accel.ir.module import Location
 
 _HIDDEN = tuple(
@@ -46,11 +47,12 @@ class Recorder(ProxyTorchDispatchMode):
     """The dispatch mode that records. It derives from the tracing mode of `make_fx` because only
     that mode may sit at the pre-dispatch key; nothing of its tracing is used."""
 
-    def __init__(self, where: Callable[[], Location | None]) -> None:
+    def __init__(self, where: Callable[[], Location | None], selections: bool = False) -> None:
         super().__init__(None, "fake", True)  # type: ignore[arg-type]
         self.calls: list[Call] = []
         self.where = where
         self.memo = ResultMemo()
+        self.selections = Selections(self._again, self.calls) if selections else None
 
     def __torch_dispatch__(
         self,
@@ -78,11 +80,21 @@ class Recorder(ProxyTorchDispatchMode):
                 )
             if func._schema.name in _CHANGES_SHAPE:
                 return self._reshape_in_place(func, args, kwargs)
+            if self.selections is not None:
+                result = self.selections.call(func, args, kwargs)
+                if result is not NotImplemented:
+                    return result
             result = self.memo.call(func, args, kwargs)
         except _REFUSALS as error:
             raise refusal(error, func, self.where()) from error
         self.calls.append(Call(func, args, kwargs, result, self.where()))
+        if self.selections is not None:
+            self.selections.saw(func, args, kwargs, result)
         return result
+
+    def _again(self, function: Callable[[], Any]) -> Any:
+        with self:
+            return function()
 
     def _reshape_in_place(
         self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -247,18 +259,23 @@ def record(
     function: Callable[[], Any],
     fake_mode: FakeTensorMode,
     where: Callable[[], Location | None],
+    selections: bool = False,
 ) -> tuple[list[Call], Any]:
     """Runs `function` (which closes over fake tensors) and returns its calls and its result.
 
+    `selections`: rows that a mask selects are all rows (`accel.frontends.selections`).
+
     Raises CaptureError with the user's file and line where tracing cannot go on.
     """
-    recorder = Recorder(where)
+    recorder = Recorder(where, selections)
     ambient = autocast.current()
     with (
         _told_once(),
         autocast.suspended(ambient),
         torch.no_grad(),
         _compiling(),
+        _converting(),
+        recorder.selections.spelled() if recorder.selections else contextlib.nullcontext(),
         flex.whole(),
         fake_mode,
         enable_python_dispatcher(),
@@ -302,3 +319,24 @@ def _compiling() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch._C._set_mkldnn_enabled(mkldnn)
         flags._is_compiling_flag, flags._is_exporting_flag = before
+
+
+@contextlib.contextmanager
+def _converting() -> Iterator[None]:
+    """Lets models convert parts of themselves in their forward (`self.head.float()`): the module
+    gets what the conversion returns, where PyTorch would swap the memory of parameters."""
+    before = nn_module.Module._apply
+
+    def apply(self: nn_module.Module, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        for module in self.modules() if recurse else (self,):
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[name] = fn(tensor)
+        return self
+
+    nn_module.Module._apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn_module.Module._apply = before  # type: ignore[method-assign]

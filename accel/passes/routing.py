@@ -32,7 +32,7 @@ def plan(tokens: NextTokens, value: Value, axes: Axes) -> Plan | None:
     group = {made_by(value)}
     while len(group) < _MOST_OPS:
         group |= _sizes(tokens, group)
-        inputs = _inputs(group)
+        inputs = _inputs(sorted(group, key=order.__getitem__))
         moving = [v for v in inputs if v in tokens.from_tokens]
         fixed = [v for v in inputs if v not in tokens.from_tokens]
         if not any(tokens.sequence_axes(v) for v in fixed):
@@ -40,23 +40,23 @@ def plan(tokens: NextTokens, value: Value, axes: Axes) -> Plan | None:
             if are_token_wise(ops, inputs, value, tokens.length):
                 return _plan(tokens, ops, value, moving, fixed)
         makers = [v.op for v in moving if v.op is not None]
-        if not makers or len(makers) < len(moving):
+        inner = [op for op in makers if op.name not in _STOPS]  # others stay inputs
+        if not inner or len(makers) < len(moving):
             return None
-        latest = max(makers, key=order.__getitem__)
-        if latest.name in _STOPS:
-            return None
-        group.add(latest)
+        group.add(max(inner, key=order.__getitem__))
     return None
 
 
-def _inputs(group: set[Op]) -> list[Value]:
-    return list(dict.fromkeys(v for op in group for v in op.operands if v.op not in group))
+def _inputs(group: Sequence[Op]) -> list[Value]:
+    """What the ops read of others, in the program's order: trials draw data for them in turn."""
+    inner = set(group)
+    return list(dict.fromkeys(v for op in group for v in op.operands if v.op not in inner))
 
 
 def _sizes(tokens: NextTokens, group: set[Op]) -> set[Op]:
     """Numbers, and what only follows from how many tokens there are (iota, full): made anew."""
     found: set[Op] = set()
-    for value in _inputs(group):
+    for value in _inputs(list(group)):
         op = value.op
         if op is None or value in tokens.from_tokens or op.name == "constant":
             continue

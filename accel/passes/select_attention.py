@@ -14,13 +14,17 @@ Contract: exact (the kernel's region is the ops it replaces).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+import sympy
 
 from accel.ir.capability import KernelGenerator
 from accel.ir.module import Op, Value
 from accel.ir.op import Trait
-from accel.ir.types import same_dim
+from accel.ir.types import Dim, same_dim
 from accel.passes.anchored import AnchoredPass
 from accel.passes.base import EXACT, Context, Contract, register_pass
 
@@ -29,6 +33,7 @@ KINDS = ("attention", "cached_attention", "flash_attention", "flash_attention_ba
 
 
 _MASKS = {"attention": 3, "flash_attention": 3, "flash_attention_backward": 6}
+_LARGE = 1 << 20  # a size in place of a symbol
 _RANK = 4  # of queries, keys, values and results
 
 
@@ -72,15 +77,19 @@ def _is_view(op: Op | None, generator: KernelGenerator) -> bool:
     return op is not None and op.has(Trait.VIEW) and generator.supports(op) is None
 
 
-def views_before(op: Op, generator: KernelGenerator) -> set[Op]:
-    """VIEW ops that the operands are read through. They stay for whoever else uses them."""
+def views_before(
+    op: Op, generator: KernelGenerator, stops: Callable[[Op], bool] = lambda op: False
+) -> set[Op]:
+    """VIEW ops that the operands are read through, up to those that stop. They stay for whoever
+    else uses them."""
     found: set[Op] = set()
     pending = list(op.operands)
     while pending:
         made = pending.pop().op
-        if made is not None and made not in found and _is_view(made, generator):
-            found.add(made)
-            pending.extend(made.operands)
+        if made is None or made in found or stops(made) or not _is_view(made, generator):
+            continue
+        found.add(made)
+        pending.extend(made.operands)
     return found
 
 
@@ -122,7 +131,30 @@ def views_after(op: Op, generator: KernelGenerator) -> list[Op]:
 def _views_after(value: Value, generator: KernelGenerator) -> list[Op]:
     found: list[Op] = []
     user = value.single_user
+    shape = value.shape  # before the reshapes in a row
     while user is not None and user.name in ("permute", "reshape") and _is_view(user, generator):
+        if user.name == "permute":
+            shape = user.result.shape
+        elif not _merges(shape, user.result.shape):
+            break
         found.append(user)
         user = user.result.single_user
     return found
+
+
+def _merges(before: Sequence[Dim], after: Sequence[Dim]) -> bool:
+    """Whether axes are merged or split, none of them in parts with others: in [S, 4, 16] ->
+    [2 S, 32] a row has two heads of four, and no axis is one of before."""
+    left, right = list(before), list(after)
+    while left and right:
+        groups = [left.pop(0)], [right.pop(0)]
+        while not same_dim(math.prod(groups[0]), math.prod(groups[1])):
+            ratio = sympy.sympify(math.prod(groups[0])) / math.prod(groups[1])
+            ahead = bool(ratio.subs(dict.fromkeys(ratio.free_symbols, _LARGE)) > 1)
+            side, rest = (groups[1], right) if ahead else (groups[0], left)
+            if not rest:
+                return False
+            side.append(rest.pop(0))
+        if not any(sum(d != 1 for d in group) < 2 for group in groups):
+            return False
+    return True

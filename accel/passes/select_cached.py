@@ -53,7 +53,7 @@ class SelectCached(AnchoredPass):
         after = views_after(op, generator)
         if not context.rewrite(self.name, op):
             return
-        views = {v for o in ops for v in views_before(o, generator)} - inside
+        views = {v for o in ops for v in views_before(o, generator, _tiles)} - inside
         views |= _pages_before(op, generator)
         outside = sorted(views, key=order.__getitem__)
         self._outline([*ops, *after], op.name, generator, order, duplicate=outside)
@@ -66,6 +66,8 @@ class SelectCached(AnchoredPass):
         while pending and len(found) < self.most:
             made = pending.pop()
             if made is None or made in found or not _is_pointwise(made, generator):
+                continue
+            if _tiles(made):
                 continue
             if any(user not in found and user not in inside for user in made.result.users):
                 if not made.has(Trait.VIEW):
@@ -171,6 +173,15 @@ def _pages_before(op: Op, generator: KernelGenerator) -> set[Op]:
         if made is not None and made.name == "gather" and generator.supports(made) is None:
             found |= {*chain, made, *views_before(made, generator)}
     return found
+
+
+def _tiles(op: Op) -> bool:
+    """Copies of heads, one after the other: a head would be two axes of the kernel."""
+    made = op.operands[0].op if op.name == "reshape" else None
+    if made is None or made.name != "broadcast_to":
+        return False
+    before, after = ([d for d in v.shape if d != 1] for v in (made.result, op.result))
+    return before != after
 
 
 def _decoding(op: Op, generator: KernelGenerator) -> set[Op]:
