@@ -26,7 +26,7 @@ from accel.compiler.options import Options
 from accel.compiler.pipeline import Program, compile_module
 from accel.compiler.targets import Target, get_target
 from accel.compiler.text import text_files
-from accel.errors import OptionError
+from accel.errors import CaptureError, OptionError
 from accel.ir.module import Module
 from accel.passes.base import Context, Pass
 from accel.passes.cache_kinds import cache_passes
@@ -176,6 +176,10 @@ def derive_generator(
     if capacity < 2 or batch < 0 or extend < 0:
         raise OptionError(
             f"a cache of {capacity} positions for {batch} texts, extended by {extend} tokens"
+        )
+    if not callable(model):
+        raise CaptureError(
+            f"a model is a torch.nn.Module or a function, not a {type(model).__name__}"
         )
     load_passes()
     module = capture_text(model, capacity, batch)

@@ -102,6 +102,10 @@ class _Capture:
         selections: bool = False,
     ) -> None:
         self.selections = selections
+        if not callable(model):
+            raise CaptureError(
+                f"a model is a torch.nn.Module or a function, not a {type(model).__name__}"
+            )
         self.leaves, self.inputs = tree.flatten((tuple(args), dict(kwargs)))
         for leaf in self.leaves:
             if not isinstance(leaf, Tensor):

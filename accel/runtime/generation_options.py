@@ -25,6 +25,8 @@ _ABOUT_NO_TOKEN = {
     "disable_compile", "generation_kwargs", "is_assistant", "output_attentions",
     "output_hidden_states", "output_logits", "output_scores", "transformers_version", "use_cache",
 }  # fmt: skip
+# Options that are not supported, with the values that ask for nothing.
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0, "use_cache": True}
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ class GenerationOptions:
     def of(cls, given: Mapping[str, Any], config: Any = None) -> GenerationOptions:
         """Arguments over the fields of a config (of `transformers`, or a mapping)."""
         names = [f.name for f in fields(cls)]
+        given = {k: v for k, v in given.items() if k not in _NEUTRAL or v != _NEUTRAL[k]}
+        if given.get("top_k") == 0:  # none, as in transformers
+            given["top_k"] = None
         for name in given:
             if name not in names:
                 raise OptionError(f"generate has no option '{name}'", advice=near(name, names))
@@ -153,12 +158,11 @@ def _of_config(config: Any, given: Mapping[str, Any], names: Sequence[str]) -> d
         for k, v in whole.items()
         if v is not None and k not in _ABOUT_NO_TOKEN and not k.startswith("_")
     }
-    neutral = {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0}
     found: dict[str, Any] = {}
     for name, value in known.items():
         if name in names:
             found[name] = value
-        elif name not in neutral or value != neutral[name]:
+        elif name not in _NEUTRAL or value != _NEUTRAL[name]:
             raise OptionError(
                 f"the generation config has {name} = {value!r}, which accel does not support",
                 advice="set it to None in the config",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import OptionError
+from accel.runtime.cuda import require_device
 from accel.runtime.decoding import Limits, Run, TokenLoop
 from accel.runtime.device_loop import DeviceLoop
 from accel.runtime.executor import CompiledFunction
@@ -146,7 +147,14 @@ class Generator:
         Raises InputError for empty or too long prompts and ids out of range, OptionError for
         options that contradict each other.
         """
+        require_device(self.device)
         chosen = GenerationOptions.of(options, generation_config)
+        assistant = getattr(assistant_model, "generator", assistant_model)
+        if assistant is not None and not isinstance(assistant, Generator):
+            raise OptionError(
+                f"assistant_model is a {type(assistant).__name__}, not a compiled model",
+                advice="compile it with accel.compile_generator",
+            )
         stops = chosen.stops()
         pad = chosen.pad_token_id if chosen.pad_token_id is not None else next(iter(stops), 0)
         sources = None
@@ -165,7 +173,7 @@ class Generator:
             self,
             chosen,
             Limits(new, frozenset(stops), pad, chosen.prefill_chunk_size or 0),
-            assistant=getattr(assistant_model, "generator", assistant_model),
+            assistant=assistant,
             tokenizer=tokenizer,
             processors=tuple(logits_processor),
             sources=sources,

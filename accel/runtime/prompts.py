@@ -11,6 +11,8 @@ from torch import Tensor
 
 from accel.errors import InputError, OptionError
 
+_PROMPTS = "pass a tensor of ids with a row for each prompt, or lists: [[1, 2, 3]] is one prompt"
+
 
 @dataclass
 class Prompts:
@@ -30,7 +32,9 @@ class Prompts:
                 raise OptionError("an attention mask, and prompts that are lists")
             return cls._of_lists(given, pad, device)
         if given.dim() != 2 or given.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"prompts are int64 [B, n]; got {given.dtype} {list(given.shape)}")
+            raise InputError(
+                f"prompts are int64 [B, n]; got {given.dtype} {list(given.shape)}", advice=_PROMPTS
+            )
         ids = given.to(device, torch.int64)
         if mask is None:
             return cls(ids, [ids.shape[1]] * ids.shape[0])
@@ -48,6 +52,10 @@ class Prompts:
 
     @classmethod
     def _of_lists(cls, given: Any, pad: int, device: torch.device) -> Prompts:
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise InputError(
+                f"prompts are a {type(given).__name__}, not token ids", advice=_PROMPTS
+            )
         rows = [_row(p) for p in given]
         if not rows:
             raise InputError("no prompt was given")
@@ -106,5 +114,7 @@ def _row(prompt: Any) -> Tensor:
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"a prompt is no list of token ids: {error}") from error
     if row.numel() and (row.dim() != 1 or row.dtype not in (torch.int64, torch.int32)):
-        raise InputError(f"a prompt is a list of token ids; got {row.dtype} {list(row.shape)}")
+        raise InputError(
+            f"a prompt is a list of token ids; got {row.dtype} {list(row.shape)}", advice=_PROMPTS
+        )
     return row.reshape(-1).to(torch.int64)

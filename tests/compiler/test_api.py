@@ -211,6 +211,13 @@ def test_unknown_options_say_what_is_known(model) -> None:
         accel.compile(model, inputs=(x,), options={"dump_dir": f"{__file__}/dumps"})
 
 
+def test_a_model_that_is_none() -> None:
+    with pytest.raises(CaptureError, match="not a int"):
+        accel.compile(3, inputs=())  # type: ignore[arg-type]
+    with pytest.raises(CaptureError, match="not a int"):
+        accel.compile_generator(3, capacity=8)  # type: ignore[arg-type]
+
+
 def test_inputs_that_are_no_arguments(model) -> None:
     for inputs, kwargs in ((torch.randn(2, 16), None), ("text", None), (None, [1])):
         with pytest.raises(InputError, match="not a"):

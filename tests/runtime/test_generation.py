@@ -131,13 +131,27 @@ def test_a_streamer_sees_every_token(llama):
         (torch.tensor([[1]]), {"max_new_tokens": -1}, OptionError),
         (torch.tensor([[1]]), {"temperature": 0.5}, OptionError),
         (torch.tensor([[1]]), {"do_sample": True, "top_p": 1.5}, OptionError),
-        (torch.tensor([[1]]), {"do_sample": True, "top_k": 0}, OptionError),
+        (torch.tensor([[1]]), {"do_sample": True, "top_k": -1}, OptionError),
+        (torch.tensor([[1]]), {"assistant_model": torch.nn.Linear(2, 2)}, OptionError),
+        ([1, 2], {}, InputError),
+        (None, {}, InputError),
+        ("text", {}, InputError),
         (torch.tensor([[1]]), {"eos_token_id": -3}, OptionError),
     ],
 )
 def test_bad_input(llama, ids, options, error):
     with pytest.raises(error):
         llama[1].generate(ids, **{"max_new_tokens": 1, **options})
+
+
+def test_options_that_ask_for_nothing(llama):
+    ids = torch.tensor([[5, 6, 7]])
+    wanted = llama[1].generate(ids, max_new_tokens=4)
+    neutral = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+    assert torch.equal(llama[1].generate(ids, max_new_tokens=4, **neutral), wanted)
+    drawn = llama[1].generate(ids, max_new_tokens=4, do_sample=True, seed=3)
+    same = llama[1].generate(ids, max_new_tokens=4, do_sample=True, seed=3, top_k=0)
+    assert torch.equal(drawn, same)
 
 
 def test_the_last_position_of_the_cache_is_usable(llama):

@@ -135,7 +135,7 @@ def test_options_that_do_not_fit(given):
         {"temperature": 0.0, "do_sample": True},
         {"temperature": math.inf, "do_sample": True},
         {"temperature": True, "do_sample": True},
-        {"top_k": 0, "do_sample": True},
+        {"top_k": -1, "do_sample": True},
         {"top_p": 1.5, "do_sample": True},
         {"min_p": -0.1, "do_sample": True},
         {"repetition_penalty": 0},
