@@ -49,6 +49,7 @@ def measure(name: str) -> dict[str, Any]:
             ids,
             max_new_tokens=NEW,
             do_sample=False,
+            num_beams=1,  # greedy, whatever the configuration says
             eos_token_id=None,
             pad_token_id=0,
             attention_mask=torch.ones_like(ids),
