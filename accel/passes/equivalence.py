@@ -72,11 +72,19 @@ def _batches(prefill: Function, wanted: Sequence[int]) -> Sequence[int]:
 def _prompts(module: Module, wanted: Sequence[int], capacity: int, steps: int) -> list[int]:
     """Lengths of prompts: the caller's, those that end a cache, and those that fill a ring."""
     lengths = {n for n in wanted if n < capacity} | {max(capacity - steps, 1)}
+    lengths = {max(n, _least(module)) for n in lengths}
     for item, argument in _state(module):
         if item.get("ring"):
             slots = int(argument.shape[item["axis"]])
             lengths |= {n for n in (slots - 1, slots + 1) if 0 < n < capacity}
     return sorted(lengths)
+
+
+def _least(module: Module) -> int:
+    """The shortest prompt of @prefill."""
+    prefill = module.functions["prefill"]
+    length = prefill.args[0].shape[1]
+    return 1 if isinstance(length, int) else prefill.symbols[str(length)].min
 
 
 def _state(module: Module) -> list[tuple[dict[str, Any], Value]]:
@@ -129,7 +137,8 @@ def _compare_unequal(
             filled[tokens] = logits, whole.tokens(state)
         return filled[tokens]
 
-    lengths = [max(first - row * max(first // 2, 1), 1) for row in range(batch)]
+    least = _least(module)
+    lengths = [max(first - row * max(first // 2, 1), least) for row in range(batch)]
     axes = [int(item["rows"]) for item, _ in _state(module)]
     text = _Text(module, batch, fixed, generator)
     if text.table:

@@ -36,7 +36,7 @@ from accel.errors import CaptureError, OptionError
 from accel.ir.builder import Builder
 from accel.ir.module import Function, Module, Op, SymbolInfo, Value
 from accel.ir.storage import WeightStore
-from accel.ir.types import Dim, TensorType, symbol_names
+from accel.ir.types import Dim, TensorType, same_dim, symbol_names
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.equivalence import check_decode
 from accel.passes.every_token import every_token
@@ -139,7 +139,9 @@ class _Model:
         self.ids, self.length = _ids(main)
         self.others = [a for a in main.args if a is not self.ids]
         limit = main.symbols[self.length.name].max
-        streams = all(op.name != "attention" for op in main.ops)  # places stay within the cache
+        # Where keys are turned by their place in the cache, places stay within it.
+        names = {op.name for op in main.ops}
+        streams = "streaming_attention" in names and "attention" not in names
         if limit is not None and self.capacity > limit and not streams:
             raise OptionError(
                 f"insert_kv_cache: a cache of {self.capacity} positions, and the model takes "
@@ -246,6 +248,7 @@ class _Model:
             held.results[item] = last.state(item, held.argument(item), zero)
         self.finish(held, logits, b)
         info = function.symbols[self.length.name]
+        info.min = least_tokens(function, self.length)
         info.max = self.capacity if info.max is None else min(info.max, self.capacity)
         function.metadata["guards"] = self.main.metadata.get("guards", [])
         return function
@@ -314,6 +317,17 @@ def _ids(main: Function) -> tuple[Value, sympy.Symbol]:
             advice="return the logits alone, with use_cache=False",
         )
     return ids, shape[1]
+
+
+def least_tokens(function: Function, length: sympy.Symbol) -> int:
+    """The shortest text of a function: what selects k tokens (`min(k, length)` of longer ones) has
+    no form for fewer. The runtime decodes such prompts token by token."""
+    found = [1]
+    for op in function.ops:
+        if op.name == "topk" and same_dim(op.operands[0].shape[op.attribute("axis")], length):
+            k = op.attribute("k")
+            found += [k] if isinstance(k, int) else []
+    return max(found)
 
 
 def _rounded(slots: int) -> int:

@@ -91,6 +91,8 @@ class TokenLoop:
         # A token that attention reads is written over; what a recurrence has summed up is not.
         self.can_go_back = all(item["kind"] == "tokens" for item in facts.get("state", []))
         self._dtype = dtype_of(specs[0].dtype)
+        length = specs[0].shape[1]
+        self.least = plan.symbols[length][0] if isinstance(length, str) else 1  # of @prefill
         # What an encoder made of the source text, between the ids and the state.
         first = 1 + int(facts.get("fixed", 0))
         self.fixed: tuple[Tensor, ...] = ()
@@ -111,13 +113,22 @@ class TokenLoop:
 
         Prompts that are longer than `chunk` run in pieces: memory for one piece.
         """
+        if ids.shape[1] < self.least:
+            return self._one_by_one(ids, state)
         # The first piece too: a state that is not written token by token begins there.
-        first = ids[:, :chunk] if chunk else ids
+        first = ids[:, : max(chunk, self.least)] if chunk else ids
         logits, *state = self._prefill([first.to(self._dtype), *self.fixed, *state])
         for start in range(first.shape[1], ids.shape[1], chunk or 1):
             position = torch.tensor(start, device=self.device)
             logits, state = self.extend(ids[:, start : start + chunk], position, state)
         return logits[:, -1], state
+
+    def _one_by_one(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+        """As `prefill`, of prompts that are too short for it."""
+        for place in range(ids.shape[1]):
+            position = torch.tensor(place, device=self.device)
+            logits, state = self.decode(ids[:, place], position, state)
+        return logits, state
 
     def extend(self, ids: Tensor, position: Tensor, state: State) -> tuple[Tensor, State]:
         """Runs tokens [B, k] from `position` on: the logits [B, k, V] of each, the state."""

@@ -260,12 +260,14 @@ class PagedLoop(TokenLoop):
     def prefill(self, ids: Tensor, state: State, chunk: int = 0) -> tuple[Tensor, State]:
         assert isinstance(state, PagedState)
         count = ids.shape[1]
+        if count < self.least:
+            return self._one_by_one(ids, state)
         keys = [] if self.fixed else [self._keys(row) for row in ids.tolist()]
         with self.pool.lock:
             shared = self._share(ids, state, keys) if self._extend is not None else 0
             step = min(chunk or self.most, self.most) if shared else chunk
             if not shared:
-                first = ids[:, :chunk] if chunk else ids
+                first = ids[:, : max(chunk, self.least)] if chunk else ids
                 logits = self._call(self._prefill, first, [], state, [first.shape[1]])
                 shared = first.shape[1]
             for start in range(shared, count, step or 1):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import accel
 from accel.compiler.language import derive_generator
-from accel.errors import CaptureError
+from accel.errors import CaptureError, OptionError
 from accel.passes.equivalence import check_decode
 
 WIDTH, HEADS, LARGEST, VOCABULARY = 32, 2, 40, 64
@@ -99,11 +99,13 @@ class TokensHaveASay(Layer):
 class BestTwo(Layer):
     """Every token looks at two others: sparse attention by top-k."""
 
+    most = 2
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]
         hidden = self.bias[:, :, :length, :length] == 0
         each = scores(q, k).masked_fill(hidden, -1e30)
-        top = each.topk(min(2, length), -1).indices
+        top = each.topk(min(self.most, length), -1).indices
         chosen = torch.ones_like(hidden).expand_as(each).scatter(-1, top, False)
         return each.masked_fill(chosen, -1e30).softmax(-1) @ v
 
@@ -149,8 +151,8 @@ LAYERS = [StoredMask, OwnSoftmax, Linear, HeadsLast, FromTheEnd, TokensHaveASay,
 def test_decoding_is_equivalent(layer, batch):
     """Also of several tokens at once, and of rows of unequal length beside each other."""
     module = derive_generator(Model(layer).eval(), 20, batch, extend=3)
-    prompts = (2, 5)  # one layer chooses two tokens
-    assert check_decode(module, steps=2, prompts=prompts, batches=(2,)) < 1e-9
+    assert module.functions["prefill"].symbols["length"].min == 1 + (layer is BestTwo)
+    assert check_decode(module, steps=2, prompts=(1, 5), batches=(2,)) < 1e-9
 
 
 def test_what_is_kept():
@@ -172,6 +174,34 @@ def test_texts_are_the_models():
             text = torch.cat([text, model(text)[:, -1:].argmax(-1)], 1)
     fast = accel.compile_generator(model, capacity=20)
     assert torch.equal(fast.generate(prompt, max_new_tokens=12), text)
+
+
+@pytest.mark.parametrize("batch", [1, 0])
+def test_prompts_of_fewer_tokens_than_are_chosen(batch):
+    """@prefill takes two tokens or more; one token is decoded from nothing."""
+    pytest.importorskip("tvm")
+    model = Model(BestTwo).eval()
+    fast = accel.compile_generator(model, capacity=20, batch=batch)
+    for prompt in ([7], [3, 7], [9, 4, 1]):
+        text = torch.tensor([prompt])
+        with torch.no_grad():
+            for _ in range(8):
+                text = torch.cat([text, model(text)[:, -1:].argmax(-1)], 1)
+        assert torch.equal(fast.generate([prompt], max_new_tokens=8), text)
+    together = fast.generate([[7], [9, 4, 1]], max_new_tokens=8)
+    assert torch.equal(together[1], text[0])
+    assert torch.equal(together[0, 2:], fast.generate([[7]], max_new_tokens=8)[0])
+
+
+class BestTwelve(BestTwo):
+    """Captured for texts of which every token is chosen: longer ones are another computation."""
+
+    most = 12
+
+
+def test_a_cache_is_no_longer_than_the_capture_holds():
+    with pytest.raises(OptionError, match="a cache of 20 positions, and the model takes 11"):
+        derive_generator(Model(BestTwelve).eval(), 20)
 
 
 @pytest.mark.parametrize(
