@@ -21,7 +21,7 @@ from functorch.compile import (  # type: ignore[import-untyped]
     make_boxed_func,
     min_cut_rematerialization_partition,
 )
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
@@ -31,6 +31,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from accel.config import logger
 from accel.errors import CaptureError, OptionError
 from accel.frontends import flex
+from accel.frontends.frozen import Frozen, is_weight
 from accel.frontends.graph import Output, Program, import_aten_graph, import_dynamo_graph
 from accel.frontends.joint import rewrite_joint
 from accel.ir.interpret import interpret
@@ -242,9 +243,9 @@ def _argument(kind: str, value: Any) -> Tensor:
 class InferenceGraph:
     """A Dynamo graph without gradients, with its parameters frozen while they stay as they are.
 
-    A parameter that was written in place (an optimizer step, `load_state_dict`) is noticed by its
-    version; from then on parameters are arguments of the program, so that training between
-    evaluations does not compile again and again.
+    A parameter that was written in place (an optimizer step, `load_state_dict`) is noticed
+    (`accel.frontends.frozen`); from then on parameters are arguments of the program, so that
+    training between evaluations does not compile again and again.
     """
 
     def __init__(
@@ -257,13 +258,13 @@ class InferenceGraph:
         self._graph, self._compile = graph, compile_module
         self._examples = [None if isinstance(x, Tensor) else x for x in inputs]
         program = import_dynamo_graph(graph, inputs, is_weight if freeze else lambda t: False)
-        self._frozen = [(i, inputs[i], version(inputs[i])) for i in program.frozen]
+        self._frozen = [Frozen(i, inputs[i]) for i in program.frozen]
         self._callable = GraphCallable(program, compile_module)
         self._written = [i for i, _ in program.writes]
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        for i, tensor, was in self._frozen:
-            if args[i] is not tensor or version(tensor) != was:
+        for frozen in self._frozen:
+            if frozen.changed(args[frozen.index]):
                 self._thaw()
                 break
         if self._written and first_overlap(args, self._written) is not None:
@@ -276,15 +277,3 @@ class InferenceGraph:
         program = import_dynamo_graph(self._graph, self._examples, lambda t: False)
         self._callable = GraphCallable(program, self._compile)
         self._frozen = []
-
-
-def is_weight(tensor: Tensor) -> bool:
-    """Whether Dynamo's input is a parameter or a buffer of a module."""
-    return isinstance(tensor, nn.Parameter) or (
-        getattr(tensor, "_dynamo_static_input_type", None) is not None
-    )
-
-
-def version(tensor: Tensor) -> tuple[int, int]:
-    """Changes when the tensor is written in place or its memory is replaced."""
-    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()

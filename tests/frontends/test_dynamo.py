@@ -262,6 +262,38 @@ def test_changed_parameters_are_noticed(compiler: Recording) -> None:
     assert len(compiler.modules[1].main.args) == 3
 
 
+def through_data(model: nn.Linear) -> None:
+    model.weight.data.mul_(2)
+
+
+def through_a_view(model: nn.Linear) -> None:
+    model.weight.data.view(-1)[::2] = 0
+
+
+def through_numpy(model: nn.Linear) -> None:
+    model.bias.detach().numpy()[:] = 1
+
+
+def by_assignment(model: nn.Linear) -> None:
+    model.weight.data = torch.ones_like(model.weight)
+
+
+@pytest.mark.parametrize("outputs", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("write", [through_data, through_a_view, through_numpy, by_assignment])
+def test_writes_that_autograd_does_not_see(
+    compiler: Recording, write: Any, outputs: int, dtype: torch.dtype
+) -> None:
+    model, x = nn.Linear(3, outputs, dtype=dtype), torch.randn(3, 3, dtype=dtype)
+    fast = compiler.compile(model)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-2, atol=1e-2)
+            write(model)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-2, atol=1e-2)
+    assert len(compiler.modules) == 2
+
+
 def test_options(compiler: Recording) -> None:
     x = torch.randn(3, 4)
     fast = compiler.compile(nn.Linear(4, 2), options={"freeze": False, "passes": "quantize"})
