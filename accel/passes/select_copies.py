@@ -4,6 +4,8 @@ A reshape after a permutation may be no view of memory, so torch copies the tens
 element, with a kernel for any strides. A kernel written for this very map moves 16 bytes at a time
 (the patches of ViT-B/16's 64 photographs on an H200: 42 us by torch). What is fused reads views in
 place, so only calls of libraries, torch's operators, kernels around an op, and results need copies.
+Half of a training step gets arguments that lie as the other half left them, attention's result with
+heads inside of tokens, say: their views may cost nothing, and are left to torch.
 Contract: exact (elements are only moved).
 
     %1 = "accel.permute"(%x) {...}            %2 = "accel.kernel"(%x) ({ permute, reshape })
@@ -44,8 +46,11 @@ class SelectCopies(Pass):
             self._select(function, context, context.generator)
 
     def _select(self, function: Function, context: Context, generator: KernelGenerator) -> None:
+        training = "kept" in function.metadata
         for op in list(function.ops):
             if op.name != "reshape" or not _copies(op) or not _is_needed(op.result, generator):
+                continue
+            if training and _root(op.operands[0]).op is None:
                 continue
             unsupported = generator.supports(op)
             if unsupported is not None:
@@ -57,6 +62,13 @@ class SelectCopies(Pass):
                 assert op.parent is not None
                 op.parent.insert_before(kernel, op)
                 finish_outline(kernel, [op])
+
+
+def _root(value: Value) -> Value:
+    """What a value is a view of."""
+    while value.op is not None and value.op.has(Trait.VIEW):
+        value = value.op.operands[0]
+    return value
 
 
 def _copies(op: Op) -> bool:

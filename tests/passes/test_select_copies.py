@@ -101,3 +101,20 @@ def test_no_generator() -> None:
     PassManager(["select_copies"], Context(), validate=True).run(module)
     assert [op.name for op in module.main.ops][-2:] == ["reshape", "return"]
     assert module.main.results[0].dtype == F32
+
+
+def test_arguments_of_a_training_step_may_lie_in_any_order() -> None:
+    """A backward gets attention's result as its kernel has laid it out: its views are free."""
+
+    def heads_of(b: Any, x: Any) -> Any:
+        return b.reshape(b.permute(x, axes=(0, 2, 1, 3)), shape=(12, 32))
+
+    for training in (False, True):
+        module = program(heads_of, t(2, 4, 6, 8))
+        if training:
+            module.main.metadata["kept"] = []
+        PassManager(["select_copies"], Context(generator=TritonBackend()), validate=True).run(
+            module
+        )
+        names = [op.name for op in module.main.ops]
+        assert ("kernel" in names) is not training
