@@ -4,8 +4,9 @@ A reshape after a permutation may be no view of memory, so torch copies the tens
 element, with a kernel for any strides. A kernel written for this very map moves 16 bytes at a time
 (the patches of ViT-B/16's 64 photographs on an H200: 42 us by torch). What is fused reads views in
 place, so only calls of libraries, torch's operators, kernels around an op, and results need copies.
-Half of a training step gets arguments that lie as the other half left them, attention's result with
-heads inside of tokens, say: their views may cost nothing, and are left to torch.
+Libraries' results, and what half of a training step gets from the other half, lie as their makers
+like, attention's with heads inside of tokens, say: views of them may cost nothing, and are left to
+torch.
 Contract: exact (elements are only moved).
 
     %1 = "accel.permute"(%x) {...}            %2 = "accel.kernel"(%x) ({ permute, reshape })
@@ -16,7 +17,7 @@ Contract: exact (elements are only moved).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class SelectCopies(Pass):
         for op in list(function.ops):
             if op.name != "reshape" or not _copies(op) or not _is_needed(op.result, generator):
                 continue
-            if training and _root(op.operands[0]).op is None:
+            if _lies_anyhow(_root(op.operands[0]), generator, training):
                 continue
             unsupported = generator.supports(op)
             if unsupported is not None:
@@ -69,6 +70,15 @@ def _root(value: Value) -> Value:
     while value.op is not None and value.op.has(Trait.VIEW):
         value = value.op.operands[0]
     return value
+
+
+def _lies_anyhow(root: Value, generator: KernelGenerator, training: bool) -> bool:
+    """Whether a value may come in other than C order: from a library, torch, or a training step's
+    other half. Kernels, and whoever calls a model, give dense tensors."""
+    made = root.op
+    if made is None:
+        return training
+    return made.name != "kernel" and generator.supports(made) is not None
 
 
 def _copies(op: Op) -> bool:
@@ -94,14 +104,16 @@ def _laid_out(value: Value) -> Tensor | None:
         return None
     match op.name:
         case "permute":
-            return source.permute([int(a) for a in op.attributes["axes"]])
+            axes: Any = op.attribute("axes")
+            return source.permute([int(a) for a in axes])
         case "reshape":
             made = _viewed(source, shape)
             return torch.empty(shape, device="meta") if made is None else made
         case "broadcast_to":
             return source.expand(shape)
         case "slice":
-            axis, start, stop, step = (int(op.attribute(n)) for n in _SLICE)
+            numbers: list[Any] = [op.attribute(n) for n in _SLICE]
+            axis, start, stop, step = (int(n) for n in numbers)
             return source[(*[slice(None)] * (axis % source.dim()), slice(start, stop, step))]
         case _:
             return None

@@ -118,3 +118,12 @@ def test_arguments_of_a_training_step_may_lie_in_any_order() -> None:
         )
         names = [op.name for op in module.main.ops]
         assert ("kernel" in names) is not training
+
+
+def test_results_of_libraries_may_lie_in_any_order() -> None:
+    def make(b: Any, x: Any, y: Any) -> Any:
+        z = b.attention(x, y, y, scale=1.0)
+        return b.reshape(b.permute(z, axes=(0, 2, 1, 3)), shape=(2, 6, 32))
+
+    types = (t(2, 4, 6, 8), t(2, 4, 6, 8))
+    assert selected(make, *types) == ([], ["attention", "permute", "reshape"])
