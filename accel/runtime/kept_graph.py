@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from operator import le
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ _MOST = 4  # recordings of one set of sizes
 _REMEMBERED = 4  # calls whose addresses are remembered
 _PATIENT = 3  # calls that wait for all arguments to come from known places
 _MOST_COPIED = 64 << 20  # bytes of others that a call may copy: more costs what recording saves
+_ADDRESS, _STRIDE = Tensor.data_ptr, Tensor.stride
+# How many tensors and Python objects share a storage, given by its handle.
+_HOLDERS: Callable[[int], int] = torch._C._storage_Use_Count
 
 
 @dataclass
@@ -53,17 +57,35 @@ class Recording:
 
     graph: torch.cuda.CUDAGraph
     copied: list[tuple[int, Tensor]]  # argument, the recording's own memory
-    fixed: list[tuple[int, int, tuple[int, ...]]]  # argument, its address and strides
+    fixed: list[int]  # arguments that are read in place
     results: list[Tensor]
-    handed: list[tuple[Any, int]]  # storages of results that are not copied, references at rest
+
+    def __post_init__(self) -> None:
+        self.addresses: list[int] = []
+        self.strides: list[tuple[int, ...]] = []
+        self.storages: list[Any] = []  # of results that are handed out without a copy
+        self.handles: list[int] = []  # those storages, as torch's functions take them
+        self.at_rest: list[int] = []  # how many refer to each while nobody holds it
+
+    def watch(self, inputs: Sequence[Tensor], kept: Sequence[int]) -> None:
+        """Notes where arguments lie, and who holds the results that are handed out."""
+        fixed = [inputs[i] for i in self.fixed]
+        self.addresses, self.strides = list(map(_ADDRESS, fixed)), list(map(_STRIDE, fixed))
+        self.storages = [self.results[i].untyped_storage() for i in kept]
+        self.handles = [storage._cdata for storage in self.storages]
+        self.at_rest = list(map(_HOLDERS, self.handles))
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether what is read in place lies where it lay, and nobody holds the results."""
-        for i, address, stride in self.fixed:
-            given = inputs[i]
-            if given.data_ptr() != address or given.stride() != stride:
-                return False
-        return all(_references(storage) <= count for storage, count in self.handed)
+        """Whether what is read in place lies where it lay, and nobody holds the results.
+
+        Nothing runs on the device until this is known: hence no loops in Python.
+        """
+        fixed = [inputs[i] for i in self.fixed]
+        if list(map(_ADDRESS, fixed)) != self.addresses:
+            return False
+        if list(map(_STRIDE, fixed)) != self.strides:
+            return False
+        return all(map(le, map(_HOLDERS, self.handles), self.at_rest))
 
 
 class KeptGraphRunner(GraphRunner):
@@ -175,18 +197,10 @@ class KeptGraphRunner(GraphRunner):
         made = Recording(
             graph,
             [(i, x) for i, x in enumerate(read) if not in_place[i]],
-            [(i, x.data_ptr(), x.stride()) for i, x in enumerate(read) if in_place[i]],
+            [i for i, place in enumerate(in_place) if place],
             results,
-            [],
         )
-        storages = [results[i].untyped_storage() for i in sorted(self._keep)]
-        made.handed = [(s, _references(s)) for s in storages]
+        made.watch(read, sorted(self._keep))
         self._recordings.append(made)
         self.after_recording()
         return made
-
-
-def _references(storage: Any) -> int:
-    """How many tensors and Python objects share a storage."""
-    count: Callable[[int], int] = torch._C._storage_Use_Count
-    return count(storage._cdata)
