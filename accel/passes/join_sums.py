@@ -32,12 +32,16 @@ _MOST_SUMS = 4  # running sums in registers
 @register_pass
 @dataclass
 class JoinSums(Pass):
-    """Merges kernels that add up columns into those of their rows; at most `most` sums each."""
+    """Merges kernels that add up columns into those of their rows; at most `most` sums each.
+
+    `pointwise`: also where no row is reduced.
+    """
 
     name: ClassVar[str] = "join_sums"
     contract: ClassVar[Contract] = EXACT
 
     most: int = _MOST_SUMS
+    pointwise: bool = False
 
     def run(self, module: Module, context: Context) -> None:
         if context.generator is None:
@@ -55,7 +59,8 @@ class JoinSums(Pass):
             return
         order = {op: i for i, op in enumerate(function.ops)}
         for kernel in _candidates(sums):
-            if not _fits(kernel, sums, space, order, self.most):
+            plain = kernel.attribute("kind") == "pointwise"
+            if plain and not self.pointwise or not _fits(kernel, sums, space, order, self.most):
                 continue
             joined = _joined(kernel, sums, self.name)
             reason = generator.supports_anchor(joined, "summed")
@@ -113,7 +118,7 @@ def _unshaped(value: Value) -> Value:
 def _fits(kernel: Op, sums: Op, space: tuple[int, int], order: dict[Op, int], most: int) -> bool:
     rows, columns = space
     kind = kernel.attribute("kind")
-    if kind not in ("rowwise", "summed") or kernel.parent is not sums.parent:
+    if kind not in ("rowwise", "pointwise", "summed") or kernel.parent is not sums.parent:
         return False
     if rows < _LEAST_ROWS or columns > _MOST_COLUMNS or columns < 2:
         return False

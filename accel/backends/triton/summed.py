@@ -192,6 +192,7 @@ class SummedGenerator(Generator):
         writer = SummedWriter(phase, self._emitter(phase), self.sums, self.sms, self.tile)
         strips, program = writer.write_strips(columns)
         names = list(writer.partial)
+        strips *= writer.constants["ROWS"]
         self.scratch = [("float32", 4 * strips * columns) for _ in names]
         reads, program = self._finish(phase, program)
         wholes = [Slot("result", s.place.number) for s in writer.wholes]
@@ -208,7 +209,7 @@ class SummedGenerator(Generator):
 
     def _total(self, names: list[int], strips: int, columns: int) -> Program:
         """The second launch: the sum of all strips."""
-        width, high = 16, min(64, next_power(strips))
+        width, high = 16, min(256, next_power(strips))
         parts = -(-columns // width)
         block = Block(Names())
         block.line(f"col = (tl.program_id(0) % {parts}) * COLS + tl.arange(0, COLS)")
@@ -362,8 +363,8 @@ class SummedWriter(ProgramWriter):
             for one in self.blocks if reductions else ():
                 with self._block(one):
                     for reduce, reduction in zip(each.reduces, reductions, strict=True):
-                        value, place = self._operand(reduce)
-                        reduction.step(value, place, one.mask, emitter.block)
+                        lane, place = self._operand(reduce)
+                        reduction.step(lane, place, one.mask, emitter.block)
             for reduce, reduction in zip(each.reduces, reductions, strict=True):
                 self._finish(reduce, reduction)
             for one in self.blocks if each.stores else ():
@@ -382,18 +383,15 @@ class SummedWriter(ProgramWriter):
         self.emitter.block.line(f"{total} = {text}")
 
     def _leave(self, columns: int, tile: SummedTile) -> None:
-        """Writes what the strip's rows add up to."""
+        """Writes the running sums as they are, a row of scratch memory for each of the tile's: to
+        add them up here, warps would have to meet for every block of columns."""
         block = self.top.block
+        row = f" + {_span('ROWS', 1, tile)}" if tile.rows > 1 else ""
+        block.line(f"kept = (strip * ROWS{row}) * {columns}")
         for one in self.blocks:
-            place = one.name
-            if tile.rows > 1:
-                text = f"tl.reshape({one.name}, [COLS])"
-                place = block.let(text, "int32", frozenset((COL,)), "place").text
-            mask = f", mask={place} < {columns}" if one.mask else ""
+            mask = f", mask={one.name} < {columns}" if one.mask else ""
             for i in range(len(self.partial)):
-                name = f"sum_{i}_of_{one.name}"
-                value = f"tl.sum({name}, axis=0)" if tile.rows > 1 else name
-                block.line(f"tl.store(t{i} + strip * {columns} + {place}, {value}{mask})")
+                block.line(f"tl.store(t{i} + kept + {one.name}, sum_{i}_of_{one.name}{mask})")
 
 
 def _part_of(operator: str, parts: int) -> str:
