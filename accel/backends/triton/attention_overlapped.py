@@ -28,7 +28,7 @@ from accel.backends.triton.attention_tiles import OverlappedTile
 from accel.backends.triton.attention_turned import TurnedQueries
 from accel.backends.triton.dependent import WAIT
 from accel.backends.triton.emitter import Scope
-from accel.backends.triton.head_tiles import Tiles, operands_of, reason
+from accel.backends.triton.head_tiles import Tiles, fits, operands_of, reason
 from accel.backends.triton.maps import MapCode
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.program import Program
@@ -192,13 +192,15 @@ class OverlappedAttention(TurnedQueries):
 
     def _cut(self, past: bool) -> str:
         """What the ends of the keys, the diagonal and the window hide."""
-        conditions = ["key_ok"] if past else []
+        last = f"row + {self.offset}" if self.offset else "row"
+        # No query that is stored sees a key behind the last one, if the last query does not.
+        ends = self.causal and fits(self.queries, self.keys, self.offset)
+        conditions = ["key_ok"] if past and not ends else []
         conditions += ["(key >= unseen)"] if self.shifts else []
-        distance = f"(key - row - {self.offset}" if self.offset else "(key - row"
         if self.causal:
-            conditions.append(f"{distance} <= 0)")
+            conditions.append(f"(key <= {last})")
         if self.window is not None:
-            conditions.append(f"{distance} > -{self.window})")
+            conditions.append(f"(key > {last} - {self.window})")
         return " & ".join(conditions)
 
     # -- bringing --------------------------------------------------------------------------
@@ -254,8 +256,8 @@ class OverlappedAttention(TurnedQueries):
     # -- working ---------------------------------------------------------------------------
 
     def _state(self, loads: Sequence[str]) -> tuple[str, str, str]:
-        """Arguments of a step: the rings, what it changes, and where it is."""
-        rings = "keys, values, " + ", ".join(self.barriers[2:])
+        """Arguments of a step: what it multiplies, what it changes, and where it is."""
+        rings = f"{self._queries()}, keys, values, " + ", ".join(self.barriers[2:])
         return rings, "acc, weight, best, total", ", ".join((*self.names, *loads, *self.symbols))
 
     def _turns(self) -> tuple[list[str], list[str]]:
@@ -277,8 +279,7 @@ class OverlappedAttention(TurnedQueries):
             "mbarrier.wait(key_ready.index(slot), (taken // STAGES) & 1)",
             "zero = tl.zeros([64, COLS], tl.float32, SCORES)",
             *begin,
-            "score = warpgroup_mma(query, keys.index(slot).permute([1, 0]), zero, use_acc=False, "
-            "is_async=True)",
+            *self._score_products(),
             "mbarrier.wait(value_ready.index(last), ((taken - 1) // STAGES) & 1)",
             "acc = warpgroup_mma(weight, values.index(last), acc, is_async=True)",
             *end,
@@ -292,7 +293,7 @@ class OverlappedAttention(TurnedQueries):
             "acc = acc * tl.convert_layout(shrink, tl.SliceLayout(1, RESULT))[:, None]",
             f"return acc, tl.convert_layout(weight.to({dtype}), WEIGHTS), best, total",
         ]
-        head = f"step(which: tl.constexpr, query, {rings}, {state}, taken, block, row, {more}, " \
+        head = f"step(which: tl.constexpr, {rings}, {state}, taken, block, row, {more}, " \
                "CUT: tl.constexpr)"  # fmt: skip
         return self._function(head, step)
 
@@ -303,7 +304,7 @@ class OverlappedAttention(TurnedQueries):
         def walk(count: str, block: str, cut: bool) -> list[str]:
             return [
                 f"for i in range(0, {count}):",
-                f"    {state} = step(which, query, {rings}, {state}, taken, {block}, row, "
+                f"    {state} = step(which, {rings}, {state}, taken, {block}, row, "
                 f"{more}, {cut})",
                 "    taken += 1",
             ]
@@ -335,8 +336,7 @@ class OverlappedAttention(TurnedQueries):
             "slot = taken % STAGES",
             "mbarrier.wait(key_ready.index(slot), (taken // STAGES) & 1)",
             *begin,
-            "score = warpgroup_mma(query, keys.index(slot).permute([1, 0]), zero, use_acc=False, "
-            "is_async=True)",
+            *self._score_products(),
             *end,
             "score = warpgroup_mma_wait(num_outstanding=0, deps=[score])",
             "mbarrier.arrive(key_free.index(slot), count=1)",
@@ -347,7 +347,7 @@ class OverlappedAttention(TurnedQueries):
         ]
         loop += [
             *self._walks(loads),
-            "mbarrier.arrive(query_free.index(which), count=1)",
+            *self._after_queries(),
             "visit += 1",
             "last = (taken - 1) % STAGES",
             "mbarrier.wait(value_ready.index(last), ((taken - 1) // STAGES) & 1)",

@@ -20,6 +20,7 @@ from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.ir.module import Value
 
 TURNED_DEPTH = 128  # halves of 64 elements are the width of what TMA swizzles
+_FREE = "mbarrier.arrive(query_free.index(which), count=1)"
 _NAMES = ("cos_near", "sin_near", "cos_far", "sin_far")
 
 
@@ -34,7 +35,8 @@ class TurnedQueries(PartsWriter):
         threads = self.depth // 2 // 8
         layout = f"[1, 8], [{32 // threads}, {threads}], [4, 1], [1, 0]"
         constants = f"HALF = tl.constexpr({self.depth // 2})\n" \
-                    f"TURNED = tl.constexpr(tl.BlockedLayout({layout}))"  # fmt: skip
+                    f"TURNED = tl.constexpr(tl.BlockedLayout({layout}))\n" \
+                    "QUERIES = tl.constexpr(tl.DotOperandLayout(0, SCORES, 2))"  # fmt: skip
         return [constants, self._angles_function(), self._turn_function()]
 
     def _angles_function(self) -> str:
@@ -72,16 +74,17 @@ class TurnedQueries(PartsWriter):
         dtype = f"tl.{dtypes.storage(self.q.dtype)}"
         body = Block(self.top.block.names)
         body.lines = [
-            "near = query.slice(0, HALF, dim=1).load(TURNED).to(tl.float32)",
-            "far = query.slice(HALF, HALF, dim=1).load(TURNED).to(tl.float32)",
-            f"one = (near * cos_near.to(tl.float32) - far * sin_near.to(tl.float32)).to({dtype})",
-            f"two = (far * cos_far.to(tl.float32) + near * sin_far.to(tl.float32)).to({dtype})",
-            "query.slice(0, HALF, dim=1).store(one)",
-            "query.slice(HALF, HALF, dim=1).store(two)",
-            "fence_async_shared()",
-            "meet()",
+            "one = query.slice(0, HALF, dim=1).load(TURNED).to(tl.float32)",
+            "two = query.slice(HALF, HALF, dim=1).load(TURNED).to(tl.float32)",
+            f"near = (one * cos_near.to(tl.float32) - two * sin_near.to(tl.float32)).to({dtype})",
+            f"far = (two * cos_far.to(tl.float32) + one * sin_far.to(tl.float32)).to({dtype})",
+            "return tl.convert_layout(near, QUERIES), tl.convert_layout(far, QUERIES)",
         ]
         return self._function(f"rotate(query, {', '.join(_NAMES)})", body)
+
+    def _queries(self) -> str:
+        """What the groups multiply keys with."""
+        return "query" if self.plan.turn is None else "near, far"
 
     def _before_queries(self) -> list[str]:
         """What is read while the queries are on their way."""
@@ -91,8 +94,25 @@ class TurnedQueries(PartsWriter):
         return [f"{', '.join(_NAMES)} = angles({where})"]
 
     def _turned(self) -> list[str]:
-        """What is done to the queries when they have come."""
-        return [] if self.plan.turn is None else [f"rotate(query, {', '.join(_NAMES)})"]
+        """What is done to the queries when they have come; the next ones may come after that."""
+        if self.plan.turn is None:
+            return []
+        return [f"near, far = rotate(query, {', '.join(_NAMES)})", _FREE]
+
+    def _after_queries(self) -> list[str]:
+        """When they have been multiplied for the last time."""
+        return [_FREE] if self.plan.turn is None else []
+
+    def _score_products(self) -> list[str]:
+        """A block of keys is multiplied with the queries."""
+        if self.plan.turn is None:
+            return ["score = warpgroup_mma(query, keys.index(slot).permute([1, 0]), zero, "
+                    "use_acc=False, is_async=True)"]  # fmt: skip
+        half = "keys.index(slot).slice({}, HALF, dim=1).permute([1, 0])"
+        return [
+            f"score = warpgroup_mma(near, {half.format(0)}, zero, use_acc=False, is_async=True)",
+            f"score = warpgroup_mma(far, {half.format('HALF')}, score, is_async=True)",
+        ]
 
     def _all(self, loads: Sequence[str]) -> list[str]:
         """All pointers that the groups read through: those of the mask, cosines and sines."""

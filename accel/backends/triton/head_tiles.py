@@ -19,7 +19,7 @@ from accel.backends.triton.attention_tiles import OverlappedTile
 from accel.backends.triton.maps import MULTIPLE, Loads
 from accel.backends.triton.operands import is_stored
 from accel.ir.module import Op, Value
-from accel.ir.types import Dim
+from accel.ir.types import Dim, same_dim
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -94,14 +94,16 @@ def reason(op: Op) -> str | None:
         return "queries before the first key"
     if op.attribute("window") is not None:
         sizes = (q.shape[2], k.shape[2])
-        square = sizes[0] == sizes[1] and offset == 0
-        fits = causal and (square or _fits(*sizes, offset))
-        return None if fits else "queries behind the last key"
+        return None if causal and fits(*sizes, offset) else "queries behind the last key"
     return None
 
 
-def _fits(queries: Dim, keys: Dim, offset: int) -> bool:
-    return isinstance(queries, int) and isinstance(keys, int) and queries + offset <= keys
+def fits(queries: Dim, keys: Dim, offset: Dim) -> bool:
+    """Whether under a causal mask the last query sees no more keys than there are."""
+    if same_dim(queries, keys) and offset == 0:
+        return True
+    known = isinstance(queries, int) and isinstance(keys, int) and isinstance(offset, int)
+    return known and queries + offset <= keys
 
 
 def shifts(keys: Dim, columns: int) -> bool:
