@@ -141,6 +141,11 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises InputError where there is none, or a damaged one.
     """
     path = Path(path)
+    if not path.exists():  # a name would be looked up elsewhere
+        raise InputError(
+            f"there is no file or folder '{path}' with a tokenizer",
+            advice="name a checkpoint on this machine; nothing is downloaded",
+        )
     transformers = _transformers()
     try:
         with _quiet():

@@ -115,6 +115,7 @@ def complete_each(
     Arguments as for `complete`; `seconds` and `statistics` are the call's, and a stream follows one
     prompt.
     """
+    _ = model.generator  # an error if it has none
     words = tokenizer or model.tokenizer
     if words is None:
         raise OptionError(

@@ -128,6 +128,7 @@ def test_a_new_process_needs_neither_checkpoint_nor_transformers(home, monkeypat
         (("--prompt", "a", "--lookup", "6"), 2, "extend=7"),
         (("--prompt", "a" * 30, "--chunk", "9"), 2, "extend=9"),
         (("--prompt", "a", "--logprobs", "2"), 2, "--json"),
+        (("--prompt", "a", "--tokenizer", "no/such"), 3, "no file or folder 'no/such'"),
     ],
 )
 def test_bad_calls(home, at_home, arguments, code, said):
