@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn import functional
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -323,9 +324,14 @@ def _compiling() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _converting() -> Iterator[None]:
-    """Lets models convert parts of themselves in their forward (`self.head.float()`): the module
-    gets what the conversion returns, where PyTorch would swap the memory of parameters."""
+    """What PyTorch does not do with fakes and symbols, and models do in their forward.
+
+    Modules are converted (`self.head.float()`): the module gets what the conversion returns, where
+    PyTorch would swap the memory of parameters. Attention is causal where a size says so
+    (`is_causal=length > 1`): a symbol's truth is asked for.
+    """
     before = nn_module.Module._apply
+    attention: Callable[..., Any] = functional.scaled_dot_product_attention
 
     def apply(self: nn_module.Module, fn: Callable[..., Any], recurse: bool = True) -> Any:
         for module in self.modules() if recurse else (self,):
@@ -335,8 +341,15 @@ def _converting() -> Iterator[None]:
                         tensors[name] = fn(tensor)
         return self
 
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(bool(a) if isinstance(a, torch.SymBool) else a for a in args)
+        chosen = {k: bool(a) if isinstance(a, torch.SymBool) else a for k, a in kwargs.items()}
+        return attention(*args, **chosen)
+
     nn_module.Module._apply = apply  # type: ignore[method-assign]
+    functional.scaled_dot_product_attention = attend
     try:
         yield
     finally:
         nn_module.Module._apply = before  # type: ignore[method-assign]
+        functional.scaled_dot_product_attention = attention

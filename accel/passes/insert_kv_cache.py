@@ -36,7 +36,7 @@ from accel.errors import CaptureError, OptionError
 from accel.ir.builder import Builder
 from accel.ir.module import Function, Module, Op, SymbolInfo, Value
 from accel.ir.storage import WeightStore
-from accel.ir.types import Dim, TensorType, same_dim, symbol_names
+from accel.ir.types import Dim, TensorType, same_dim, simplify_dim, symbol_names
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 from accel.passes.equivalence import check_decode
 from accel.passes.every_token import every_token
@@ -167,7 +167,9 @@ class _Model:
         for op in self.main.ops:
             if op.name != "attention" or not _has(op.operands[1], self.length):
                 continue
-            _check_causal(op)
+            _check_causal(op, self.length)
+            if not same_dim(op.operands[1].shape[2], self.length):
+                continue
             window = op.attribute("window")
             slots = self.capacity
             if window is not None and rings and op.arguments()[3] is None:
@@ -340,8 +342,12 @@ def _table_rows(main: Function, ids: Value) -> Dim:
     return tables[0].shape[0] if tables else main.results[0].shape[-1]
 
 
-def _check_causal(op: Op) -> None:
+def _check_causal(op: Op, length: sympy.Symbol) -> None:
     place = str(op.location or "")
+    others = simplify_dim(op.operands[1].shape[2] - length)  # keys in front of the tokens'
+    in_front = not same_dim(others, 0) and same_dim(op.attribute("offset"), others)
+    if op.attribute("causal") and in_front and op.attribute("window") is None:
+        return
     if not op.attribute("causal") and op.attribute("offset") == 0 and op.operand("mask"):
         return  # the mask may say it in its own way: `accel.passes.mixing.check_order`
     if not op.attribute("causal") or op.attribute("offset") != 0:

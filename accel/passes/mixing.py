@@ -16,6 +16,8 @@ from collections.abc import Container, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
+import sympy
+
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Value
 from accel.ir.op import Trait
@@ -68,7 +70,11 @@ def keep(tokens: NextTokens, value: Value) -> Plan | None:
     if source is not value and views:  # what was repeated is kept once
         return Plan([(source, WHOLE)], tokens.clone(op))
     if not same_dim(value.shape[axis], tokens.length):
-        return None
+        joined = op.name == "cat" and op.attribute("axis") % value.type.rank == axis
+        if not joined:
+            return None
+        tokens.kept.add(value)  # such as keys of no token, before those of all tokens
+        return Plan([(v, WHOLE) for v in op.operands], tokens.clone(op))
 
     def emit(b: Builder, values: Sequence[Value]) -> Sequence[Value]:
         item = tokens.items.find("tokens", value)
@@ -133,7 +139,7 @@ def _ends(tokens: NextTokens, passed: Container[Value]) -> list[Value]:
     while pending:
         for key in users.get(pending.pop(), []):
             value, axes = key
-            here = axes and axes == tokens.sequence_axes(value)
+            here = axes and axes == tokens.sequence_axes(value) and _in_order(tokens, value)
             if here and value in tokens.from_tokens and value not in passed:
                 found[value] = None
             elif key not in seen:
@@ -153,9 +159,19 @@ def _between(
         each = pending.pop()
         axes = tokens.sequence_axes(each)
         by_token = each in tokens.from_tokens and axes and (each, axes) in tokens.plans
+        by_token = by_token and _in_order(tokens, each)
         if each.op is None or (by_token and each not in passed):
             leaves[each] = None
         elif each.op not in ops:
             ops.add(each.op)
             pending.extend(each.op.operands)
     return sorted(ops, key=order.__getitem__), list(leaves)
+
+
+def _in_order(tokens: NextTokens, value: Value) -> bool:
+    """Whether tokens come one after the other on its axes: heads times tokens do not say so."""
+    for axis in tokens.sequence_axes(value):
+        factor = sympy.cancel(value.shape[axis] / tokens.length)
+        if not all(f.is_Symbol for f in sympy.Mul.make_args(factor) if f != 1):
+            return False
+    return True

@@ -218,8 +218,11 @@ class NextTokens(Narrow):
         masks += [] if sinks is None else [(sinks, WHOLE)]
         if not self.is_sequence(k.shape[2]):  # keys of something else, such as an encoder
             return Plan([*rows, (k, WHOLE), (v, WHOLE), *masks], self.clone(op))
-        if not op.attribute("causal"):
+        others = not same_dim(k.shape[2], self.length)  # besides those of the tokens
+        if others or not op.attribute("causal"):
             self.unproven.append(op.result)
+        if others:
+            return Plan([*rows, (k, WHOLE), (v, WHOLE), *masks], self._attend_whole(op))
         leaves = list(dict.fromkeys((*stored(k), *stored(v))))
         axes = [row if self.is_sequence(leaf.shape[2]) else WHOLE for leaf in leaves]
 
@@ -240,6 +243,29 @@ class NextTokens(Narrow):
             return b.op("cached_attention", operands, attributes).results
 
         return Plan([*rows, *zip(leaves, axes), *masks], emit)
+
+    def _attend_whole(self, op: Op) -> Emit:
+        """Attention to keys of which some are no token's: where it is causal, by a mask."""
+        attributes = self.attributes(op, causal=False, offset=0)
+        mask, sinks = op.arguments()[3:]
+        columns = self.size(op.operands[1].shape[2])
+
+        def emit(b: Builder, values: Sequence[Value]) -> Sequence[Value]:
+            given, more = _rest(mask, sinks, values[3:])
+            if op.attribute("causal"):
+                column = b.iota(shape=(1, columns), axis=1, dtype=torch.int64)
+                row = b.iota(shape=(self.count, 1), axis=0, dtype=torch.int64)
+                last = self.place(b, torch.int64, self.size(op.attribute("offset")))
+                seen = b.le(b.sub(column, row), last)
+                if given is None:
+                    given = seen
+                elif given.dtype == torch.bool:
+                    given = b.logical_and(given, seen)
+                else:
+                    given = b.where(seen, given, b.scalar(float("-inf"), given.dtype))
+            return b.op("attention", [*values[:3], given, more], attributes).results
+
+        return emit
 
     def _roles(self, k: Value, v: Value) -> Iterator[tuple[str, Value]]:
         """The values that are kept between tokens, and what for."""

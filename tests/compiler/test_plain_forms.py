@@ -24,7 +24,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        causal = seen is None
+        causal = seen is None and x.shape[1] > 1  # one token has nothing to hide
         made = nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
         return x + self.out(made.transpose(1, 2).flatten(2))
 

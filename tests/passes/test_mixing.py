@@ -110,6 +110,28 @@ class BestTwo(Layer):
         return each.masked_fill(chosen, -1e30).softmax(-1) @ v
 
 
+class HeadsInGroups(Layer):
+    """Products whose rows are heads times tokens."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = q.shape[2]
+        k, v = k[:, 0], v[:, 0]  # one for all heads
+        seen = torch.arange(length)[:, None] >= torch.arange(length)
+        weights = torch.einsum("bhid,bjd->bhij", q, k)
+        weights = torch.where(seen, weights, torch.tensor(float("-inf"))).softmax(-1)
+        return torch.einsum("bhij,bjd->bhid", weights, v)
+
+
+class KeysOfNoToken(Layer):
+    """Every token sees some keys besides those of the tokens."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length, more = q.shape[2], self.out.weight[:3, : q.shape[3]].expand(*k.shape[:2], -1, -1)
+        seen = torch.ones(length, length + 3, dtype=torch.bool).tril(3)
+        k, v = torch.cat([more, k], 2), torch.cat([more, v], 2)
+        return nn.functional.scaled_dot_product_attention(q, k, v, seen)
+
+
 class Ahead(Layer):
     """One token sees the next one."""
 
@@ -144,6 +166,7 @@ class Model(nn.Module):
 
 
 LAYERS = [StoredMask, OwnSoftmax, Linear, HeadsLast, FromTheEnd, TokensHaveASay, BestTwo]
+LAYERS += [HeadsInGroups, KeysOfNoToken]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
