@@ -26,8 +26,8 @@ def test_results_that_somebody_holds() -> None:
     assert not one.fits([x]), "a view holds the memory as well"
     del view
     assert one.fits([x])
-    held = results[1].detach()  # handed out as a copy: nobody has the recording's own
-    assert one.fits([x])
+    copied = results[1].detach()  # of this one callers get copies: it may be held
+    assert one.fits([x]) and copied.shape == (5,)
 
 
 def test_a_saved_tensor_holds_a_result() -> None:
