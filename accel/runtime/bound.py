@@ -17,7 +17,7 @@ from torch import Tensor
 
 from accel.errors import AccelError, ExecutionError, OutOfMemoryError
 from accel.runtime.binding import Binding
-from accel.runtime.cuda_graph import GraphRunner
+from accel.runtime.cuda_graph import GraphRunner, Opening, dense_copy, is_aligned
 from accel.runtime.plan import Step
 from accel.runtime.runs import Run
 from accel.runtime.seen import Seen
@@ -46,6 +46,7 @@ class Bound:
         self._merged: list[Run] = [run for run, _ in merged]
         self._merged_steps: list[Step | None] = [step for _, step in merged]
         self._keep = (builder.keep, builder.static)
+        self._first = builder.parts_of.get(0)
         self._parts, self._binding = parts, binding
         self._device, self._on_cpu = arena.device, arena.is_cpu
         self.graph: GraphRunner | None = None
@@ -129,6 +130,9 @@ class Bound:
         except BaseException:
             seen.forget()  # a sequence may not have taken note
             raise
+        return self._results_of(values)
+
+    def _results_of(self, values: Sequence[Any]) -> list[Tensor]:
         results = [values[slot] for slot in self._results]
         for i in self._copies:
             results[i] = results[i].clone()
@@ -159,6 +163,30 @@ class Bound:
             raise kind(
                 f"{type(error).__name__}: {error}", where=describe(step) if step else ""
             ) from error
+
+    def opening(self) -> Opening | None:
+        """The first step, if it is a kernel that alone reads an argument and writes to the arena;
+        None if not, or if memory of arguments is taken over."""
+        part, first = self._first, self._steps[0] if self._steps else None
+        if part is None or part.function is None or part.made or part.copies or self._donated:
+            return None
+        plan, last = self._parts.plan, self._parts.analysis.last
+        number = next(i for i, step in enumerate(plan.steps) if step is first)
+        read = [slot for _, slot in part.dynamic]
+        alone = frozenset(i for i in read if last[plan.inputs[i]] == number)
+
+        def run(inputs: Sequence[Tensor]) -> None:
+            values: list[Any] = [*inputs, *self._template]
+            for i in self._make_plain(values, read):
+                values[i] = values[i] if is_aligned(values[i]) else dense_copy(values[i])
+            self._execute(self._runs[:1], self._steps[:1], values)
+
+        def rest(inputs: Sequence[Tensor]) -> list[Tensor]:
+            values: list[Any] = [*inputs, *self._template]
+            self._execute(self._runs[1:], self._steps[1:], values)
+            return self._results_of(values)
+
+        return Opening(alone, run, rest) if alone else None
 
     def run_within(self, inputs: Sequence[Tensor], around: Around) -> list[Tensor]:
         """`run_steps` with something around each step."""

@@ -1,11 +1,13 @@
 """A function's steps as one CUDA graph, for one set of sizes.
 
 The first call runs the steps one by one, which loads kernels and lets libraries choose; the second
-records them; later ones copy the inputs to where the recording reads them and replay it. Results
-are copied out, so that the next call does not overwrite what a caller holds. State that a result
-may take over (a donated argument: a KV cache, say) is read and written where it is, as long as the
-caller passes the same memory again. A function with a step that cannot be recorded (one that waits
-for the device, say) goes on step by step; the log and `reason` say why.
+records them; later ones copy the inputs to where the recording reads them and replay it. A first
+step that alone reads an argument (a photograph, say) is launched by itself before the recording,
+and reads it where it is. Results are copied out, so that the next call does not overwrite what a
+caller holds. State that a result may take over (a donated argument: a KV cache, say) is read and
+written where it is, as long as the caller passes the same memory again. A function with a step that
+cannot be recorded (one that waits for the device, say) goes on step by step; the log and `reason`
+say why.
 
 A recording keeps memory, so their number is bounded (`GraphLimit`): the one that was used least
 recently goes, and has to be used more often than before to be recorded again. Sizes that come once
@@ -17,6 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,6 +60,21 @@ RECORDING = _Recording()
 Steps = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
+@dataclass(frozen=True)
+class Opening:
+    """A function's first step, which no recording needs to hold.
+
+    Attributes:
+        arguments: places of those that no later step reads, and no result shares memory with.
+        run: launches the step for a call's arguments.
+        rest: runs the other steps; those arguments are not looked at.
+    """
+
+    arguments: frozenset[int]
+    run: Callable[[Sequence[Tensor]], None]
+    rest: Steps
+
+
 class GraphRunner:
     """Runs steps on a device, recorded from the second call on. One call at a time.
 
@@ -68,7 +86,8 @@ class GraphRunner:
         pool: memory for what the steps allocate, shared by runners that never run at the same time:
             nothing in it outlives a call, since results are copied out.
 
-    `after_recording` is called when there is one more recording.
+    `after_recording` is called when there is one more recording. `opening`: the first of the steps,
+    if it may be launched by itself.
     """
 
     def __init__(
@@ -85,6 +104,7 @@ class GraphRunner:
         self._steps, self._device, self._check, self._name = steps, device, check, name
         self._donates, self._record, self._pool = dict(donates), record, pool
         self.after_recording: Callable[[], None] = lambda: None
+        self.opening: Opening | None = None
         self._calls = 0
         self._wanted = 2  # the call that is recorded
         self.reason = "" if record else "recording is switched off"
@@ -137,10 +157,13 @@ class GraphRunner:
 
     def _replay(self, graph: torch.cuda.CUDAGraph, inputs: Sequence[Tensor]) -> list[Tensor]:
         same = []
-        for kept, given in zip(self._inputs, inputs):
+        opened = self.opening.arguments if self.opening is not None else ()
+        for i, (kept, given) in enumerate(zip(self._inputs, inputs)):
             same.append(kept.data_ptr() == given.data_ptr() and kept.stride() == given.stride())
-            if not same[-1]:
+            if not same[-1] and i not in opened:
                 kept.copy_(given)
+        if self.opening is not None:
+            self.opening.run(inputs)
         graph.replay()
         in_place = {r for r, argument in self._in_place.items() if same[argument]}
         return [r if i in in_place else r.clone() for i, r in enumerate(self._results)]
@@ -158,6 +181,7 @@ class GraphRunner:
             x if i in taken and is_aligned(x) and x.is_contiguous() else dense_copy(x)
             for i, x in enumerate(inputs)
         ]
+        steps = self._steps if self.opening is None else self.opening.rest
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
@@ -172,7 +196,7 @@ class GraphRunner:
                 RECORDING,
                 torch.cuda.graph(graph, self._pool, side, capture_error_mode="thread_local"),
             ):
-                self._results = self._steps(self._inputs)
+                self._results = steps(self._inputs)
         except (RuntimeError, ExecutionError) as error:
             self._inputs, self._results, self._record = [], [], False
             leave_recording(self._device, self._pool)
@@ -182,6 +206,8 @@ class GraphRunner:
             _log.warning("'%s' runs without a CUDA graph: %s", self._name, error)
             return
         torch.cuda.current_stream().wait_stream(side)
+        for i in self.opening.arguments if self.opening is not None else ():
+            self._inputs[i] = self._inputs[i].new_empty(0)  # nothing reads the copy any more
         self._in_place = {
             result: argument
             for result, argument in self._donates.items()

@@ -313,6 +313,8 @@ class _Lane:
                 self.pool = torch.cuda.graph_pool_handle()
             bound.graph = self.function.graph_runner(bound.run_steps, self.pool)
             bound.graph.after_recording = self._bound_recordings
+            if self.function.keep is None:
+                bound.graph.opening = bound.opening()
         if len(self.bound) > _MAX_BOUND:
             _, oldest = self.bound.popitem(last=False)
             oldest.drop()

@@ -95,6 +95,40 @@ def test_a_call_that_cannot_be_recorded_says_why(caplog: pytest.LogCaptureFixtur
     assert bool(found["recorded"]) != bool(found["reason"])
 
 
+class Patches(nn.Module):
+    """The first kernel alone reads the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut, self.out = nn.Conv2d(3, 64, 8, stride=8), nn.Linear(64, 64)
+
+    def forward(self, image: Tensor, shift: Tensor) -> Tensor:
+        tokens: Tensor = self.cut(image).flatten(2).transpose(1, 2)
+        return self.out(tokens + shift).relu()
+
+
+@torch.no_grad()
+def test_a_first_step_reads_its_argument_where_it_is() -> None:
+    torch.manual_seed(0)
+    model = Patches().half().eval()
+    kwargs = {"image": torch.randn(4, 3, 64, 64).half(), "shift": torch.randn(64, 64).half()}
+    fast = accel.compile(model, kwargs=kwargs, target=target())
+    model.cuda()
+    for number in range(12):
+        image = torch.randn(4, 3, 64, 64, device="cuda", dtype=torch.float16)
+        if number % 4 == 1:  # strided
+            image = image.transpose(2, 3)
+        if number % 4 == 2:  # at an odd address
+            flat = torch.empty(image.numel() + 1, device="cuda", dtype=torch.float16)
+            image = flat[1:].view(image.shape).copy_(image)
+        shift = torch.randn(64, 64, device="cuda", dtype=torch.float16)
+        agree(fast(image=image, shift=shift), model(image, shift), 1e-2)
+    assert fast.report()["graphs"]["main"]["recorded"] == 1
+    (bound,) = function_of(fast)._lanes[0].bound.values()
+    assert bound.graph is not None and bound.graph.opening is not None
+    assert bound.graph.opening.arguments == {0}
+
+
 # -- memory ----------------------------------------------------------------------------------
 
 
