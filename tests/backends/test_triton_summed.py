@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accel.backends.triton import TritonBackend
-from accel.backends.triton.summed import SummedTile, reason
+from accel.backends.triton.summed import SummedTile, candidates, reason
 from accel.ir import TensorType, WeightStore, interpret
 from tests.backends.kernels import function_of, kernel_of
 from tests.backends.triton_kernels import InterpretedKernels
@@ -116,3 +116,12 @@ def test_what_is_no_such_kernel() -> None:
     for build in (other_columns, only_sums, two_passes):
         function = function_of([TensorType((64, 64), F32)], build)
         assert "a kernel of sums" in str(reason(kernel_of(function, "summed")))
+
+
+def test_compiles_for_all_architectures() -> None:
+    kernel = kernel_of(function_of(norm_types((8, 1024), 768), norm_gradient), "summed")
+    tiles = candidates(kernel, 132)
+    assert tiles and all(tile.strip % tile.rows == 0 for tile in tiles)
+    for arch, tile in (("sm_80", None), ("sm_90", tiles[0]), ("sm_100", tiles[-1])):
+        made = TritonBackend(arch, tile=tile).compile([kernel])
+        assert [len(launches) for launches in made.launches.values()] == [2]

@@ -4,8 +4,8 @@ The gradient of a norm's input needs sums along each row; those of its weight an
 bias before it, need sums along all rows of the same elements. One kernel computes both from one
 read: a program takes a strip of rows, a few at a time with all their columns (or, where no row is
 reduced, some columns), stores what is asked for, and keeps running sums of the columns in
-registers. What is left of a strip goes to scratch memory [strips, columns]; a second launch adds
-the strips up. All sums have one order.
+registers. What is left of a strip goes to scratch memory [strips * rows, columns]; a second launch
+adds it up. All sums have one order.
 
 A region's results are of two sorts: whole ones [..., columns], and sums over everything but the
 columns, each with nothing after it but casts and reshapes.
@@ -104,14 +104,12 @@ def candidates(kernel: Op, sms: int) -> list[SummedTile]:
     columns = int(whole.shape[-1])
     rows = int(product(whole.shape)) // columns
     usual = choose(rows, columns, _reduces_rows(kernel.regions[0]), sms)
-    made = [
+    made = [replace(usual, strip=usual.strip * long // 2) for long in (1, 4)]
+    made += [
         replace(usual, rows=usual.rows * high // 2, warps=max(1, usual.warps * high // 2))
         for high in (1, 4)
     ]
-    return [
-        *(replace(usual, strip=usual.strip * long // 2) for long in (1, 4)),
-        *(one for one in made if one.strip % max(1, one.rows) == 0 and one.warps <= 16),
-    ]
+    return [t for t in made if t.rows and t.strip % t.rows == 0 and t.warps <= 16]
 
 
 def _reduces_rows(region: Region) -> bool:
