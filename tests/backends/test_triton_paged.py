@@ -135,6 +135,45 @@ def test_it_computes_what_the_interpreter_does(case: Case, worker: Worker) -> No
         torch.testing.assert_close(got, want, rtol=0, atol=BOUND[case.dtype])
 
 
+def step_of(case: Case, symbolic: bool = False) -> Any:
+    """A decoding step: new keys and values, turned and not, to their pages, and attention."""
+    pages = symbol("pages") if symbolic else POOL
+    q, _, _, table, at = case.types()
+    pool = TensorType((pages, case.groups, case.page, case.size), case.dtype)
+    new = TensorType((case.batch, case.groups, 1, case.size), case.dtype)
+
+    def build(b: Any, q: Any, new: Any, k: Any, v: Any, table: Any, at: Any) -> Any:
+        k = b.update_pages(k, b.neg(new), table, at)
+        v = b.update_pages(v, new, table, at)
+        return [case.build(b, q, k, v, table, at), k, v]
+
+    return program(build, q, new, pool, pool, table, at)
+
+
+WRITTEN = [c for c in CASES if c.tokens == 1 and not (c.mask or c.sinks)]
+
+
+@pytest.mark.parametrize("case", WRITTEN, ids=str)
+def test_new_tokens_are_written_to_their_pages(case: Case, worker: Worker) -> None:
+    """Nothing else of the pools changes, and none of it is read."""
+    module, plain = step_of(case), step_of(case).main
+    PassManager(["open_pages"], Context()).run(module)
+    backend = TritonBackend(tile=case.tile)
+    run = InterpretedKernels([module.main], worker, ["cached_attention"], backend)
+    last = case.count * case.page - 1
+    for position in sorted({0, case.page - 1, case.page, last // 2, last}):
+        q, k, v, table, places = case.inputs(position)
+        for row, at in enumerate(places.expand(case.batch).tolist()):
+            for pool in (k, v):
+                pool[table[row, at // case.page], :, at % case.page] = math.nan
+        new = torch.randn(case.batch, case.groups, 1, case.size).to(case.dtype)
+        inputs = [q, new, k, v, table, places]
+        wanted, got = interpret(plain, inputs), run(0, inputs)
+        torch.testing.assert_close(got[0], wanted[0], rtol=0, atol=BOUND[case.dtype])
+        for made, right in zip(got[1:], wanted[1:], strict=True):
+            torch.testing.assert_close(made, right, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_page_that_is_none_is_reported(worker: Worker) -> None:
     run = InterpretedKernels([opened(Case())], worker, ["cached_attention"])
     inputs = Case().inputs(40)
@@ -143,31 +182,36 @@ def test_a_page_that_is_none_is_reported(worker: Worker) -> None:
         run(0, inputs)
 
 
+def test_a_token_for_a_page_that_is_none_is_reported(worker: Worker) -> None:
+    module = step_of(Case())
+    PassManager(["open_pages"], Context()).run(module)
+    run = InterpretedKernels([module.main], worker, ["cached_attention"])
+    q, k, v, table, at = Case().inputs(40)
+    table[1, 2] = -1
+    with pytest.raises(IndexFailure):
+        run(0, [q, torch.randn(2, 2, 1, 32), k, v, table, at])
+
+
 def test_a_decoding_step_gathers_nothing() -> None:
     """With its pools written in place and read through the table: one kernel, and no copy."""
-    case, pages = Case(dtype=torch.bfloat16, size=64), symbol("pages")
-    q, _, _, table, at = case.types()
-    pool = TensorType((pages, case.groups, case.page, case.size), case.dtype)
-
-    def build(b: Any, q: Any, new: Any, k: Any, v: Any, table: Any, at: Any) -> Any:
-        k, v = (b.update_pages(x, new, table, at) for x in (k, v))
-        return [case.build(b, q, k, v, table, at), k, v]
-
-    new = TensorType((case.batch, case.groups, 1, case.size), case.dtype)
-    module = program(build, q, new, pool, pool, table, at)
+    module = step_of(Case(dtype=torch.bfloat16, size=64), symbolic=True)
     context = Context(generator=TritonBackend(), libraries=gpu.libraries())
     PassManager(list(gpu.KERNEL_PIPELINE), context).run(module)
     kinds = [str(op.attribute("kind")) for op in module.main.ops if op.name == "kernel"]
     calls = [str(op.attribute("library")) for op in module.main.ops if op.name == "call"]
-    assert kinds == ["cached_attention"] and calls == ["update_pages"] * 2
+    assert kinds == ["cached_attention"] and not calls
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_compiles_without_a_gpu(arch: str) -> None:
     case = Case(dtype=torch.bfloat16, size=128, heads=8, groups=2, page=16, count=64)
-    made = TritonBackend(arch).compile([kernel_of(opened(case), "cached_attention")])
-    (launch,) = made.launches[made.names[0]]
-    assert launch.binary.cubin
+    step = step_of(case, symbolic=True)
+    PassManager(["open_pages"], Context()).run(step)
+    kernels = [kernel_of(f, "cached_attention") for f in (opened(case), step.main)]
+    made = TritonBackend(arch).compile(kernels)
+    for name in made.names:
+        (launch,) = made.launches[name]
+        assert launch.binary.cubin
 
 
 def test_tma_brings_pages_on_hopper() -> None:

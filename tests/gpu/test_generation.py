@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -131,6 +132,26 @@ def test_unequal_texts_end_and_are_drawn_row_by_row(small: tuple[Any, Any]) -> N
     draws = {"do_sample": True, "temperature": 0.9, "top_k": 40, "min_p": 0.01}
     unequal(small, max_new_tokens=NEW, seed=[3, 1, 4, 15], **draws)
     unequal(small, max_new_tokens=12, repetition_penalty=1.3)
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_unequal_texts_over_pages(small: tuple[Any, Any], rows: int) -> None:
+    """Rows end, prompts begin alike; the last pages are given back."""
+    model, plain = small
+    cache = "page_cache{page=16}"
+    fast = accel.compile_generator(model, capacity=128, batch=rows, target=target(), cache=cache)
+    common = torch.randint(1, 1000, (20,)).tolist()
+    prompts = [torch.randint(1, 1000, (n,)).tolist() for n in PROMPTS]
+    for texts in (prompts, [[*common, *p] for p in prompts]):
+        wanted = plain.generate(texts, max_new_tokens=NEW)
+        stop = int(wanted[0, -NEW // 2])
+        ended = plain.generate(texts, max_new_tokens=NEW, eos_token_id=stop, pad_token_id=0)
+        for _ in range(3):  # step by step, recorded, replayed
+            assert torch.equal(fast.generate(texts, max_new_tokens=NEW), wanted)
+        made = fast.generate(texts, max_new_tokens=NEW, eos_token_id=stop, pad_token_id=0)
+        assert torch.equal(made, ended)
+        gc.collect()
+        assert fast.generator.loop.pool.used == 0
 
 
 @pytest.fixture(scope="module")

@@ -191,7 +191,12 @@ def product_kind(op: Op) -> str:
 
 def is_whole(op: Op, kind: str) -> bool:
     """Whether the kernel's own generator takes this op, which so stays whole."""
-    if (kind, op.name) in (("gemv", "dequantize"), ("topk", "softmax"), ("attention", "rope")):
+    if (kind, op.name) in (
+        ("gemv", "dequantize"),
+        ("topk", "softmax"),
+        ("attention", "rope"),
+        ("cached_attention", "update_pages"),
+    ):
         return True
     return kind in ANCHORS and op.name in ANCHORS[kind].ops
 

@@ -10,18 +10,21 @@ position is never used.
 
 Where the region also writes the new tokens' keys and values (`dynamic_update`), they are computed
 on a tile of their own (rotary embedding included), stored over the cache, and attended to from
-registers: no program reads what another one writes.
+registers: no program reads what another one writes. Into a cache in pages (`update_pages`) one new
+token is written so, through the table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
 from accel.backends.triton import cached_streamed
 from accel.backends.triton.cached_code import CachedWriter
-from accel.backends.triton.cached_plan import CachedTile, Plan, make_plan
+from accel.backends.triton.cached_pages import pages_of
+from accel.backends.triton.cached_plan import CachedTile, Plan, make_plan, updated_pool
 from accel.backends.triton.cached_streamed import StreamedCachedTile, StreamedCachedWriter
 from accel.backends.triton.cached_tiles import Tiles
 from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
@@ -61,6 +64,8 @@ def reason(op: Op) -> str | None:
 
 def neighbour_reason(op: Op, update: Op) -> str | None:
     """None if the kernel around `op` may also write its new keys or values, else why not."""
+    if update.name in ("update_pages", "reshape", "permute", "gather"):
+        return _pages_reason(op, update)
     if update.name != "dynamic_update":
         return f"accel.{update.name} does not ride along with attention"
     q, k, v, position, *_ = op.arguments()
@@ -79,6 +84,36 @@ def neighbour_reason(op: Op, update: Op) -> str | None:
     if cache.op is not None:
         return "an update of what is no argument"
     return None
+
+
+def _pages_reason(op: Op, neighbour: Op) -> str | None:
+    """None if the kernel around `op` writes the new token to its page, and this op is part of it:
+    an update of a pool, or of what reads it through the table."""
+    q, k, v, position, *_ = op.arguments()
+    pools = [updated_pool(x) for x in (k, v)]
+    updates = [x.op for x in pools if x is not None and x.op is not None]
+    pages = [pages_of(x) for x in (k, v)]
+    if len(set(updates)) < 2 or None in pages:
+        return "pages that nothing is written to"
+    chains = {o for x in (k, v) for o in _chain(x)}
+    if neighbour not in chains:
+        return f"accel.{neighbour.name} of something else"
+    tables = {p.table for p in pages if p is not None} | {u.operands[2] for u in updates}
+    starts = {u.operands[3] for u in updates}
+    at_queries = starts == {position} or op.attribute("window") is None
+    if len(tables) > 1 or len(starts) > 1 or not at_queries:
+        return "an update at another place than the queries'"
+    if int(q.shape[2]) != 1 or any(u.operands[1].shape[2] != 1 for u in updates):
+        return f"{q.shape[2]} new tokens in pages"
+    return None
+
+
+def _chain(value: Value) -> Iterator[Op]:
+    """From a cache in pages to the update of its pool."""
+    made = value.op
+    while made is not None:
+        yield made
+        made = None if made.name == "update_pages" else made.operands[0].op
 
 
 def choose(pairs: Dim, capacity: int, size: int, itemsize: int, sms: int) -> CachedTile:
@@ -170,6 +205,7 @@ def early(plan: Plan) -> list[Value]:
     for value in op.operands[1:3]:
         write = plan.writes.get(value)
         pending += [value] if write is None else [write.cache, write.start]
+        pending += [write.table] if write is not None and write.table is not None else []
     while pending:
         value = pending.pop()
         if value.op is None:

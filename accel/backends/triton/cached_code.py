@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +11,12 @@ from accel.backends.loops.index import Affine, Axis
 from accel.backends.loops.phases import Planner
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
-from accel.backends.triton.addresses import decompose, size_text
-from accel.backends.triton.cached_plan import Plan, through_views
+from accel.backends.triton.addresses import size_text
+from accel.backends.triton.cached_pages import find_page, row_of_page
+from accel.backends.triton.cached_plan import Plan
+from accel.backends.triton.cached_results import Results
 from accel.backends.triton.cached_tiles import Span, Tiles, is_paged, is_stored
 from accel.backends.triton.dependent import WAIT
-from accel.backends.triton.emitter import Scope
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import next_power
@@ -25,13 +24,12 @@ from accel.ir.module import Value
 from accel.ir.types import product
 
 _LEAST_TILE = 16  # of a matrix product
-_COMBINED = 4096  # elements a warp of a tile that adds up parts
 _BOTH = frozenset((ROW, COL))
 LOG2_E = math.log2(math.e)
 _LARGEST_POSITION = (1 << 31) - (1 << 16)
 
 
-class CachedWriter:
+class CachedWriter(Results):
     """Writes the one program of a cached attention kernel."""
 
     def __init__(
@@ -48,6 +46,7 @@ class CachedWriter:
         self.depth, self.width = int(self.q.shape[3]), int(self.v.shape[3])
         self.tokens, self.capacity = int(self.q.shape[2]), int(self.k.shape[2])
         self.single = bool(plan.writes) and self.tokens == 1
+        self.mine = "(part == 0)"  # who writes the new token
         self.precision = ', input_precision="ieee"' if self.q.dtype == torch.float32 else ""
         self.constants = {
             "ROWS": max(_LEAST_TILE, next_power(int(self.count))),
@@ -65,6 +64,7 @@ class CachedWriter:
         if is_paged(self.k):
             self.emitter.wrong = "bad"  # whether a page was none: stored once, at the end
             line("bad = tl.zeros([KEYS, 1], tl.int1)")
+            self._find_own("bad = bad | own_wrong")
         ahead = self._load("low", self.top.block)
         # Caches and position are older than the kernel before this one (`CachedGenerator.early`).
         line(f"{WAIT}()")
@@ -176,23 +176,6 @@ class CachedWriter:
                 span.mask = f"{name}_ok"
             self.columns[size] = span
 
-    @contextmanager
-    def _bound(self, *spans: Span, block: Block | None = None) -> Iterator[None]:
-        """Binds the axes of the spans, in a scope of their own."""
-        emitter = self.emitter
-        bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
-        known = emitter.scopes[-1].axes.union(*(s.axes for s in spans))
-        with emitter.inside(Scope(block or emitter.block, known)):
-            for span in spans:
-                if span.axes:
-                    flat = Expr(span.variable, emitter.kind, frozenset((span.dim,)))
-                    groups = [(axis,) for axis in span.axes]
-                    decompose(flat, groups, emitter.block, emitter.addresses)
-                if span.mask:
-                    emitter.masks.update(dict.fromkeys(span.axes, span.mask))
-            yield
-        emitter.addresses.groups, emitter.masks = bound, masks
-
     def _tile(self, value: Value, lead: Index, rows: Span, size: str) -> Expr:
         """A tile of `value` as it is stored, with zeros where it has no elements.
 
@@ -260,12 +243,26 @@ class CachedWriter:
                 row = dtypes.to_storage(row, value.dtype, block)
                 row = block.let(row.text, "stored", row.dims, "new")
             inside = columns.mask or f"({columns.variable} >= 0)"
-            place = f"({self._first(value)} + {self.new}) * {value.shape[3]} + {columns.variable}"
-            mask = f"(part == 0) & {inside}"
+            place = f"{self._own_row(value)} * {value.shape[3]} + {columns.variable}"
+            mask = f"{self.mine} & {inside}"
             block.line(f"tl.store(y{write.result} + {place}, {row}, mask={mask})")
             hit = f"({self.unit} == 0) & {columns.mask}" if columns.mask else f"{self.unit} == 0"
             made.append(block.let(f"tl.where({hit}, {row}, {tile})", "stored", _BOTH, "tile"))
         return made[0], made[1]
+
+    def _find_own(self, report: str) -> None:
+        """The page of the new token, where this kernel writes it."""
+        write = self.plan.writes.get(self.k)
+        if write is not None and write.table is not None:
+            found = find_page(self.emitter, write, self.new, report)
+            self.mine = f"(part == 0) & {found}"
+
+    def _own_row(self, value: Value) -> str:
+        """The row of the cache or pool where the new token goes."""
+        write = self.plan.writes[value]
+        if write.table is not None:
+            return row_of_page(write, self.new)
+        return f"({self._first(value)} + {self.new})"
 
     def _first(self, value: Value) -> str:
         """The row of the cache [B, G, C, E] at which this head's begin, as source."""
@@ -287,7 +284,8 @@ class CachedWriter:
         with self._bound(span, block=block):  # a key's page is looked up once
             for value, width in ((self.k, "DEPTH"), (self.v, "WIDTH")):
                 write = plan.writes.get(value)
-                source = value if write is None else write.cache
+                straight = write is not None and write.table is None
+                source = write.cache if write is not None and straight else value
                 made.append(self._tile(source, (*plan.lead, emitter.indexer.of(axis)), span, width))
         return made[0], made[1]
 
@@ -365,82 +363,3 @@ class CachedWriter:
         )
         with self._bound(self.rows, span, block=block):
             return emitter.element(self.mask, index)
-
-    # -- the end ---------------------------------------------------------------------------
-
-    def _finish(self) -> None:
-        """The result; if several programs share a head, by the one that is done last."""
-        block = self.top.block
-        if self.tile.split == 1:
-            value = self._quotient("sums", "total", block)
-            self._store(value, self.rows, self.columns["WIDTH"], block)
-            return
-        sums, tops, done = self.parts
-        block.line(f"own = (pair * SPLIT + part) * {self.count}")
-        mask = " & ".join(s.mask for s in (self.rows, self.columns["WIDTH"]) if s.mask)
-        tail = f", mask={mask}" if mask else ""
-        block.line(f"tl.store({sums} + (own + row) * {self.width} + e, sums{tail})")
-        tail = f", mask={self.rows.mask}" if self.rows.mask else ""
-        block.line(f"tl.store({tops} + (own + row) * 2, top{tail})")
-        block.line(f"tl.store({tops} + (own + row) * 2 + 1, total{tail})")
-        block.line("tl.debug_barrier()")
-        block.line(f'arrived = tl.atomic_add({done} + pair, 1, sem="acq_rel")')
-        body = Block(block.names)
-        body.line(f"tl.store({done} + pair, 0)")
-        self._combine(body)
-        block.nest("if arrived == SPLIT - 1:", body)
-
-    def _combine(self, body: Block) -> None:
-        """Adds up the parts of a head, some columns of all rows at a time."""
-        sums, tops, _ = self.parts
-        emitter, line, count = self.emitter, body.line, int(self.count)
-        lines, width = next_power(count), self.constants["WIDTH"]
-        room = _COMBINED * self.tile.warps // (self.tile.split * lines)
-        self.constants |= {"LINES": lines, "SPAN": max(1, min(width, room))}
-        line("each = (pair * SPLIT + tl.arange(0, SPLIT)[:, None, None]) * " + str(count))
-        line("lines = each + tl.arange(0, LINES)[None, :, None]")
-        tail = f", mask=lines < each + {count}, other=0.0" if lines > count else ""
-        line(f"tops = tl.load({tops} + lines * 2{tail})")
-        line(f"totals = tl.load({tops} + lines * 2 + 1{tail})")
-        line("highest = tl.max(tops, 0, keep_dims=True)")
-        line('highest = tl.where(highest == float("-inf"), 0.0, highest)')
-        line("shares = tl.exp2(tops - highest)")
-        line("divisor = tl.sum(totals * shares, 0)")
-        line("line = tl.arange(0, LINES)[:, None]")
-        inner = Block(body.names)
-        inner.line("cells = begin + tl.arange(0, SPAN)[None, None, :]")
-        masks = [f"(lines < each + {count})"] if lines > count else []
-        masks += [f"(cells < {self.width})"] if self.width % self.constants["SPAN"] else []
-        tail = f", mask={' & '.join(masks)}, other=0.0" if masks else ""
-        inner.line(f"parts = tl.load({sums} + lines * {self.width} + cells{tail})")
-        inner.line("whole = tl.sum(parts * shares, 0)")
-        inner.line("cell = begin + tl.arange(0, SPAN)[None, :]")
-        value = self._quotient("whole", "divisor", inner)
-        rows = Span(
-            self.plan.rows, "line", ROW, "LINES", f"(line < {count})" if lines > count else ""
-        )
-        last = emitter.indexer.axis("e", self.width)
-        cells = f"(cell < {self.width})" if self.width % self.constants["SPAN"] else ""
-        self._store(value, rows, Span((last,), "cell", COL, "SPAN", cells), inner)
-        body.nest(f"for begin in range(0, {self.width}, SPAN):", inner)
-
-    def _quotient(self, sums: str, total: str, block: Block) -> Expr:
-        """A row that sees no key is zero where a boolean mask hid them all."""
-        text = f"{sums} / {total}"
-        if self.mask is not None and self.mask.dtype == torch.bool:
-            text = f"tl.where({total} > 0.0, {text}, 0.0)"
-        return block.let(text, "float32", _BOTH, "result")
-
-    def _store(self, value: Expr, rows: Span, columns: Span, block: Block) -> None:
-        emitter, plan = self.emitter, self.plan
-        axes = (*rows.axes, *columns.axes)
-        index = (plan.lead[0], *plan.query, emitter.indexer.of(axes[-1]))
-        result = plan.views[-1].result if plan.views else self.op.result
-        place = through_views(self.planner, plan.views, index)
-        made = dtypes.to_storage(value, self.op.result.dtype, block)
-        with self._bound(rows, columns, block=block):
-            code = emitter.addresses.code(emitter.indexer.flatten(place, result.shape))
-        mask = " & ".join(s.mask for s in (rows, columns) if s.mask)
-        tail = f", mask={mask}" if mask else ""
-        spread = "" if rows.axes else f" + {rows.variable} * 0"  # a pointer for every lane
-        block.line(f"tl.store(y{plan.result} + {code}{spread}, {made}{tail})")

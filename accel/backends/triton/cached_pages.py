@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accel.backends.triton.addresses import size_text
+from accel.backends.triton.cached_plan import Write
+from accel.backends.triton.emitter import Emitter
 from accel.ir.module import Op, Value
 from accel.ir.types import Dim, same_dim
 
@@ -40,6 +42,8 @@ def pages_of(value: Value) -> Pages | None:
     if moved is None or found is None or found.op is None or found.op.name != "gather":
         return None
     pool, table = found.op.operands[:2]
+    if pool.op is not None and pool.op.name == "update_pages" and pool.op.operands[2] is table:
+        pool = pool.op.operands[0]  # with new tokens
     straight = tuple(_op(moved).attribute("axes")) == (0, 2, 1, 3, 4)
     if not straight or pool.type.rank != 4 or table.type.rank != 2:
         return None
@@ -80,6 +84,27 @@ def page_function(pages: Pages, keys: int, table: str, symbols: str) -> str:
         f"    row = (found * {groups} + head) * {pages.size} + key % {pages.size}\n"
         "    return row.to(tl.int32), bad\n"
     )
+
+
+def find_page(emitter: Emitter, write: Write, slot: str, report: str) -> str:
+    """Finds the page, `own_page`, of a text's new token in `slot`. `report` says where that is none
+    (`own_wrong`), and what is returned, where it is one."""
+    assert write.table is not None
+    emitter.used.setdefault(write.table)
+    emitter.checks = True
+    table, columns = emitter.pointers[write.table], size_text(write.table.shape[1])
+    line, most = emitter.block.line, size_text(write.cache.shape[0])
+    place = f"text * {columns} + {slot} // {write.cache.shape[2]}"
+    line(f"own_page = tl.load({table} + {place}).to(tl.{emitter.kind})")
+    line(f"own_wrong = (own_page < 0) | (own_page >= {most})")
+    line(report)
+    return "(own_wrong == 0)"
+
+
+def row_of_page(write: Write, slot: str) -> str:
+    """The row of the pool where the new token goes."""
+    page, groups = write.cache.shape[2], size_text(write.cache.shape[1])
+    return f"((own_page * {groups} + head) * {page} + {slot} % {page})"
 
 
 def _operand(value: Value, name: str) -> Value | None:

@@ -26,12 +26,16 @@ class CachedTile:
 
 @dataclass(frozen=True)
 class Write:
-    """New rows of a cache: `source` goes over `cache`, an argument, at `start`; result `result`."""
+    """New rows of a cache: `source` goes over `cache`, an argument, at `start`; result `result`.
+
+    Of a cache in pages, `table` says in which.
+    """
 
     cache: Value
     source: Value
     start: Value
     result: int
+    table: Value | None = None
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Plan:
     query: tuple[Affine, Affine]  # head and new token of a row
     result: int = 0
     views: list[Op] = field(default_factory=list)  # from the attention's result to the region's
-    writes: dict[Value, Write] = field(default_factory=dict)  # by the update's result
+    writes: dict[Value, Write] = field(default_factory=dict)  # by what attention reads
 
 
 def make_plan(planner: Planner) -> Plan:
@@ -71,7 +75,9 @@ def make_plan(planner: Planner) -> Plan:
     for number, value in enumerate(region.results):
         made = value.op
         if made is not None and made.has(Trait.UPDATE):
-            plan.writes[value] = Write(made.operands[0], made.operands[1], made.operands[2], number)
+            cache, source, *table, start = made.operands
+            read = next(x for x in op.operands[1:3] if value in (x, updated_pool(x)))
+            plan.writes[read] = Write(cache, source, start, number, *table)
             continue
         plan.result = number
         while made is not None and made is not op:
@@ -80,6 +86,15 @@ def make_plan(planner: Planner) -> Plan:
             plan.views.insert(0, made)
             made = made.operands[0].op
     return plan
+
+
+def updated_pool(value: Value) -> Value | None:
+    """The pool behind a cache in pages, where new tokens are written to it before."""
+    for name in ("reshape", "permute", "gather"):
+        if value.op is None or value.op.name != name:
+            return None
+        value = value.op.operands[0]
+    return value if value.op is not None and value.op.name == "update_pages" else None
 
 
 def through_views(planner: Planner, views: Sequence[Op], index: Index) -> Index:

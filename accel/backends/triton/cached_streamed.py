@@ -102,6 +102,7 @@ class StreamedCachedWriter(CachedWriter):
         self._read_position()
         self._columns()
         self._allocate(block)
+        self._find_own("bad = tl.maximum(bad, own_wrong.to(tl.int32))")
         for line in (
             "for i in tl.static_range(STAGES):",
             *(f"    {text}" for text in self._find("i")),
@@ -277,8 +278,8 @@ class StreamedCachedWriter(CachedWriter):
             index = (*plan.lead, Affine(), emitter.indexer.of(columns.axes[0]))
             made = dtypes.to_storage(emitter.element(write.source, index), value.dtype, block)
             made = block.let(made.text, "stored", made.dims, "new")
-        place = f"({self._first(value)} + {self.new}) * {value.shape[3]} + {columns.variable}"
-        mask = f"(part == 0) & ({columns.variable} >= 0)"
+        place = f"{self._own_row(value)} * {value.shape[3]} + {columns.variable}"
+        mask = f"{self.mine} & ({columns.variable} >= 0)"
         block.line(f"tl.store(y{write.result} + {place}, {made}, mask={mask})")
         return made
 

@@ -38,6 +38,11 @@ class Tiles(Emitter):
         self.block.line(f"{self.wrong} = {self.wrong} | ({wrong}{f' & {mask}' if mask else ''})")
         return self.block.let(f"tl.where({wrong}, {first}, {place})", "int64", place.dims, "place")
 
+    def compute(self, value: Value, index: Index) -> Expr:
+        if value.op is not None and value.op.name == "update_pages":
+            return self.load(value.op.operands[0], index)  # nobody reads the new tokens there
+        return super().compute(value, index)
+
     def load(self, value: Value, index: Index) -> Expr:
         if not self.raw:
             return super().load(value, index)
@@ -65,7 +70,9 @@ class Span:
 def is_stored(value: Value) -> bool:
     """Whether an element is one load, as it is stored: an argument, behind views and pages or
     not."""
-    while value.op is not None and (value.op.has(Trait.VIEW) or value.op.name == "gather"):
+    while value.op is not None and (
+        value.op.has(Trait.VIEW) or value.op.name in ("gather", "update_pages")
+    ):
         value = value.op.operands[0]
     return value.op is None
 
