@@ -252,7 +252,7 @@ def _insert_early(kernel: Op, latest: Op, function: Function, order: dict[Op, in
     """Inserts it as soon as its operands are there: what it reads need not live for longer."""
     made = [v.op for v in kernel.operands if v.op is not None]
     last = max(made, key=order.__getitem__, default=None)
-    place = latest if last is None or last.next is None else last.next
+    place = (function.body.first if last is None else last.next) or latest
     function.body.insert_before(kernel, place)
     order[kernel] = order[place]
 
