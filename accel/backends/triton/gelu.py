@@ -21,6 +21,9 @@ _SLOPE = math.sqrt(2 / math.pi)
 _CUBE = 0.044715 * _SLOPE
 # log2 of that tail, log2(Phi(-a)), for 0 <= a < 6 (Phi(-6) = 1e-9), from the power 7 of a down; it
 # keeps falling beyond. The tail is 7e-6 off at most, relatively. By reweighted least squares.
+# One power less would rise beyond; two less gets 487 float16 numbers wrong, more than erf does.
+# Groups of warps that take turns do not hide an epilogue altogether: an instruction for each of the
+# 12608 x 3072 numbers of ViT-B/16's product costs 1.7 of 115 us on an H200.
 _LOG_TAIL = (-1.7939014469448011e-06, 6.072861287975684e-05, -0.0009232049342244864,
              0.008476920425891876, -0.053891073912382126, -0.45854148268699646,
              -1.151214361190796, -1.0)  # fmt: skip
