@@ -31,6 +31,7 @@ from torch import Tensor
 from accel.errors import InputError
 
 Node = dict[str, Any]
+_SHOWN_KEYS = 8
 _PLAIN = (bool, int, float, str)
 _NUMBERS: dict[str, Any] = {"int": torch.SymInt, "float": torch.SymFloat, "bool": torch.SymBool}
 
@@ -213,20 +214,64 @@ def _make_object(node: Node, leaves: Sequence[Any], resolve: Callable[[str], typ
     return result
 
 
+def align(wanted: Node, got: Node, leaves: Sequence[Any]) -> list[Any] | None:
+    """The leaves in the order of `wanted`; None if that describes another structure.
+
+    The order of a dict's keys does not matter. Constants are equal if their types are, too: a
+    program that multiplies by 3 is not the one that multiplies by 3.0.
+    """
+    found: dict[int, int] = {}
+    if not _align(wanted, got, found):
+        return None
+    return [leaves[found[i]] for i in range(len(found))]
+
+
+def same_structure(wanted: Node, got: Node) -> bool:
+    """Whether calls of these descriptions are calls of one program."""
+    return _align(wanted, got, {})
+
+
+def _align(wanted: Node, got: Node, found: dict[int, int]) -> bool:
+    if wanted.keys() != got.keys() or wanted.get("class") != got.get("class"):
+        return False
+    for kind in ("tensor", *_NUMBERS):
+        if kind in wanted:
+            found[wanted[kind]] = got[kind]
+            return True
+    for kind in ("tuple", "list", "args"):
+        if kind in wanted:
+            pairs = list(zip(wanted[kind], got[kind]))
+            same = len(wanted[kind]) == len(got[kind])
+            return same and all(_align(w, g, found) for w, g in pairs)
+    for kind in ("dict", "items", "fields"):
+        if kind in wanted:
+            expected, items = wanted[kind], got[kind]
+            if kind == "dict":
+                expected, items = (sorted(each, key=_by_key) for each in (expected, items))
+            return [k for k, _ in expected] == [k for k, _ in items] and all(
+                _align(w, g, found) for (_, w), (_, g) in zip(expected, items)
+            )
+    return wanted == got and repr(list(wanted.values())) == repr(list(got.values()))
+
+
+def _by_key(item: list[Any]) -> str:
+    return repr(item[0])
+
+
 def describe_difference(wanted: Node, got: Node, path: str = "") -> str:
     """Where two descriptions first differ, for an error message; "" if they are equal."""
-    if wanted == got:
+    if same_structure(wanted, got):
         return ""
     if wanted.keys() == got.keys():
         for kind in ("tuple", "list", "args"):
             if kind in wanted and len(wanted[kind]) == len(got[kind]):
                 for i, (w, g) in enumerate(zip(wanted[kind], got[kind])):
-                    if w != g:
+                    if not same_structure(w, g):
                         return describe_difference(w, g, f"{path}[{i}]")
         for kind in ("dict", "items", "fields"):
             if kind in wanted and [k for k, _ in wanted[kind]] == [k for k, _ in got[kind]]:
                 for (key, w), (_, g) in zip(wanted[kind], got[kind]):
-                    if w != g:
+                    if not same_structure(w, g):
                         name = key if isinstance(key, str) else next(iter(key.values()))
                         return describe_difference(w, g, f"{path}.{name}")
     return f"{path or 'the arguments'}: expected {_short(wanted)}, got {_short(got)}"
@@ -237,6 +282,8 @@ def _short(node: Node) -> str:
         return "a tensor"
     if "value" in node:
         return repr(node["value"])
+    if "dict" in node and len(node["dict"]) <= _SHOWN_KEYS:
+        return f"a dict of {', '.join(repr(next(iter(k.values()))) for k, _ in node['dict'])}"
     for kind in ("tuple", "list", "dict"):
         if kind in node:
             return f"a {kind} of {len(node[kind])}"

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from accel.errors import CaptureError
 from accel.ir.module import Location
 
 
@@ -125,3 +127,12 @@ def storage_key(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return 0  # sparse and opaque tensors alias nothing
+
+
+def check_plain(tensor: Tensor) -> None:
+    """Raises CaptureError for a tensor that is made of others, such as a nested tensor."""
+    if is_traceable_wrapper_subclass(tensor):
+        raise CaptureError(
+            f"an input of class {type(tensor).__name__}",
+            advice="pass the plain tensors that it is made of",
+        )

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import is_lazy
 
 import accel.frontends.aten  # noqa: F401  (fills the table)
 from accel import tree
 from accel.errors import AccelError, CaptureError, InputError
 from accel.frontends import autocast
-from accel.frontends.calls import Call, storage_key, written_storages
+from accel.frontends.calls import Call, check_plain, storage_key, written_storages
 from accel.frontends.dynamic import DynamicShapes
 from accel.frontends.fakes import fake_weights
 from accel.frontends.importer import Importer
@@ -110,6 +111,7 @@ class _Capture:
         for leaf in self.leaves:
             if not isinstance(leaf, Tensor):
                 raise InputError("example inputs must be concrete: got a symbolic number")
+            check_plain(leaf)
         self.names = _leaf_names(model, self.inputs, len(self.leaves))
         self.dynamic = DynamicShapes(dynamic_shapes, self.inputs, self.names, model, small)
         self.fake_mode = FakeTensorMode(
@@ -293,6 +295,12 @@ def _named_weights(model: Any) -> dict[str, Tensor]:
         return {}
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
+    for name, tensor in named.items():
+        if is_lazy(tensor):
+            raise CaptureError(
+                f"'{name}' of a lazy module has no size yet",
+                advice="call the model once before you compile it",
+            )
     return named
 
 

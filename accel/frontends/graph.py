@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import accel.frontends.aten  # noqa: F401  (fills the table)
 from accel.errors import CaptureError
-from accel.frontends.calls import Call, storage_key, written_storages
+from accel.frontends.calls import Call, check_plain, storage_key, written_storages
 from accel.frontends.importer import Importer
 from accel.frontends.scalars import SYMBOLIC
 from accel.frontends.symbols import Symbols
@@ -109,6 +109,9 @@ def import_dynamo_graph(
             )
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta.get("example_value") for n in placeholders]
+    for fake in fakes:
+        if isinstance(fake, Tensor):
+            check_plain(fake)
     mode = _fake_mode(fakes)
 
     def once() -> Program:

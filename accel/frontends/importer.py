@@ -294,6 +294,8 @@ class Importer:
                 return str(arg)
             if isinstance(arg, (torch.memory_format, torch.layout)):
                 return None  # how elements lie in memory is no part of a program's meaning
+            if isinstance(arg, torch.dtype) and arg not in DTYPE_NAMES:
+                raise CaptureError(f"the dtype {arg}", where=str(self.location or ""))
             if arg is None or isinstance(arg, (bool, int, float, complex, str, torch.dtype)):
                 return arg
             raise CaptureError(

@@ -17,6 +17,7 @@ A function without this metadata takes its tensors by position and returns a lis
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ class Convention:
             raise ArtifactError(f"'{plan.name}' has results that belong to nothing")
         self._inputs, self._outputs = data.get("inputs"), data.get("outputs")
         self._args, self._kwargs = self._split()
+        self._has_constants = '"value"' in json.dumps(self._inputs, default=str)
         self._parameters = self._signature(data.get("parameters"))
 
     def _entries(self, cls: Any, entries: Any, count: int, kind: str) -> list[Any]:
@@ -181,8 +183,11 @@ class Convention:
         if self._inputs is None:
             if len(leaves) != self.inputs_count or any(not isinstance(a, Tensor) for a in args):
                 raise InputError(f"'{self._function}' takes {self.inputs_count} tensors")
-        elif node != self._inputs:
-            raise self._difference(node)
+        elif node != self._inputs or self._has_constants:
+            aligned = tree.align(self._inputs, node, leaves)
+            if aligned is None:
+                raise self._difference(node)
+            return aligned
         return leaves
 
     def _arrange(
@@ -230,7 +235,7 @@ class Convention:
             names = [f"argument '{n}'" for n in known]
         names += [f"argument '{n}'" for n in self._kwargs]
         for name, wanted, got in zip(names, [*self._args, *self._kwargs.values()], given):
-            if wanted != got:
+            if not tree.same_structure(wanted, got):
                 return InputError(
                     f"'{self._function}': {tree.describe_difference(wanted, got, name)}",
                     advice="values other than tensors are fixed when a model is compiled",

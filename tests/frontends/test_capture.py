@@ -266,6 +266,16 @@ def test_refusals_say_what_where_and_what_to_do(function: Any, message: str) -> 
     assert caught.value.id == "ACCEL010"
 
 
+def test_tensors_that_no_program_holds() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    with pytest.raises(CaptureError, match="an input of class NestedTensor"):
+        capture(lambda x: x * 2, (nested,))
+    with pytest.raises(CaptureError, match="'weight' of a lazy module has no size yet"):
+        capture(torch.nn.LazyLinear(4), (torch.ones(2, 3),))
+    with pytest.raises(CaptureError, match=r"torch\.qint8"):
+        capture(lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), (torch.ones(2),))
+
+
 def test_the_line_of_a_branch_is_told() -> None:
     with pytest.raises(CaptureError) as caught:
         capture(branch, (torch.rand(3),))

@@ -6,11 +6,14 @@ import json
 import re
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import accel
 from accel import tree
 from accel.errors import InputError
 
@@ -114,7 +117,7 @@ def test_malformed_descriptions_are_typed_errors(node: Any) -> None:
         ((A, 1), (A, 2), r"\[1\]: expected 1, got 2"),
         ({"x": [A]}, {"x": [None]}, r"x\[0\]: expected a tensor, got None"),
         ([A], [A, A], "a list of 1, got a list of 2"),
-        ({"x": A}, {"y": A}, "a dict of 1"),
+        ({"x": A}, {"y": A}, "a dict of 'x', got a dict of 'y'"),
     ],
     ids=str,
 )
@@ -122,3 +125,35 @@ def test_differences_are_named(wanted: Any, got: Any, message: str) -> None:
     difference = tree.describe_difference(tree.flatten(wanted)[1], tree.flatten(got)[1])
     assert re.search(message, difference), difference
     assert tree.describe_difference(tree.flatten(wanted)[1], tree.flatten(wanted)[1]) == ""
+
+
+def test_leaves_in_the_order_of_another_description() -> None:
+    one = {"a": torch.ones(1), "b": [torch.zeros(2), 3], "c": None}
+    other = {"c": None, "b": [torch.ones(2), 3], "a": torch.zeros(1)}
+    (leaves, wanted), (given, got) = tree.flatten(one), tree.flatten(other)
+    aligned = tree.align(wanted, json.loads(json.dumps(got, sort_keys=True)), given)
+    assert aligned is not None and aligned[0] is other["a"] and aligned[1] is other["b"][0]
+    for value in (3.0, True, "3", 4):
+        _, differs = tree.flatten({**one, "b": [torch.zeros(2), value]})
+        assert tree.align(wanted, differs, leaves) is None
+        assert ".b[1]: expected 3, got" in tree.describe_difference(wanted, differs, "x")
+    _, keys = tree.flatten({"a": torch.ones(1), "d": 1})
+    said = tree.describe_difference(wanted, keys, "x")
+    assert said == "x: expected a dict of 'a', 'b', 'c', got a dict of 'a', 'd'"
+
+
+@pytest.mark.parametrize("packaged", [False, True])
+def test_calls_of_a_compiled_model(packaged: bool, tmp_path: Path) -> None:
+    """A dict in another order is the same call; a number of another type is not."""
+
+    def model(x: dict[str, Tensor], scale: Any = 3) -> Tensor:
+        return (x["a"] - x["b"]) * scale
+
+    a, b = torch.tensor([5, 6]), torch.tensor([1, 1])
+    made: Any = accel.compile(model, inputs=({"a": a, "b": b},), kwargs={"scale": 3})
+    if packaged:
+        made.save(tmp_path / "m.accel")
+        made = accel.load(tmp_path / "m.accel")
+    assert torch.equal(made({"b": b, "a": a}, scale=3), (a - b) * 3)
+    with pytest.raises(InputError, match=r"'scale': expected 3, got 3\.0"):
+        made({"b": b, "a": a}, scale=3.0)
