@@ -255,6 +255,15 @@ def test_narrow_tiles_are_refused() -> None:
     TritonBackend("sm_80").generate([kernel])  # where the model of costs chooses a wide one
 
 
+@pytest.mark.parametrize("name", ["one sum", "rms, sums of parts"])
+def test_kernels_of_few_rows_refuse_sums(name: str) -> None:
+    types, extra = {**PRODUCERS, **INSIDE}[name]
+    rows = [typed(t.dtype, *(8 if d == 150 else d for d in t.shape)) for t in types]
+    function = producer(rows, extra) if name in PRODUCERS else function_of(rows, extra)
+    with pytest.raises(BackendError, match="skinny kernel with sums"):
+        TritonBackend("sm_90").generate([kernel_of(function, "skinny")])
+
+
 def asked(backend: TritonBackend, rows: Any, width: int, depth: int, columns: int) -> str | None:
     """What a backend says of a norm between linear + residual and one linear, as a model has it."""
     types = [typed(BF16, rows, depth), typed(BF16, width, depth), typed(BF16, rows, width)]
