@@ -175,6 +175,8 @@ class DynamicShapes:
 
     def _parts(self, expr: Any) -> list[Any]:
         """Comparisons that together imply a condition: of alternatives, the one that held."""
+        if isinstance(expr, sympy.Not) and isinstance(expr.args[0], sympy.Or):
+            return [part for arg in expr.args[0].args for part in self._parts(sympy.Not(arg))]
         if isinstance(expr, sympy.And):
             return [part for arg in expr.args for part in self._parts(arg)]
         if isinstance(expr, sympy.Or):

@@ -26,6 +26,7 @@ measures with the interpreter in float64. Before and after:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -279,6 +280,11 @@ class _Model:
         b.location = None
         b.op("return", made)
         self.describe(function, len(made))
+        function.metadata["guards"] = [
+            guard
+            for guard in self.main.metadata.get("guards", [])
+            if _named(guard, self.main) <= set(function.symbols)
+        ]
         return function
 
 
@@ -330,6 +336,12 @@ def least_tokens(function: Function, length: sympy.Symbol) -> int:
             k = op.attribute("k")
             found += [k] if isinstance(k, int) else []
     return max(found)
+
+
+def _named(guard: dict[str, str], main: Function) -> set[str]:
+    """The symbols in a condition between sizes."""
+    words = re.findall(r"\w+", f"{guard['left']} {guard['right']}")
+    return set(words) & set(main.symbols)
 
 
 def _rounded(slots: int) -> int:

@@ -3,7 +3,7 @@
 `plan(tokens, value, axes)` makes the next tokens' part of a value from a state, where the value is
 
     a causal convolution, or a shift, along the text: of its operand the last few tokens are kept
-    a running sum: the sum is kept
+    a running sum, product or extreme: the last one is kept
     a loop over the tokens (`accel.scan`): what it hands on is kept, and its body runs once more
 
 None where the value is nothing of this kind. The state is in `accel.passes.state`.
@@ -11,7 +11,7 @@ None where the value is nothing of this kind. The state is in `accel.passes.stat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,8 +36,8 @@ def plan(tokens: NextTokens, value: Value, axes: Axes) -> Plan | None:
         return _scan(tokens, value, op, axis)
     if not same_dim(value.shape[axis], tokens.length):
         return None
-    if op.name == "cumsum":
-        return _running_sum(tokens, op, axis)
+    if op.name in _RUNNING and value.index == 0:  # an extreme's place is its second result
+        return _running(tokens, op, axis)
     window = _window(tokens, value, axis)
     return None if window is None else _windowed(tokens, window)
 
@@ -139,19 +139,38 @@ def _windowed(tokens: NextTokens, window: _Window) -> Plan:
 # -- running sums --------------------------------------------------------------------------------
 
 
-def _running_sum(tokens: NextTokens, op: Op, axis: int) -> Plan | None:
-    if op.attribute("axis") % op.result.type.rank != axis:
+def _log_add(b: Builder, x: Value, y: Value) -> Value:
+    """log(exp(x) + exp(y)), also of minus infinity."""
+    high, low = b.maximum(x, y), b.minimum(x, y)
+    nothing = b.scalar(float("-inf"), x.dtype)
+    made: Value = b.add(high, b.log1p(b.exp(b.sub(low, high))))
+    return b.where(b.eq(low, nothing), high, made)
+
+
+# A reduction along the text -> what makes the next of the last and a token's own.
+_RUNNING: dict[str, Callable[[Builder, Value, Value], Value]] = {
+    "cumsum": lambda b, x, y: b.add(x, y),
+    "cumprod": lambda b, x, y: b.mul(x, y),
+    "cummax": lambda b, x, y: b.maximum(x, y),
+    "cummin": lambda b, x, y: b.minimum(x, y),
+    "logcumsumexp": _log_add,
+}
+
+
+def _running(tokens: NextTokens, op: Op, axis: int) -> Plan | None:
+    result = op.results[0]
+    if op.attribute("axis") % result.type.rank != axis or any(r.uses for r in op.results[1:]):
         return None
 
     def emit(b: Builder, values: Sequence[Value]) -> Sequence[Value]:
-        item = tokens.items.find("sum", op.result)
+        item = tokens.items.find("sum", result)
         if item is None:
-            shape = list(tokens.shape(op.result.shape))
+            shape = list(tokens.shape(result.shape))
             shape[axis] = 1
-            type_ = TensorType(tuple(shape), op.result.dtype)
-            item = tokens.items.add(Item(tokens.items.name("sum"), "sum", op.result, type_, axis))
-        seen = b.cumsum(values[0], axis=axis)
-        made = b.add(seen, tokens.held.argument(item))
+            type_ = TensorType(tuple(shape), result.dtype)
+            item = tokens.items.add(Item(tokens.items.name("sum"), "sum", result, type_, axis))
+        seen = b.op(op.name, values, {"axis": axis}).results[0]
+        made = _RUNNING[op.name](b, seen, tokens.held.argument(item))
         last = simplify_dim(tokens.count - 1)
         tokens.held.results[item] = (
             made if same_dim(last, 0) else b.slice(made, axis=axis, start=last, stop=tokens.count)

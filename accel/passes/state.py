@@ -8,7 +8,7 @@ a result of @prefill, @decode and @extend, donated, in the order of `State.items
              `sinks`, that many first tokens, then a ring of the others (`accel.passes.streaming`)
     window   the last few tokens' values of what a convolution or a shift reads
     carry    what a loop over the tokens (`accel.scan`) hands on
-    sum      the sum of what a running sum has seen
+    sum      what a running sum, product or extreme has come to
 
 `Function.metadata["kv_cache"]["state"]` describes them to the runtime, which makes them of zeros;
 dtypes and shapes are those of the arguments.

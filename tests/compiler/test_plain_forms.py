@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import accel
 from accel.compiler.language import derive_generator
-from accel.errors import CaptureError
+from accel.errors import CaptureError, InputError
 from accel.passes.equivalence import check_decode
 
 WIDTH, HEADS, VOCABULARY, LARGEST = 16, 2, 32, 24
@@ -167,3 +167,21 @@ def test_an_encoder_decoder_of_ones_own() -> None:
     fast = accel.compile_generator(model, capacity=20)
     made = fast.generate(source, decoder_start_token_id=1, max_new_tokens=12)
     assert torch.equal(made, text)
+
+
+class InBlocks(Translator):
+    """A source of one block is read in another way."""
+
+    def forward(self, src: Tensor, tgt: Tensor) -> Any:
+        one_block = (src.shape[1] + 7) // 8 == 1
+        return super().forward(src + 1 if one_block else src, tgt)
+
+
+def test_conditions_on_the_source_are_said_before_it_is_read() -> None:
+    pytest.importorskip("tvm")
+    fast = accel.compile_generator(InBlocks().eval(), capacity=20)
+    fast.generate(torch.ones(1, 12, dtype=torch.int64), decoder_start_token_id=1, max_new_tokens=2)
+    with pytest.raises(InputError, match="'encode' was compiled for"):
+        fast.generate(
+            torch.ones(1, 5, dtype=torch.int64), decoder_start_token_id=1, max_new_tokens=2
+        )

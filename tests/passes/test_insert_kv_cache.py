@@ -256,6 +256,10 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "shift": lambda x: x + nn.functional.pad(x, (0, 0, 1, -1)),
     "shift_by_cat": lambda x: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) - x,
     "running_sum": lambda x: x.cumsum(1),
+    "running_product": lambda x: x.tanh().cumprod(1),
+    "running_maximum": lambda x: x.cummax(1).values,
+    "running_minimum": lambda x: x.cummin(1)[0],
+    "running_log_sum": lambda x: x.logcumsumexp(1),
     "two_of_them": nn.Sequential(Causal(), nn.GELU(), Causal(delay=1)),
 }
 
