@@ -29,6 +29,7 @@ from accel.backends.loops.phases import region_symbols
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import size_name
+from accel.backends.triton.ahead import loaded_ahead
 from accel.backends.triton.bringing import BringingWriter
 from accel.backends.triton.dependent import WAIT, WAIT_AFTER
 from accel.backends.triton.emitter import Scope
@@ -296,6 +297,15 @@ class OverlappedWriter(BringingWriter):
         return "left.index(slot)"
 
     def _epilogue(self, body: Block) -> None:
+        """What rows are scaled with is made before the multiplication."""
+        start = len(body.lines)
+        self._results(body)
+        product = body.lines[self.multiplied_from : start]
+        ahead, rest = loaded_ahead(body.lines[start:], columns=False, product=product)
+        body.lines[start:] = rest
+        body.lines[self.multiplied_from : self.multiplied_from] = ahead
+
+    def _results(self, body: Block) -> None:
         self._positions(body)
         self._finish([f"acc_{i}" for i in range(self.count)])
 
