@@ -121,4 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The reader went away (`accel ... | head`); keep Python from complaining at exit.
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:  # a file that somebody named
+        if error.filename is None:
+            raise
+        what = f"cannot use '{error.filename}': {error.strerror}"
+        sys.exit(fail(OptionError(what, advice="check the path and its permissions"), as_json))
     sys.exit(code if isinstance(code, int) else 0)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import accel
@@ -45,7 +45,7 @@ def run(
         seconds = time.perf_counter() - start
     named = {f"output{i}": t for i, t in enumerate(results)}
     if output is not None:
-        save_file({name: t.contiguous().clone() for name, t in named.items()}, output)
+        output.write_bytes(save({name: t.contiguous().clone() for name, t in named.items()}))
     data: dict[str, Any] = {
         "entry": call.entry.name,
         "load_seconds": load_seconds,

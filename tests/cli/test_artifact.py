@@ -209,6 +209,11 @@ def test_run_on_files_and_on_random_inputs(home: Path, at_home: Run, tmp_path: P
     assert at_home("run", home / "m.accel", "-i", "z=ones").code == 2
 
 
+def test_run_into_a_folder_that_is_not_there(home: Path, at_home: Run, tmp_path: Path) -> None:
+    ran = at_home("run", home / "m.accel", "-o", tmp_path / "none" / "out.safetensors", "--json")
+    assert ran.code == 2 and "none" in ran.json["error"]["what"]
+
+
 def test_run_of_a_file_that_is_no_artifact(accel: Run, tmp_path: Path) -> None:
     path = tmp_path / "text.accel"
     path.write_text("not an artifact")

@@ -68,6 +68,13 @@ def test_output_file_stats_and_dumps(accel: Run, program: Path, tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize("option", ["-o", "--dump-dir"])
+def test_a_file_that_cannot_be_written(accel: Run, program: Path, option: str) -> None:
+    ran = accel("opt", program, "-p", "cse", option, program / "inside.mlir")
+    assert ran.code == 2
+    assert "ACCEL001" in ran.err and "inside.mlir" in ran.err
+
+
 def test_json_holds_text_and_ledger(accel: Run, program: Path) -> None:
     data = accel("opt", program, "-p", "cse", "--json").json
     assert data["ir"].startswith('"builtin.module"')
