@@ -140,9 +140,8 @@ class Generator:
             options: see `accel.runtime.generation_options.GenerationOptions`.
 
         Rows run together, as many as the model was compiled for (`batch`), whatever their lengths;
-        where the model has no form for that (`unequal` in the artifact's facts), or an encoder,
-        those of one length do. Each row's text is what it would be alone; where texts are drawn,
-        with a `seed` for each row.
+        of one length where it has an encoder, or no form for that (`unequal` in its facts). Each
+        row's text is what it would be alone; where texts are drawn, with a `seed` for each row.
 
         Raises InputError for empty or too long prompts and ids out of range, OptionError for
         options that contradict each other.
