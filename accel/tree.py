@@ -10,6 +10,7 @@ Descriptions (JSON):
     {"int": i}, {"float": i}, {"bool": i}           leaf i is a 0-d tensor, wanted as a number
     {"value": 3}                                    None, bool, int, float, str
     {"complex": [re, im]}, {"dtype": "float32"}, {"device": "cpu"}, {"torch": "channels_last"}
+    {"type": "module:Name"}                         a class itself
     {"tuple": [...]}, {"list": [...]}, {"dict": [[key, node], ...]}   (keys are descriptions too)
     {"class": "module:Name", "args": [...]}         a named tuple
     {"class": "module:Name", "items": [[k, node]]}  a dict-like class, e.g. a model's output
@@ -76,6 +77,8 @@ def _describe_constant(value: Any) -> Node | None:
         return {"device": str(value)}
     if isinstance(value, (torch.memory_format, torch.layout)):
         return {"torch": str(value).removeprefix("torch.")}
+    if isinstance(value, type):
+        return {"type": f"{value.__module__}:{value.__qualname__}"}
     return None
 
 
@@ -180,6 +183,8 @@ def _unflatten(node: Node, leaves: Sequence[Any], resolve: Callable[[str], type 
             if not isinstance(known, (torch.memory_format, torch.layout)):
                 raise InputError(f"'{body}' is neither a memory format nor a layout")
             return known
+        case "type":
+            return resolve(body)
         case "tuple":
             return tuple(_unflatten(n, leaves, resolve) for n in body)
         case "list":

@@ -72,6 +72,11 @@ class DynamicShapes:
         rank = tensor.dim()
         kinds = [DimDynamic.STATIC] * rank
         for axis in list(mine):
+            if not 0 <= axis.axis < rank:
+                raise OptionError(
+                    f"dynamic_shapes names axis {axis.axis} of '{self.names[index]}', which has "
+                    f"{rank} axes"
+                )
             if tensor.shape[axis.axis] < 2 and self._small:
                 mine.remove(axis)
             elif tensor.shape[axis.axis] < 2:
@@ -234,6 +239,10 @@ class DynamicShapes:
                 return
 
     def _add(self, leaf: int, spec: Any) -> None:
+        if not isinstance(spec, (Mapping, list, tuple)):
+            raise OptionError(
+                f"dynamic_shapes: {spec!r} for a tensor", advice='for example {0: "batch"}'
+            )
         items = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
         for axis, dim in items:
             if dim is None or isinstance(dim, int) or _is_hint(dim, "STATIC"):
@@ -246,6 +255,11 @@ class DynamicShapes:
                 raise OptionError(
                     f"dynamic_shapes: the derived size {dim} is not supported",
                     advice="declare the axis with Dim.AUTO: the relation is found by tracing",
+                )
+            elif not hasattr(dim, "__name__") or type(axis) is not int:
+                raise OptionError(
+                    f"dynamic_shapes: axis {axis!r} with the size {dim!r}",
+                    advice="axes are numbers; sizes are names, or torch.export's Dim",
                 )
             else:
                 low, high = getattr(dim, "min", None), getattr(dim, "max", None)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import accel
 from accel.errors import CaptureError, InputError, OptionError
 from accel.frontends.export import capture
 from accel.ir import parse_module, print_module
@@ -133,6 +134,21 @@ def test_a_model_output_with_a_cache_comes_back_as_its_class() -> None:
     assert_close(got.past_key_values.layers[1].keys, wanted.past_key_values.layers[1].keys, 1e-4)
 
 
+def test_a_cache_that_the_model_makes_goes_on_growing() -> None:
+    """A cache without a configuration holds the class of its layers."""
+    transformers = pytest.importorskip("transformers")
+
+    def model(x: Tensor) -> Any:
+        cache = transformers.DynamicCache()
+        cache.update(x, x + 1, 0)
+        return cache
+
+    x = torch.ones(1, 2, 3, 4)
+    found = accel.compile(model)(x)
+    found.update(x, x, 1)
+    assert torch.equal(found.layers[0].values, x + 1) and torch.equal(found.layers[1].keys, x)
+
+
 def test_a_cache_is_an_input_too() -> None:
     pytest.importorskip("transformers")
     from tests import zoo
@@ -226,6 +242,10 @@ def test_a_fixed_size_is_an_error_with_the_place() -> None:
         ({"z": {0: "n"}}, "not passed"),
         (({0: "n"}, {0: "n"}), "2 entries"),
         ({"x": {1: "n"}}, "size 1"),
+        ({"x": {5: "n"}}, "axis 5 of 'x', which has 2 axes"),
+        ({"x": {-1: "n"}}, "axis -1"),
+        ({"x": {0: 2.5}}, r"axis 0 with the size 2\.5"),
+        ({"x": 3}, "3 for a tensor"),
     ],
 )
 def test_bad_dynamic_shapes(spec: Any, message: str) -> None:
