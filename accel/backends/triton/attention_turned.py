@@ -1,11 +1,13 @@
-"""Rotary embedding of an attention's queries, where they lie in shared memory.
+"""Rotary embedding of an attention's queries, on their way from shared memory to registers.
 
-Each group of warps turns its queries before it multiplies them for the first time: what the program
-loads once anyway need not be turned, written and read by a launch of its own. Cosines and sines
-come from memory while the copy of the queries is still under way; element i of a head pairs with
-i + D / 2 (style "half"), so that the two halves of a row are tiles of one layout.
+Each group of warps takes its queries out of shared memory once, turns them, and multiplies them
+from registers: what a program loads once anyway need not be turned, written and read by a launch of
+its own, and the next queries may come early. Writing them back instead takes a fence that waits for
+the result of the part before. Cosines and sines come from memory while the copy of the queries is
+under way; element i of a head pairs with i + D / 2 (style "half"), so that both halves of a row are
+tiles of one layout, each multiplied with its half of the keys.
 
-    queries[which] = first half * cos - second half * sin | second half * cos + first half * sin
+    near = first half * cos - second half * sin      far = second half * cos + first half * sin
 """
 
 from __future__ import annotations
