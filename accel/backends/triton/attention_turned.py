@@ -2,10 +2,10 @@
 
 Each group of warps takes its queries out of shared memory once, turns them, and multiplies them
 from registers: what a program loads once anyway need not be turned, written and read by a launch of
-its own, and the next queries may come early. Writing them back instead takes a fence that waits for
-the result of the part before. Cosines and sines come from memory while the copy of the queries is
-under way; element i of a head pairs with i + D / 2 (style "half"), so that both halves of a row are
-tiles of one layout, each multiplied with its half of the keys.
+its own. Nothing is written back, so that the copies need no fence. Cosines and sines come from
+memory while the copy of the queries is under way; element i of a head pairs with i + D / 2 (style
+"half"), so that both halves of a row are tiles of one layout, each multiplied with its half of the
+keys.
 
     near = first half * cos - second half * sin      far = second half * cos + first half * sin
 """
