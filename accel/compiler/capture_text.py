@@ -20,6 +20,7 @@ from accel.compiler.plain_forward import (
     masked_forward,
     plain_forward,
 )
+from accel.compiler.source_sizes import any_source
 from accel.config import logger
 from accel.errors import AccelError, CaptureError, FixedSizeError
 from accel.frontends.export import capture
@@ -66,16 +67,17 @@ def capture_text(model: Any, capacity: int, batch: int = 1) -> Module:
         shapes.insert(0, source)
     with token_by_token(plain):
         try:
-            return capture(plain, tuple(examples), dynamic_shapes=tuple(shapes))
+            made = capture(plain, tuple(examples), dynamic_shapes=tuple(shapes))
+            return (any_source(plain, plain, made, examples, shapes) if pair else None) or made
         except FixedSizeError:
             if pair:
                 raise
             return _capture_loops(plain, rows, first, capacity)
         except CaptureError as error:
-            made = _capture_otherwise(plain, examples, shapes, capacity)
-            if made is None:
+            other = _capture_otherwise(plain, examples, shapes, capacity)
+            if other is None:
                 raise error from error.__cause__
-            return made
+            return other
 
 
 def _capture_otherwise(
@@ -83,7 +85,7 @@ def _capture_otherwise(
 ) -> Module | None:
     """The capture of a model that looks for padding, or that runs parts of itself for some tokens
     only, as mixtures of experts do. None where that does not help."""
-    masked = masked_forward(plain)
+    masked, pair = masked_forward(plain), len(examples) == 2
     for form, selections in ((masked, False), (plain, True), (masked, True)):
         if form is None:
             continue
@@ -96,7 +98,12 @@ def _capture_otherwise(
             continue
         if selections:
             _check_selections(plain, made, examples, capacity)
-        return made
+            return made
+        return (any_source(plain, form, made, examples, shapes) if pair else None) or made
+    for form in (plain, masked) if pair else ():
+        found = None if form is None else any_source(plain, form, None, examples, shapes)
+        if found is not None:
+            return found
     return None
 
 

@@ -185,3 +185,31 @@ def test_conditions_on_the_source_are_said_before_it_is_read() -> None:
         fast.generate(
             torch.ones(1, 5, dtype=torch.int64), decoder_start_token_id=1, max_new_tokens=2
         )
+
+
+class PadsToBlocks(Translator):
+    """The source is padded to blocks of four, whose tokens know their block's sum."""
+
+    def forward(self, src: Tensor, tgt: Tensor) -> Any:
+        length = src.shape[1]
+        tokens = x = self.table(src)
+        if length % 4 != 0:
+            x = nn.functional.pad(x, (0, 0, 0, -length % 4))
+        blocks = x.reshape(x.shape[0], x.shape[1] // 4, 4, WIDTH)
+        sums = blocks.sum(2, keepdim=True).expand_as(blocks)
+        source = tokens + sums.flatten(1, 2)[:, :length]
+        x = self.hidden(tgt)
+        return self.head(x + (x @ source.mT / WIDTH**0.5).softmax(-1) @ source)
+
+
+def test_sources_of_any_number_of_blocks() -> None:
+    pytest.importorskip("tvm")
+    model = PadsToBlocks().eval()
+    fast = accel.compile_generator(model, capacity=20)
+    for length in (2, 4, 5, 8, 30):
+        source, text = torch.randint(0, VOCABULARY, (1, length)), torch.tensor([[1]])
+        with torch.no_grad():
+            for _ in range(4):
+                text = torch.cat([text, model(source, text)[:, -1:].argmax(-1)], 1)
+        made = fast.generate(source, decoder_start_token_id=1, max_new_tokens=4)
+        assert torch.equal(made, text), length
