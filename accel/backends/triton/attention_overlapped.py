@@ -304,8 +304,7 @@ class OverlappedAttention(TurnedQueries):
         def walk(count: str, block: str, cut: bool) -> list[str]:
             return [
                 f"for i in range(0, {count}):",
-                f"    {state} = step(which, {rings}, {state}, taken, {block}, row, "
-                f"{more}, {cut})",
+                f"    {state} = step(which, {rings}, {state}, taken, {block}, row, {more}, {cut})",
                 "    taken += 1",
             ]
 
