@@ -146,7 +146,7 @@ def _compile(
     stages = {"captured": print_module(module, locations=True)}
     start = time.perf_counter()
     manager = PassManager(
-        tensor_pipeline(options, target),
+        tensor_pipeline(options),
         context,
         validate=options.validate,
         on_violation="undo" if options.on_violation == "undo" else "raise",
@@ -263,15 +263,13 @@ def _tuner(target: Target, options: Options, context: Context) -> Tuner | None:
     return Tuner(backend, context.libraries, options.tune, clock, reason, remember=remember)
 
 
-def tensor_pipeline(options: Options, target: Target | None = None) -> list[str]:
-    """Pass strings before lowering: exact passes around the user's techniques, and what is done to
-    weights for the target's kernels."""
+def tensor_pipeline(options: Options) -> list[str]:
+    """Pass strings before lowering: exact passes around the user's techniques."""
     if options.pipeline is not None:
         return [options.pipeline] if options.pipeline else []
-    last = gpu.WEIGHT_PIPELINE if target is not None and target.kind == "cuda" else ()
     if options.passes:
-        return [*CLEAN_PIPELINE, options.passes, *EXACT_PIPELINE, *last]
-    return [*EXACT_PIPELINE, *last]
+        return [*CLEAN_PIPELINE, options.passes, *EXACT_PIPELINE]
+    return list(EXACT_PIPELINE)
 
 
 def compile_kernels(

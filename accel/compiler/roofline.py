@@ -256,14 +256,10 @@ def _row(
 
 
 def _dtype(op: Op) -> str:
-    """The dtype that its operations run in: of its contraction, if it has one. What a kernel widens
-    before its product, tensor cores multiply as it was."""
+    """The dtype that its operations run in: of its contraction, if it has one."""
     for inner in (op, *(o for region in op.regions for o in region.ops)):
         if inner.has(Trait.CONTRACTION):
-            made = [v.op for v in inner.operands[:2] if inner is not op]
-            given = [m.operands[0].dtype for m in made if m is not None and m.name == "cast"]
-            same = len(given) == 2 and given[0] == given[1]
-            return str(given[0] if same else inner.operands[0].dtype).removeprefix("torch.")
+            return str(inner.operands[0].dtype).removeprefix("torch.")
     values = op.results or op.operands
     return str(values[0].dtype).removeprefix("torch.") if values else ""
 

@@ -29,9 +29,7 @@ from torch import Tensor
 from accel.errors import OptionError
 from accel.ir.capability import KernelGenerator, Library, LibraryMatch
 from accel.ir.module import Module, Op
-from accel.ir.types import TensorType
 from accel.names import near
-from accel.passes.deferred import Deferred
 
 
 @dataclass(frozen=True)
@@ -110,18 +108,6 @@ class Context:
         if self.precise is not None and dtype.is_floating_point:
             self.precise[stored] = value
         return stored
-
-    def store_lazily(
-        self, module: Module, name: str, type: TensorType, compute: Callable[[], Tensor]
-    ) -> str:
-        """As `store_constant`, of what is computed when it is first read.
-
-        `compute` gives the constant before it is rounded to the type's dtype: in float64, or in a
-        dtype that holds it exactly.
-        """
-        if self.precise is not None:
-            return self.store_constant(module, name, compute().double(), type.dtype)
-        return module.weights.add_lazy(name, type, Deferred(lambda: compute().to(type.dtype)))
 
     def miss(self, rule: str, op: Op, reason: str) -> None:
         """A rule nearly fired: say which attribute, second user or type stood in the way."""

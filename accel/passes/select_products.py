@@ -4,8 +4,8 @@ A linear over one row reads its weight once for one multiplication an element: m
 and a generated kernel that decodes a compressed weight as it reads it moves a quarter (int8) or an
 eighth (int4) of the bytes. A few rows share the decoding. What is around the product rides along
 where the generator takes it: elementwise ops after it, the join of a merged linear's two halves
-(gate times up), a norm before it, the rotary embedding of its heads (`rotated`), what is left of a
-norm that was deferred (`norm_parts`). The generator says when a vendor's product is faster.
+(gate times up), a norm before it, the rotary embedding of its heads (`rotated`). The generator says
+when a vendor's product is faster.
 Contract: exact (the kernel's region is the ops it replaces).
 
     %1 = "accel.dequantize"(%q, %s)         %2 = "accel.kernel"(%x, %q, %s) ({
@@ -15,7 +15,6 @@ Contract: exact (the kernel's region is the ops it replaces).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,7 +26,6 @@ from accel.ir.op import Trait
 from accel.ir.types import same_shape
 from accel.passes.anchored import AnchoredPass
 from accel.passes.base import EXACT, Context, Contract, register_pass
-from accel.passes.norm_parts import parts_of, scaling_of, statistics_of, widened
 from accel.passes.outline import elementwise_epilogue
 from accel.passes.rotated import rotation_of
 
@@ -63,12 +61,9 @@ class SelectProducts(AnchoredPass):
                 return
         if not decoding and self._take_rotation(op, context, generator, order):
             return
-        scaling = scaling_of(op)
-        end = scaling[-1] if scaling else op
-        halves = halves_of(end, generator)
-        last = halves[-1] if halves else end
-        ops = [op, *scaling, *halves, *elementwise_epilogue(last, generator, self.max_epilogue)]
-        ops += parts_of(ops[-1].result)
+        halves = halves_of(op, generator)
+        last = halves[-1] if halves else op
+        ops = [op, *halves, *elementwise_epilogue(last, generator, self.max_epilogue)]
         ops.sort(key=order.__getitem__)
         norm = _norm(op, generator)
         kind, reason = generator.product_kind(op, [*norm, *ops])
@@ -80,7 +75,7 @@ class SelectProducts(AnchoredPass):
             return
         if not context.rewrite(self.name, op):
             return
-        around = [*norm, *decoding, *_widened(op), *_statistics(scaling, generator)]
+        around = [*norm, *decoding, *_widened(op)]
         self._outline(ops, kind, generator, order, duplicate=around)
 
     def _take_rotation(
@@ -103,22 +98,12 @@ class SelectProducts(AnchoredPass):
 
 
 def _widened(op: Op) -> list[Op]:
-    """The conversion of x to float32 from what tensor cores multiply as it is: codes of a byte, or
-    16 bits where the sums are not to be rounded."""
-    if scaling_of(op):
-        return widened(op)[:1]
+    """The conversion of x from codes of a byte, which tensor cores multiply as they are."""
     made = op.operands[0].op
     codes = (
         made is not None and made.name == "cast" and made.operands[0].dtype == torch.float8_e4m3fn
     )
     return [made] if codes and made is not None else []
-
-
-def _statistics(scaling: Sequence[Op], generator: KernelGenerator) -> list[Op]:
-    """What makes the numbers that scale a deferred norm's rows, if each product does that."""
-    found = statistics_of(scaling)
-    parts = [op.operands[0].shape[-1] for op in found if op.name == "sum"]
-    return found if all(isinstance(n, int) and generator.folds_statistics(n) for n in parts) else []
 
 
 def _norm(op: Op, generator: KernelGenerator) -> list[Op]:

@@ -85,7 +85,7 @@ def functions_of(module: Module, host: InterpretedHost) -> dict[str, CompiledFun
     """The functions of a module as they are compiled for a GPU, on the CPU."""
     target, backend = get_target("h200"), TritonBackend()
     context = Context(target=target, generator=backend, libraries=gpu.libraries())
-    tensor = PassManager(tensor_pipeline(Options.of(None), target), context)
+    tensor = PassManager(tensor_pipeline(Options.of(None)), context)
     tensor.run(module)
     PassManager(list(gpu.KERNEL_PIPELINE), context).run(module, after=tensor)
     symbols = {

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 import accel
-from accel.backends.triton import TritonBackend
 from accel.compiler.roofline import Roofline, Row, filled_rows, fold, roofline, time_steps
 from accel.compiler.targets import get_target
 from accel.ir.parser import parse_module
@@ -93,19 +92,6 @@ def test_equal_kernels_are_one_row_with_all_their_time() -> None:
         total = sum(getattr(r, name) for r in line.rows)
         assert sum(getattr(r, name) for r in folded) == pytest.approx(total)
     assert [r.lost for r in line.furthest(3)] == sorted((r.lost for r in folded), reverse=True)[:3]
-
-
-def test_products_that_widen_their_operands_run_in_16_bits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As those beside a deferred norm do, whose sums are not rounded before they are scaled."""
-    monkeypatch.setattr(TritonBackend, "folds_norm", lambda *_: None)
-    model = nn.Sequential(Block(128), Block(128)).bfloat16()
-    _, line = made(model, torch.randn(512, 128).bfloat16(), "h200")
-    assert line.matched
-    products = [row for row in line.rows if "linear" in row.what]
-    assert any("cast" in row.what and "gelu" in row.what for row in products)
-    assert {row.dtype for row in products} == {"bfloat16"}
 
 
 class Attention(nn.Module):

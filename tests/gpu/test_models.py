@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import accel
-from accel.backends.triton import TritonBackend
 from accel.compiler.dynamo import accel_backend
 from accel.errors import InputError
 
@@ -55,29 +53,6 @@ def test_a_block_in_all_its_calls(dtype: torch.dtype) -> None:
             results.append((fast(x), model(x)))
     for got, wanted in results:  # later calls have overwritten nothing
         agree(got, wanted, {torch.float32: 1e-5, torch.float16: 4e-3}.get(dtype, 3e-2))
-
-
-@pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_norms_that_products_take(
-    dtype: torch.dtype, inside: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Wherever they pay; `inside`: each product adds up the sums of its rows."""
-    monkeypatch.setattr(TritonBackend, "folds_norm", lambda *_: None)
-    monkeypatch.setattr(TritonBackend, "folds_statistics", lambda *_: inside)
-    torch.manual_seed(0)
-    model = nn.Sequential(*(Block(256) for _ in range(3))).to(dtype).eval()
-    for block in model:
-        nn.init.normal_(block.norm.weight, 1, 0.2)
-        nn.init.normal_(block.norm.bias, 0, 0.2)
-    fast = accel.compile(model, inputs=(torch.randn(3000, 256, dtype=dtype),), target=target())
-    assert fast.ir("kernels").count("accel.reshape") == 4  # two sums in two products
-    exact = copy.deepcopy(model).double().cuda()
-    with torch.no_grad():
-        for _ in range(3):
-            x = 3 + torch.randn(3000, 256, dtype=dtype, device="cuda")
-            got = fast(x)
-            agree(got, exact(x.double()).to(dtype), {torch.float16: 4e-3}.get(dtype, 3e-2))
 
 
 def test_strided_and_misaligned_inputs() -> None:
