@@ -45,11 +45,7 @@ from accel.runtime.tensor_map import TensorMap
 _ONE_ARCHITECTURE = ("wgmma.", "setmaxnreg.", "tcgen05.")
 _TARGET = re.compile(r"(\.target sm_\d+)[af]\b")
 
-# The tensor level's last passes: an artifact keeps its weights as they leave them.
-WEIGHT_PIPELINE = ("fold_norm_weights", "dce")
-
 KERNEL_PIPELINE = (
-    "defer_norms",
     "select_depthwise",
     "select_products",
     "select_experts",
