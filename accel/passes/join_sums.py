@@ -3,8 +3,9 @@
 A backward pass is full of them: the gradient of a bias adds up over all rows the gradient that a
 kernel has just made; those of a norm's weight and bias add up products of what the kernel for the
 norm's input reads. A kernel of their own reads all that from memory again. Here `reduction` kernels
-over everything but the columns are merged into the `rowwise` or `pointwise` kernel before them that
-has the same rows: its kind becomes `summed`, with whole results first and sums of columns after.
+over everything but the columns are merged into the `rowwise` kernel that has the same rows: its
+kind becomes `summed`, with whole results first and sums of columns after. (Sums of what a pointwise
+kernel makes stay: with GELU's gradient one kernel takes as long as two.)
 
 Contract: exact (regions are put together as they are). Before and after:
 
@@ -25,23 +26,19 @@ from accel.ir.types import product
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 
 _LEAST_ROWS = 1024  # fewer are no strips for every multiprocessor
-_MOST_COLUMNS = 8192  # of a row that stays in registers
+_MOST_COLUMNS = 1024  # of a row: more take too many registers for two programs at once
 _MOST_SUMS = 4  # running sums in registers
 
 
 @register_pass
 @dataclass
 class JoinSums(Pass):
-    """Merges kernels that add up columns into those of their rows; at most `most` sums each.
-
-    `pointwise`: also where no row is reduced.
-    """
+    """Merges kernels that add up columns into those of their rows; at most `most` sums each."""
 
     name: ClassVar[str] = "join_sums"
     contract: ClassVar[Contract] = EXACT
 
     most: int = _MOST_SUMS
-    pointwise: bool = False
 
     def run(self, module: Module, context: Context) -> None:
         if context.generator is None:
@@ -59,8 +56,7 @@ class JoinSums(Pass):
             return
         order = {op: i for i, op in enumerate(function.ops)}
         for kernel in _candidates(sums):
-            plain = kernel.attribute("kind") == "pointwise"
-            if plain and not self.pointwise or not _fits(kernel, sums, space, order, self.most):
+            if not _fits(kernel, sums, space, order, self.most):
                 continue
             joined = _joined(kernel, sums, self.name)
             reason = generator.supports_anchor(joined, "summed")
@@ -118,7 +114,7 @@ def _unshaped(value: Value) -> Value:
 def _fits(kernel: Op, sums: Op, space: tuple[int, int], order: dict[Op, int], most: int) -> bool:
     rows, columns = space
     kind = kernel.attribute("kind")
-    if kind not in ("rowwise", "pointwise", "summed") or kernel.parent is not sums.parent:
+    if kind not in ("rowwise", "summed") or kernel.parent is not sums.parent:
         return False
     if rows < _LEAST_ROWS or columns > _MOST_COLUMNS or columns < 2:
         return False

@@ -34,7 +34,6 @@ from accel.ir.builder import Builder
 from accel.ir.module import Op, Region, Value, clone_region_into
 from accel.ir.types import product, same_shape
 
-MOST_COLUMNS = 4096  # of a row that is reduced: it stays in registers
 _SPAN = 256  # elements that a warp reads at once
 _BLOCKS = 4  # of columns that a program has of a row that is reduced
 _STEP = 4  # rows of a program at a time
