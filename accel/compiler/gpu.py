@@ -67,6 +67,8 @@ KERNEL_PIPELINE = (
     "select_copies",
     "fuse",
     "dce",
+    "join_sums",
+    "dce",
 )
 
 
