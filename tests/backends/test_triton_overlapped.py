@@ -12,8 +12,7 @@ import torch
 
 from accel.backends.cubin.pairs import BOTH, EVERYONE, paired
 from accel.backends.triton import TritonBackend
-from accel.backends.triton.ahead import loaded_ahead
-from accel.backends.triton.cooperative import CooperativeTile
+from accel.backends.triton.cooperative import CooperativeTile, loaded_ahead
 from accel.backends.triton.overlapped import OverlappedTile
 from accel.backends.triton.paired import PairedTile
 from accel.errors import BackendError
@@ -62,6 +61,10 @@ CASES: dict[str, Case] = {
     "two results": (
         [typed(BF16, 200, 64), typed(BF16, 40, 64), typed(BF16, 200, 40)],
         lambda b, x, w, r: (lambda y: [y, b.silu(y)])(b.add(b.linear(x, w), r)),
+    ),
+    "the larger one": (
+        [typed(BF16, 100, 64), typed(BF16, 40, 64), typed(BF16, 100, 40)],
+        lambda b, x, w, r: b.maximum(b.linear(x, w), r),
     ),
     "a result of another type": (
         [typed(FP16, 100, 64), typed(FP16, 40, 64)],
@@ -181,7 +184,9 @@ WHOLE = [OverlappedTile(), CooperativeTile(), CooperativeTile(192, 128, groups=3
 
 
 @pytest.mark.parametrize("tile", WHOLE)
-@pytest.mark.parametrize("name", ["bias, gelu", "bias, residual", "gate times up", "odd columns"])
+@pytest.mark.parametrize(
+    "name", ["bias, gelu", "bias, residual", "the larger one", "gate times up", "odd columns"]
+)
 def test_compiles_for_hopper(name: str, tile: OverlappedTile) -> None:
     types, build = CASES[name]
     backend = TritonBackend("sm_90", tile=tile)
@@ -235,16 +240,3 @@ def test_loads_of_one_row_or_column_come_first() -> None:
     assert ahead == [lines[1], lines[2], lines[3], lines[4], lines[5], lines[7]]
     assert rest == [*lines[:5], lines[6], lines[8]]
     assert loaded_ahead(["acc_0 = sums", "row = row0"], ("row", "col"))[0] == []
-
-
-def test_what_scales_a_row_is_computed_first() -> None:
-    lines = [
-        "acc_0 = sums", "row = row0 + 1", "col = col0 + 2", "row_of_parts = row0 + 3",
-        "parts_1 = tl.load(x2 + row_of_parts)", "sum_1 = turned(tl.sum(parts_1, 1))",
-        "bias_1 = tl.load(x3 + col)", "div_1 = sum_1 / 2.0", "mul_1 = div_1 * bias_1",
-        "scale_1 = tl.rsqrt(div_1)", "out_1 = acc_0 * scale_1 + mul_1",
-    ]  # fmt: skip
-    ahead, rest = loaded_ahead(lines, columns=False)
-    assert ahead == [*lines[3:6], lines[7], lines[9]]
-    assert rest == [*lines[:4], lines[6], lines[8], lines[10]]
-    assert lines[6] in loaded_ahead(lines)[0]

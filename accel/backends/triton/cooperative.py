@@ -16,14 +16,17 @@ buffers, while the group multiplies, and a bias to registers.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accel.backends.triton.ahead import loaded_ahead
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.operands import TileEmitter
 from accel.backends.triton.overlapped import OverlappedTile, OverlappedWriter
 from accel.backends.triton.text import Block
 
+_ASSIGNMENT = re.compile(r"(\w+) = (.*)")
+_NAME = re.compile(r"[A-Za-z_]\w*")
 _STORED = 128  # columns of results that a group stores at once, at most
 
 
@@ -96,7 +99,6 @@ class CooperativeWriter(OverlappedWriter):
         addresses = self.emitter.addresses
         bound, masks = list(addresses.groups), dict(self.emitter.masks)
         early: list[str] = []
-        product = body.lines[self.multiplied_from :]
         for piece in range(self.pieces):
             self._at(piece)
             self._made.clear()
@@ -106,8 +108,43 @@ class CooperativeWriter(OverlappedWriter):
                 if self.pieces > 1:
                     half = ("first", "second")[piece]
                     part.line(f"acc_0 = tl.convert_layout({half}, layout)")
-                self._results(part)
-            ahead, rest = loaded_ahead(part.lines, product=product)
+                super()._epilogue(part)
+            ahead, rest = loaded_ahead(part.lines, ("row", "col"))
             early += ahead
             body.lines += rest
         body.lines[self.multiplied_from : self.multiplied_from] = early
+
+
+def loaded_ahead(lines: Sequence[str], roots: tuple[str, str]) -> tuple[list[str], list[str]]:
+    """Loads that depend on rows alone, or on columns, with the positions that they need; and the
+    lines without these loads.
+
+    `lines` assign names once; `roots` are those of the rows' and the columns' positions. Names that
+    are assigned nowhere in them are known ahead.
+    """
+    assigned = {found[1] for found in map(_ASSIGNMENT.match, lines) if found is not None}
+    along: dict[str, set[str]] = {}  # positions: which of the roots they depend on
+    ahead: list[tuple[str, str, bool]] = []
+    rest: list[str] = []
+    for line in lines:
+        found = _ASSIGNMENT.match(line)
+        name, text = (found[1], found[2]) if found is not None else ("", "")
+        used = [n for n in _NAME.findall(text) if n in along or n in assigned]
+        known = bool(used) and all(n in along for n in used)
+        depends = set().union(*(along.get(n, set()) for n in used))
+        loads = "tl.load(" in text
+        if name in roots or (known and not loads):
+            along[name] = depends | ({name} & set(roots))
+            ahead.append((name, line, False))
+            rest.append(line)
+        elif known and len(depends) < 2:
+            ahead.append((name, line, True))
+        else:
+            rest.append(line)
+    wanted: set[str] = set()
+    kept: list[str] = []
+    for name, line, loads in reversed(ahead):
+        if loads or name in wanted:
+            kept.append(line)
+            wanted |= set(_NAME.findall(line))
+    return kept[::-1], rest

@@ -106,8 +106,6 @@ def plan_of(planner: Planner) -> tuple[Plan, list[Matrix]] | None:
         made = plan(planner)
     except BackendError:
         return None
-    if made.sums or made.statistics:
-        return None
     weight = made.op.operands[1]
     parts = [matrix(planner.indexer, weight, i, made.columns, made.right)
              for i in made.weight_indices]  # fmt: skip

@@ -37,11 +37,8 @@ from accel.backends.triton.product_costs import (
 )
 from accel.backends.triton.product_loop import MatmulWriter
 from accel.backends.triton.product_plan import (
-    SUM_COLUMNS,
     MatmulTile,
     codes_of,
-    halves_of,
-    multiplied,
     plan,
     shallower,
     tensor_core_reason,
@@ -113,7 +110,7 @@ def choose_tile(kernel: Op, sms: int, capability: int) -> Tile | None:
     """The tile of a kernel that nobody has measured; None leaves it to `choose`."""
     ops = list(kernel.regions[0].ops)
     op = next(op for op in ops if op.name == "linear")
-    x, weight = multiplied(op)
+    x, weight, _ = op.arguments()
     if capability != OverlappedTile.capability or not _may_overlap(x, weight):
         return None
     given, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
@@ -131,7 +128,7 @@ def choose_tile(kernel: Op, sms: int, capability: int) -> Tile | None:
 def candidates(kernel: Op, sms: int) -> list[Tile]:
     """Tiles worth timing for a kernel; `columns` is shared by its accumulators."""
     op = next(op for op in kernel.regions[0].ops if op.name == "linear")
-    x, weight = multiplied(op)
+    x, weight, _ = op.arguments()
     rows, columns = product(x.shape[:-1]), int(weight.shape[0])
     tallest = max(16, next_power(rows)) if isinstance(rows, int) else 256
     halves = _halves(list(kernel.regions[0].ops))
@@ -148,9 +145,6 @@ def candidates(kernel: Op, sms: int) -> list[Tile]:
     ]
     if tallest >= 128 and next_power(columns) >= 256 and _may_overlap(x, weight):
         overlapped = [*_COOPERATIVE, *overlapped]
-    if any(o.name == "sum" for o in kernel.regions[0].ops):
-        overlapped = [t for t in overlapped if t.columns == SUM_COLUMNS or t in _COOPERATIVE]
-        loops = [t for t in loops if isinstance(t, MatmulTile) and t.columns % SUM_COLUMNS == 0]
     return [*overlapped, *loops]
 
 
@@ -196,12 +190,10 @@ def saves(op: Op, members: Sequence[Op], sms: int, capability: int) -> str | Non
     The library computes `op` alone. An epilogue in `members` then needs a launch, a read of the
     result and a write; so does the decoding of a compressed weight, and what scales x before.
     """
-    if codes_of(op) is not None or halves_of(op) is not None:
+    if codes_of(op) is not None:
         return None  # the library would multiply in float32
     if any(m.name == "rope" for m in members):
         return "an epilogue with the rotary embedding is taken where tuning finds it faster"
-    if any(m.name == "sum" for m in members):
-        return None  # a norm is folded, which `folds` has been asked about
     x, weight, _ = op.arguments()
     rows, columns, depth = product(x.shape[:-1]), int(weight.shape[0]), int(x.shape[-1])
     rest = [m for m in members if m is not op and m.name != "slice"]
@@ -234,9 +226,7 @@ def _overlapped_pays(
 def _rest(ops: Sequence[Op]) -> list[Op]:
     """What follows a linear, without index maps."""
     maps = ("linear", "cat", "yield")
-    widened = [v for o in ops if o.name == "linear" for v in o.operands]
-    return [o for o in ops if o.name not in maps and not o.has(Trait.VIEW)
-            and o.result not in widened]  # fmt: skip
+    return [o for o in ops if o.name not in maps and not o.has(Trait.VIEW)]
 
 
 def _halves(ops: Sequence[Op]) -> int:
@@ -293,54 +283,6 @@ _WRITERS = ((PairedTile, PairedWriter), (CooperativeTile, CooperativeWriter),
             (OverlappedTile, OverlappedWriter))  # fmt: skip
 
 
-def folds(
-    norm: Op, maker: Sequence[Op], readers: Sequence[Sequence[Op]], sms: int, capability: int
-) -> str | None:
-    """Why a norm between products is faster as a kernel of its own; None if it is not.
-
-    `maker` and `readers` are the members of the product before it and of all products after it.
-    Folded, the first one's epilogue stores partial sums of what the norm reads, and those of the
-    others scale rows; so all of them have to be generated, with what that costs beside a library.
-    """
-    width = int(norm.result.shape[-1])
-    if capability != OverlappedTile.capability:
-        return "no products in Gluon"
-    if width % SUM_COLUMNS:
-        return f"rows of {width} elements, which are no sums of {SUM_COLUMNS}"
-    members = (maker, *readers)
-    products = [next(o for o in ops if o.name == "linear") for ops in members]
-    if not all(_may_overlap(*multiplied(op)) for op in products):
-        return "a product whose operands are no 16-bit matrices that TMA can copy"
-    rows, width_of_one = product(norm.result.shape[:-1]), norm.result.dtype.itemsize
-    saved = lost = 0.0
-    for op, ops in zip(products, members, strict=True):
-        x, weight = multiplied(op)
-        most, columns = rows if isinstance(rows, int) else max(_TOKENS), int(weight.shape[0])
-        tile = choose_overlapped(most, columns, int(x.shape[-1]), _rest(ops), sms, _halves(ops))
-        if not fills(most, columns, tile, sms):
-            return f"{most} rows of {columns} columns do not fill the multiprocessors"
-    for n in (rows,) if isinstance(rows, int) else _TOKENS:
-        saved += LAUNCH + 2 * n * width * width_of_one / BANDWIDTH
-        for op, ops in zip(products, members, strict=True):
-            lost += _folded_costs(n, op, ops, sms, capability)
-    if lost >= saved:
-        return f"products alone save {1e6 * lost:.1f} us, the norm takes {1e6 * saved:.1f} us"
-    return None
-
-
-def _folded_costs(rows: int, op: Op, members: Sequence[Op], sms: int, capability: int) -> float:
-    """Seconds that a product takes longer where it has to be generated."""
-    if saves(op, members, sms, capability) is None:
-        return 0.0
-    x, weight = multiplied(op)
-    columns, depth = int(weight.shape[0]), int(x.shape[-1])
-    rest, halves = _rest(members), _halves(members)
-    tile = choose_overlapped(rows, columns, depth, rest, sms, halves)
-    own = overlapped_seconds(rows, columns, depth, tile, rest, sms, halves)
-    library = library_seconds(rows, columns, depth, sms)
-    return own - library - rest_seconds(rows, columns, halves, x.dtype.itemsize, rest)
-
-
 # -- the code --------------------------------------------------------------------------------
 
 
@@ -353,7 +295,7 @@ class MatmulGenerator(Generator):
         made = plan(self.planner)
         self.kind = index_kind(self.region, [])
         pointers = {v: f"x{i}" for i, v in enumerate(self.region.args)}
-        writes = [Slot("result", i) for i in range(len(made.stores) + len(made.sums))]
+        writes = [Slot("result", i) for i in range(len(made.stores))]
         targets = [w.name for w in writes]
         rows, columns = made.op.result.shape[:-1], made.stores[0][0].shape[-1]
         depth, tiles = int(made.op.operands[0].shape[-1]), len(made.places)
@@ -361,7 +303,7 @@ class MatmulGenerator(Generator):
         if self.tile is None and codes_of(made.op) is not None:
             tile = _of_bytes(tile, depth)
         elif self.tile is None and isinstance(tile, MatmulTile):
-            dtype = multiplied(made.op)[0].dtype
+            dtype = made.op.operands[0].dtype
             tile = _of_words(shallower(tile, dtype)) if dtype.itemsize == 4 else tile
         if isinstance(tile, Either):
             copied = operands_of(made, self.planner.indexer) is not None
@@ -371,8 +313,6 @@ class MatmulGenerator(Generator):
             writer = next(w for kind, w in _WRITERS if isinstance(tile, kind))
             program = writer(made, over, self.region, targets, tile, self.sms).write()
         else:
-            if made.sums and (self.tile is None or isinstance(self.tile, Either)):
-                tile = replace(tile, columns=max(SUM_COLUMNS, tile.columns))
             emitter = StoredOperands(self.planner.indexer, pointers, set(), self.kind)
             program = MatmulWriter(made, emitter, targets, tile).write()
         reads = [Slot("input", self.region.args.index(v)) for v in program.reads]

@@ -29,7 +29,6 @@ from accel.backends.loops.phases import region_symbols
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
 from accel.backends.triton.addresses import size_name
-from accel.backends.triton.ahead import loaded_ahead
 from accel.backends.triton.bringing import BringingWriter
 from accel.backends.triton.dependent import WAIT, WAIT_AFTER
 from accel.backends.triton.emitter import Scope
@@ -38,7 +37,7 @@ from accel.backends.triton.maps import MapCode, Matrix, matrix
 from accel.backends.triton.operands import TileEmitter
 from accel.backends.triton.pairs import pairwise
 from accel.backends.triton.powers import quick_powers
-from accel.backends.triton.product_plan import Plan, multiplied
+from accel.backends.triton.product_plan import Plan
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block
 from accel.backends.triton.tiles import next_power
@@ -52,7 +51,6 @@ _FEW_REGISTERS = 40  # of a thread of the warp that copies
 SHARED_BYTES = 227 << 10  # of a multiprocessor, for one program
 _BARRIER_BYTES = 1 << 10
 _FEWEST_STAGES = 3  # with fewer, a result goes to memory without TMA
-_FORM = "tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {}, {}])"  # results of an instruction
 _TMA_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -79,7 +77,7 @@ class OverlappedTile:
 
 def operands_of(plan: Plan, indexer: Indexer) -> tuple[Matrix, list[Matrix]] | None:
     """x and the weight (once for each accumulator) as matrices; None if they are not."""
-    x, weight = multiplied(plan.op)
+    x, weight, _ = plan.op.arguments()
     left = matrix(indexer, x, plan.x_index, plan.rows, plan.left)
     right = [matrix(indexer, weight, i, plan.columns, plan.right) for i in plan.weight_indices]
     if left is None or left.value.dtype not in (torch.float16, torch.bfloat16):
@@ -297,15 +295,6 @@ class OverlappedWriter(BringingWriter):
         return "left.index(slot)"
 
     def _epilogue(self, body: Block) -> None:
-        """What rows are scaled with is made before the multiplication."""
-        start = len(body.lines)
-        self._results(body)
-        product = body.lines[self.multiplied_from : start]
-        ahead, rest = loaded_ahead(body.lines[start:], columns=False, product=product)
-        body.lines[start:] = rest
-        body.lines[self.multiplied_from : self.multiplied_from] = ahead
-
-    def _results(self, body: Block) -> None:
         self._positions(body)
         self._finish([f"acc_{i}" for i in range(self.count)])
 
@@ -320,26 +309,6 @@ class OverlappedWriter(BringingWriter):
 
     def _tile_columns(self) -> int:
         return self.piece
-
-    def _columns_of_a_tile(self) -> int:
-        return self.width
-
-    def _parts_at_once(self, count: int) -> tuple[str, str]:
-        """In the layout of a product of as many columns: a row's sum is where its results are."""
-        form = f"tl.SliceLayout({{}}, {_FORM.format(count, self._instruction_depth())})"
-        wide = ".to(tl.int64)" if self.emitter.kind == "int64" else ""
-        rows = f"{self.row0}{wide} + tl.arange(0, ROWS, {form.format(1)})"
-        return rows, f"tl.arange(0, {count}, {form.format(0)})"
-
-    def _of_rows(self, value: str) -> str:
-        return f"tl.convert_layout({value}, tl.SliceLayout(1, layout))"
-
-    def _first_column(self) -> str:
-        return self.col0
-
-    def _rows_of_a_tile(self) -> str:
-        wide = ".to(tl.int64)" if self.emitter.kind == "int64" else ""
-        return f"{self.row0}{wide} + tl.arange(0, ROWS, tl.SliceLayout(1, layout))"
 
     def _laid_out(self, value: str) -> str:
         return f"tl.convert_layout({value}, layout)"
@@ -381,12 +350,10 @@ class OverlappedWriter(BringingWriter):
         return "\n".join(lines)
 
     def _layouts(self) -> str:
-        depth = self._instruction_depth()
-        return (f"    wide: tl.constexpr = {_FORM.format('COLS', depth)}\n"
-                f"    layout: tl.constexpr = {_FORM.format(self.piece, depth)}")  # fmt: skip
-
-    def _instruction_depth(self) -> int:
-        return 256 // (8 * self.left.value.dtype.itemsize)
+        bits = 256 // (8 * self.left.value.dtype.itemsize)
+        form = "tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {}, {}])"
+        return (f"    wide: tl.constexpr = {form.format('COLS', bits)}\n"
+                f"    layout: tl.constexpr = {form.format(self.piece, bits)}")  # fmt: skip
 
     def _registers(self) -> list[int]:
         return [*(self.groups - 1) * [_REGISTERS[self.groups]], _FEW_REGISTERS]

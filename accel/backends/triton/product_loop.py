@@ -18,16 +18,15 @@ from accel.backends.triton import dtypes, float8
 from accel.backends.triton.addresses import decompose, size_text
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.operands import StoredOperands, is_stored
-from accel.backends.triton.product_plan import SUM_COLUMNS, Plan, codes_of, multiplied
+from accel.backends.triton.product_plan import Plan, codes_of
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
-from accel.backends.triton.tiles import next_power, parts_of
+from accel.backends.triton.tiles import parts_of
 from accel.errors import BackendError
 from accel.ir.module import Value
 from accel.ir.types import Dim, product
 
 _FLOAT8_SPAN = 128  # of K
-_FEWEST_PARTS = 8  # of a row that are read at once: columns of the smallest result of tensor cores
 FULL_PRECISION, TF32_PRECISION = 'input_precision="ieee"', 'input_precision="tf32"'
 
 
@@ -42,7 +41,6 @@ class MatmulWriter:
         self.columns = product(a.extent for a in plan.columns)
         self.depth = int(product(a.extent for a in plan.left))
         self._made: dict[tuple[str, str, int], Expr] = {}
-        self._totals: dict[Value, Expr] = {}
 
     def write(self) -> Program:
         emitter, tile = self.emitter, self.tile
@@ -93,7 +91,7 @@ class MatmulWriter:
     def _step(self, body: Block, sums: Sequence[str]) -> None:
         """One block of K: x's tile, and one of the weight for each accumulator."""
         plan, tile, emitter = self.plan, self.tile, self.emitter
-        x, weight = multiplied(plan.op)
+        x, weight = codes_of(plan.op) or plan.op.operands[:2]
         bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
         known = frozenset((*plan.rows, *plan.left))
         with emitter.inside(Scope(body, known)):
@@ -117,7 +115,7 @@ class MatmulWriter:
         options = ""
         if codes_of(self.plan.op) is not None:
             options = f", max_num_imprecise_acc={min(_FLOAT8_SPAN, self.tile.depth)}"
-        elif multiplied(self.plan.op)[0].dtype == torch.float32:
+        elif self.plan.op.operands[0].dtype == torch.float32:
             options = f", {FULL_PRECISION}"
         return f"{sum} = tl.dot({left}, {right}, {sum}{options})"
 
@@ -147,8 +145,6 @@ class MatmulWriter:
             scope = emitter.scopes[-1]
             self._bind(plan.rows, "row", ROW, tile.rows)
             self._bind(plan.columns, "col", COL, tile.columns)
-            for key in plan.statistics:
-                emitter.results[key] = self._total(key[0])
             for name, place in zip(sums, plan.places, strict=True):
                 value = Expr(name, "float32", both)
                 added = self._bias(place)
@@ -159,41 +155,8 @@ class MatmulWriter:
                 scope.known[(plan.op.result, place)] = made
                 for other in plan.swapped:
                     scope.known[(plan.op.result, other.place)] = self._swap(made, other.distance)
-            whole = len(plan.stores)
-            for target, (value_, index) in zip(self.targets[:whole], plan.stores, strict=True):
+            for target, (value_, index) in zip(self.targets, plan.stores, strict=True):
                 self._store(target, value_, index)
-            for target, (value_, index) in zip(self.targets[whole:], plan.sums, strict=True):
-                self._store_sums(target, value_, index)
-
-    def _total(self, total: Value) -> Expr:
-        """The sum of each row of an argument, read at once; the same for all pieces of a tile."""
-        assert total.op is not None
-        value = total.op.operands[0]
-        if value not in self._totals:
-            emitter, block, parts = self.emitter, self.emitter.block, int(value.shape[-1])
-            emitter.used.setdefault(value)
-            wide = next_power(max(parts, _FEWEST_PARTS))
-            rows, across = self._parts_at_once(wide)
-            block.line(f"row_of_parts = {rows}")
-            masks = []
-            if any(a in emitter.masks for a in self.plan.rows):
-                masks.append(f"(row_of_parts < {size_text(self.rows)})[:, None]")
-            masks += [f"({across} < {parts})[None, :]"] if wide > parts else []
-            tail = f", mask={' & '.join(masks)}, other=0.0" if masks else ""
-            place = f"{emitter.pointers[value]} + row_of_parts[:, None] * {parts}"
-            text = f"tl.load({place} + {across}[None, :]{tail})"
-            made = block.let(text, "float32", frozenset((ROW, COL)), "parts")
-            text = self._of_rows(f"tl.sum({made}, 1)")
-            self._totals[value] = block.let(f"{text}[:, None]", "float32", frozenset((ROW,)), "sum")
-        return self._totals[value]
-
-    def _parts_at_once(self, count: int) -> tuple[str, str]:
-        """Rows and columns of a tile of `count` parts of each row."""
-        return self._rows_of_a_tile(), f"tl.arange(0, {count})"
-
-    def _of_rows(self, value: str) -> str:
-        """One number a row, in the layout of the epilogue."""
-        return value
 
     def _bias(self, place: Index) -> Expr | None:
         """What is added to the product before it is rounded."""
@@ -218,46 +181,6 @@ class MatmulWriter:
         return made
 
     def _tile_columns(self) -> int:
-        return int(self.tile.columns)
-
-    def _rows_of_a_tile(self) -> str:
-        """The rows of the results that are stored at once, in one dimension: stored in two, sums
-        go to memory from every register that could hold a column."""
-        return "(first + inside % height) * ROWS + tl.arange(0, ROWS)"
-
-    def _first_column(self) -> str:
-        """The first column of the results that are stored at once."""
-        return "(inside // height * COLS)"
-
-    def _store_sums(self, target: str, value: Value, index: Index) -> None:
-        """Sums over every SUM_COLUMNS columns of the tile: complete ones, so that nothing has to be
-        added to memory."""
-        emitter, block, width = self.emitter, self.emitter.block, self._tile_columns()
-        count, columns = width // SUM_COLUMNS, int(self.columns)
-        beyond = columns % self._columns_of_a_tile() > 0
-        made = emitter.element(value, index)
-        if width % SUM_COLUMNS or made.dims != frozenset((ROW, COL)):
-            raise BackendError(f"sums over {SUM_COLUMNS} columns in tiles of {width}")
-        first, total = self._first_column(), columns // SUM_COLUMNS
-        block.line(f"line = {self._rows_of_a_tile()}")
-        masks = []
-        if any(a in emitter.masks for a in self.plan.rows):
-            masks.append(f"(line < {size_text(self.rows)})")
-        if count == 1:
-            text, place = f"tl.sum({made}, 1)", f"line * {total} + {first} // {SUM_COLUMNS}"
-            masks += [f"({first} < {columns})"] if beyond else []
-        else:
-            block.line("line = line[:, None]")
-            block.line(f"part_of_line = {first} // {SUM_COLUMNS} + tl.arange(0, {count})[None, :]")
-            text = f"tl.sum({made}.reshape([ROWS, {count}, {SUM_COLUMNS}]), 2)"
-            place = f"line * {total} + part_of_line"
-            masks += [f"(part_of_line < {total})"] if beyond else []
-        sums = block.let(text, "float32", made.dims, "sums")
-        mask = f", mask={' & '.join(masks)}" if masks else ""
-        block.line(f"tl.store({target} + {place}, {sums}{mask})")
-
-    def _columns_of_a_tile(self) -> int:
-        """Of which all columns of tiles are multiples."""
         return int(self.tile.columns)
 
     def _laid_out(self, value: str) -> str:

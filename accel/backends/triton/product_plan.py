@@ -7,7 +7,7 @@ copies matrices by TMA (`matrix` finds out whether an operand is one).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,16 +15,13 @@ import torch
 from accel.backends.loops.index import Affine, Axis, Indexer
 from accel.backends.loops.phases import Planner
 from accel.backends.loops.survey import Survey
-from accel.backends.loops.trace import Index, Key
+from accel.backends.loops.trace import Index
 from accel.errors import BackendError
 from accel.ir.module import Op, Value
-from accel.ir.types import Shape, product
+from accel.ir.types import product
 
 _MAX_ROUNDS = 8
 _MOST_TILES = 2  # accumulators of a program
-MOST_PARTS = 64  # of a sum that a row is scaled with: each tile reads them all
-_HALF = (torch.float16, torch.bfloat16)
-SUM_COLUMNS = 128  # of a partial sum that an epilogue stores: what a group of warps has at once
 
 
 @dataclass(frozen=True)
@@ -58,9 +55,6 @@ class Plan:
     """Which axes there are, and the elements of the linear's result that one result needs.
 
     `swapped` are needed besides `places`: a rotary embedding reads the other half of a head.
-    `sums`: what is added up over every SUM_COLUMNS columns, by element. These results of the
-    kernel, [..., columns / SUM_COLUMNS] in float32, come after `stores`.
-    `statistics`: sums over the last axis of arguments [..., parts], one a row, by element.
     """
 
     op: Op
@@ -74,40 +68,19 @@ class Plan:
     x_index: Index
     weight_indices: tuple[Index, ...]
     survey: Survey
-    sums: tuple[tuple[Value, Index], ...] = field(default=(), kw_only=True)
-    statistics: tuple[Key, ...] = field(default=(), kw_only=True)
 
 
 def codes_of(op: Op) -> tuple[Value, Value] | None:
     """The float8 codes whose products a linear adds up in float32: what its operands were before
     they were widened. None if it multiplies something else."""
-    found = _widened(op)
-    codes = found is not None and all(v.dtype == torch.float8_e4m3fn for v in found)
-    return found if codes else None
-
-
-def halves_of(op: Op) -> tuple[Value, Value] | None:
-    """The 16-bit floats of one type whose products a linear adds up in float32 and does not round:
-    what its operands were before they were widened. None if it multiplies something else."""
-    found = _widened(op)
-    if found is None or found[0].dtype not in _HALF or found[0].dtype != found[1].dtype:
-        return None
-    return found
-
-
-def multiplied(op: Op) -> tuple[Value, Value]:
-    """x and the weight as tensor cores multiply them: as they are before they are widened."""
-    return codes_of(op) or halves_of(op) or (op.operands[0], op.operands[1])
-
-
-def _widened(op: Op) -> tuple[Value, Value] | None:
     found: list[Value] = []
     for value in op.operands[:2]:
         made = value.op
         if value.dtype != torch.float32 or made is None or made.name != "cast":
             return None
         found.append(made.operands[0])
-    return found[0], found[1]
+    codes = all(v.dtype == torch.float8_e4m3fn for v in found)
+    return (found[0], found[1]) if codes else None
 
 
 def tensor_core_reason(op: Op, tf32: bool = False) -> str | None:
@@ -118,7 +91,7 @@ def tensor_core_reason(op: Op, tf32: bool = False) -> str | None:
         return f"accel.{op.name} has no generated code"
     x, weight, _ = op.arguments()
     rounded = tf32 and x.dtype == torch.float32
-    if multiplied(op)[0].dtype not in _HALF and not rounded and codes_of(op) is None:
+    if x.dtype not in (torch.float16, torch.bfloat16) and not rounded and codes_of(op) is None:
         return f"a product of {x.dtype}"
     if not all(isinstance(d, int) and d > 0 for d in weight.shape):
         return "a weight of symbolic size, or none"
@@ -128,14 +101,12 @@ def tensor_core_reason(op: Op, tf32: bool = False) -> str | None:
 
 
 def plan(planner: Planner) -> Plan:
-    """Plans a region with one linear whose results all have its rows; partial sums come last."""
+    """Plans a region with one linear whose results all have its rows."""
     region, indexer = planner.region, planner.indexer
     op = next(op for op in region.ops if op.name == "linear")
-    x, weight = multiplied(op)
+    x, weight, _ = op.arguments()
     shape = region.results[0].shape
-    whole = [r for r in region.results if r.shape == shape]
-    summed = [_summed(r, shape) for r in region.results[len(whole) :]]
-    if whole != list(region.results[: len(whole)]) or shape[:-1] != op.result.shape[:-1]:
+    if any(r.shape != shape for r in region.results) or shape[:-1] != op.result.shape[:-1]:
         raise BackendError("a matmul kernel whose results differ in shape")
     lead = [indexer.axis(f"m{i}", d) for i, d in enumerate(shape[:-1])]
     column = indexer.axis("n", shape[-1])
@@ -147,12 +118,10 @@ def plan(planner: Planner) -> Plan:
     for _ in range(_MAX_ROUNDS):
         survey = Survey(indexer, {op.result: None})
         index = tuple(of(a)[0] for a in (*lead, column))
-        stores = tuple((value, index) for value in whole)
-        sums = tuple((value, index) for value in summed)
-        for value, _ in (*stores, *sums):
+        for value in region.results:
             survey.element(value, index)
         places = tuple(at for value, at in survey.costly if value is op.result)
-        swapped = _swapped(indexer, op, [*stores, *sums], places)
+        swapped = _swapped(indexer, op, [(v, index) for v in region.results], places)
         places = tuple(p for p in places if all(p != s.place for s in swapped))
         x_index = (*index[:-1], of(left)[0])
         weights = tuple((at[-1], of(right)[0]) for at in places)
@@ -167,45 +136,10 @@ def plan(planner: Planner) -> Plan:
         survey.reads += operands.reads
         survey.fixed |= operands.fixed
         rows = tuple(axis for a in lead for axis in of(a)[1])
+        stores = tuple((value, index) for value in region.results)
         return Plan(op, rows, of(column)[1], of(left)[1], of(right)[1], stores, places, swapped,
-                    x_index, weights, survey, sums=sums,
-                    statistics=_statistics(survey, index[:-1]))  # fmt: skip
+                    x_index, weights, survey)  # fmt: skip
     raise BackendError("a matmul kernel whose index does not come to rest")
-
-
-def _statistics(survey: Survey, row: Index) -> tuple[Key, ...]:
-    """The sums of rows of arguments that elements need."""
-    for (value, index), op in survey.reductions.items():
-        given = op.operands[0]
-        parts, last = given.shape[-1], given.type.rank - 1
-        known = op.name == "sum" and tuple(a % (last + 1) for a in op.attribute("axes")) == (last,)
-        stored = given.op is None and given.dtype == torch.float32 and value.dtype == given.dtype
-        few = isinstance(parts, int) and parts <= MOST_PARTS
-        if not (known and stored and few and index[:last] == row):
-            raise BackendError(
-                f"accel.{op.name} in a matmul kernel that is no sum over the last axis, of at most "
-                f"{MOST_PARTS}, of a float32 argument with the product's rows"
-            )
-    return tuple(survey.reductions)
-
-
-def _summed(result: Value, shape: Shape) -> Value:
-    """The value of the linear's rows and `shape`'s columns whose partial sums a result is."""
-    columns = shape[-1]
-    parts = columns // SUM_COLUMNS if isinstance(columns, int) else 0
-    total = result.op
-    cut = total.operands[0].op if total is not None and total.name == "sum" else None
-    if total is not None and cut is not None and cut.name == "reshape":
-        last = tuple(a % len(cut.result.shape) for a in total.attribute("axes"))
-        plain = last == (len(shape),) and not total.attribute("keepdim")
-        whole = cut.operands[0].shape == shape and cut.result.shape[:-2] == shape[:-1]
-        parted = cut.result.shape[-2:] == (parts, SUM_COLUMNS)
-        if whole and plain and parted and result.dtype == torch.float32:
-            return cut.operands[0]
-    raise BackendError(
-        f"a matmul kernel with a result that is neither of its shape nor a float32 sum over every "
-        f"{SUM_COLUMNS} columns"
-    )
 
 
 Guard = tuple[tuple[Affine, ...], bool]

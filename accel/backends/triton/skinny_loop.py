@@ -10,7 +10,7 @@ from accel.backends.triton import dtypes
 from accel.backends.triton.emitter import Scope
 from accel.backends.triton.operands import StoredOperands
 from accel.backends.triton.product_loop import MatmulWriter
-from accel.backends.triton.product_plan import Plan, multiplied
+from accel.backends.triton.product_plan import Plan, codes_of
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import next_power
@@ -93,7 +93,7 @@ class SkinnyWriter(MatmulWriter):
     def _step(self, body: Block, sums: Sequence[str]) -> None:
         """One block of K: a tile of the weight for each sum, and x's."""
         plan, tile, emitter = self.plan, self.tile, self.emitter
-        x, weight = multiplied(plan.op)
+        x, weight = codes_of(plan.op) or plan.op.operands[:2]
         bound, masks = list(emitter.addresses.groups), dict(emitter.masks)
         with emitter.inside(Scope(body, frozenset((*plan.rows, *plan.left)))):
             body.line("depth = start + tl.arange(0, DEPTH)[:, None]")
