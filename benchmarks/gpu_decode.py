@@ -1,7 +1,7 @@
 """Generation on one GPU beside PyTorch: decode steps, prefill, whole texts.
 
     python -m benchmarks.gpu_decode [--rows 1b_decode,8b_decode] [--systems accel,...] [--out FILE]
-                                    [--caches FOLDER] [--limit SECONDS] [--roofline] [--from-cache]
+                                    [--caches FOLDER] [--limit SECONDS] [--roofline] [--from-cache ROWS]
 
 Shapes of Llama-3.2-1B and Llama-3-8B in bfloat16, random weights made on the device. All systems
 of a row run in this process, on the same weights, one after another; CUDA graphs are allowed to
@@ -337,7 +337,7 @@ def measure(name: str, model: Any, chosen: Sequence[str], options: Options) -> l
                 raise RuntimeError(f"{system} on {name} is off by {error}, eager by {allowed}")
             row = _timed(name, system, made, call, ids, options.programs)
             row.compile_seconds, row.error = seconds, error
-            if system == "accel" and options.from_cache:
+            if system == "accel" and name in options.from_cache:
                 row.from_cache_seconds = from_cache(name)
             rows.append(row)
             print(f"{name:14} {system:26} {row.milliseconds:9.3f} ms  ready {seconds} s  error "
@@ -412,11 +412,11 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--systems", default=",".join(systems()))
     add_options(parser)
-    parser.add_argument("--from-cache", action="store_true", help="accel once more, from its cache")
+    parser.add_argument("--from-cache", default="", metavar="ROWS", help="accel once more, cached")
     parser.add_argument("--out", default=str(RESULTS / "gpu_decode.json"))
     chosen = parser.parse_args()
     path, names = Path(chosen.out), chosen.systems.split(",")
-    options = replace(Options.of(chosen), from_cache=chosen.from_cache)
+    options = replace(Options.of(chosen), from_cache=tuple(chosen.from_cache.split(",")))
     rows: list[Row] = []
     model, shape = None, ""
     for name in chosen.rows.split(","):

@@ -58,13 +58,13 @@ class Program:
 @dataclass(frozen=True)
 class Options:
     """How rows are measured: where peers' caches are, the seconds in which a system must be ready
-    (0: any), accel's programs, to be looked at later (None: they are not kept), and whether accel
-    is compiled once more from its cache, in a new process."""
+    (0: any), accel's programs, to be looked at later (None: they are not kept), and the rows that
+    accel compiles once more from its cache, in a new process."""
 
     caches: Path | None = None
     limit: float = 0.0
     programs: list[Program] | None = None
-    from_cache: bool = False
+    from_cache: Sequence[str] = ()
 
     @classmethod
     def of(cls, chosen: argparse.Namespace) -> Options:
