@@ -1,7 +1,8 @@
 """Generation on one GPU beside PyTorch: decode steps, prefill, whole texts.
 
     python -m benchmarks.gpu_decode [--rows 1b_decode,8b_decode] [--systems accel,...] [--out FILE]
-                                    [--caches FOLDER] [--limit SECONDS] [--roofline] [--from-cache ROWS]
+                                    [--caches FOLDER] [--limit SECONDS] [--roofline]
+                                    [--from-cache ROWS]
 
 Shapes of Llama-3.2-1B and Llama-3-8B in bfloat16, random weights made on the device. All systems
 of a row run in this process, on the same weights, one after another; CUDA graphs are allowed to
