@@ -254,4 +254,5 @@ def sdpa_cpu(
         return list(
             c.b.flash_attention(c(q), keys, values, mask, scale=factor, causal=bool(causal))
         )
-    return [_attention(c, q, k, v, attn_mask, causal, scale), None]
+    result = _attention(c, q, k, v, attn_mask, causal, scale)
+    return c.fallback(c.call) if result is NotImplemented else [result, None]
