@@ -28,20 +28,6 @@ class KernelGenerator(Protocol):
         """The kind of kernel that computes a contraction together with `members`, itself included;
         and why a library does better, if it does."""
 
-    def folds_norm(
-        self, norm: Op, maker: Sequence[Op], readers: Sequence[Sequence[Op]]
-    ) -> str | None:
-        """Why `norm` is better left a kernel of its own; None if the products around it should take
-        it along (`accel.passes.defer_norms`).
-
-        `maker`: the linear and the addition whose result it normalizes. `readers`: the linears that
-        read it, each with the ops that its kernel takes along. Its parameters do not matter.
-        """
-
-    def folds_statistics(self, parts: int) -> bool:
-        """Whether such a product adds up the `parts` sums of each row that it scales for itself,
-        rather than read what a kernel before it has made of them."""
-
     def supports_anchor(self, op: Op, kind: str) -> str | None:
         """None if a kernel of this kind may be built around the op, else the reason why not.
 

@@ -172,14 +172,6 @@ class TritonBackend:
             return kind, matmul.saves(op, members, self.sms, capability(self.arch))
         return kind, None
 
-    def folds_norm(
-        self, norm: Op, maker: Sequence[Op], readers: Sequence[Sequence[Op]]
-    ) -> str | None:
-        return "products take no norms"
-
-    def folds_statistics(self, parts: int) -> bool:
-        return False
-
     def supports_anchor(self, op: Op, kind: str) -> str | None:
         reason = type_reason(op) or anchors.reason(op, kind, self.tf32)
         if reason is None and not self.measures:

@@ -80,14 +80,6 @@ class TvmBackend:
     def product_kind(self, op: Op, members: Sequence[Op]) -> tuple[str, str | None]:
         return "gemv", None
 
-    def folds_norm(
-        self, norm: Op, maker: Sequence[Op], readers: Sequence[Sequence[Op]]
-    ) -> str | None:
-        return "a vendor's library computes the products"
-
-    def folds_statistics(self, parts: int) -> bool:
-        return False
-
     def supports_decoding(self, op: Op) -> str | None:
         """None if a kernel of kind "gemv" may decode its weight with this op."""
         if op.definition.decompose is None:
