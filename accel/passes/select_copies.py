@@ -123,7 +123,7 @@ def _viewed(source: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     """The tensor in another shape without a copy; None if there is no such view."""
     try:
         return source.view(shape)
-    except RuntimeError:  # how torch says so
+    except (RuntimeError, ValueError):  # how torch says so, the latter while it traces (2.11)
         return None
 
 

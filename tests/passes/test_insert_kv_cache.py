@@ -205,7 +205,6 @@ class Mixing(nn.Module):
 @pytest.mark.parametrize(
     ("mix", "name"),
     [
-        (lambda x: x.cumprod(1), "accel.cumprod"),
         (lambda x: x - x.mean(1, keepdim=True), "accel.mean"),
         (lambda x: x.flip(1), "accel.flip"),
         (lambda x: x / x.shape[1], "length of the text"),

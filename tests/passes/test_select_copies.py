@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from accel.backends.triton import TritonBackend
 from accel.ir import interpret, symbol
@@ -127,3 +128,11 @@ def test_results_of_libraries_may_lie_in_any_order() -> None:
 
     types = (t(2, 4, 6, 8), t(2, 4, 6, 8))
     assert selected(make, *types) == ([], ["attention", "permute", "reshape"])
+
+
+def test_under_a_fake_mode() -> None:
+    """torch.compile calls its backends under one, in which a view that is none fails otherwise."""
+    module = program(patches, IMAGE)
+    with FakeTensorMode():
+        PassManager(["select_copies", "dce"], Context(generator=TritonBackend())).run(module)
+    assert [op.name for op in module.main.ops] == ["kernel", "return"]
