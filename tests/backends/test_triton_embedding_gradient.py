@@ -121,11 +121,9 @@ def test_ids_out_of_range_are_reported(worker: Worker, wrong: int) -> None:
 
 def test_compiles_for_all_architectures() -> None:
     for name in ("bfloat16", "tied", "a long key"):
-        types, build, tile = CASES[name]
+        types, build, _ = CASES[name]  # with the chosen tile: some of the others suit interpreters
         for arch in ("sm_80", "sm_90", "sm_100"):
-            made = TritonBackend(arch, tile=tile).compile(
-                [kernel_of(function_of(types, build), KIND)]
-            )
+            made = TritonBackend(arch).compile([kernel_of(function_of(types, build), KIND)])
             assert [len(launches) for launches in made.launches.values()] == [3]
 
 
