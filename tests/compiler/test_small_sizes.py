@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import accel
-from accel.errors import InputError
+from accel.errors import ExecutionError, InputError
 
 
 class Branching(nn.Module):
@@ -108,3 +109,24 @@ def test_a_call_of_another_structure_is_refused() -> None:
         fast(torch.ones(1, 1, 16))
     with pytest.raises(InputError):
         fast(torch.ones(1, 16), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(lambda x, i: x[i] + 1, id="index"),
+        pytest.param(lambda x, i: x.index_select(0, i).exp(), id="index_select"),
+        pytest.param(lambda x, i: x.gather(0, i[:, None].expand(2, 4)) * 2, id="gather"),
+        pytest.param(lambda x, i: torch.nn.functional.embedding(i, x) - 1, id="embedding"),
+    ],
+)
+def test_elements_of_an_empty_tensor(read: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """There are none: an error, as in eager, and the process lives."""
+    x, places = torch.empty(0, 4), torch.tensor([0, 1])
+    with pytest.raises((IndexError, RuntimeError)):
+        read(x, places)
+    with pytest.raises(ExecutionError, match="ndex"):
+        accel.compile(read, inputs=(x, places))(x, places)
+    none = places[:0]
+    got = accel.compile(lambda x, i: x[i] + 1, inputs=(x, none))(x, none)
+    assert got.shape == (0, 4)

@@ -19,7 +19,7 @@ from accel.backends.loops.index import Affine, Indexer, at_least
 from accel.errors import BackendError
 from accel.ir.module import Op, Value
 from accel.ir.op import Trait
-from accel.ir.types import Dim, Shape
+from accel.ir.types import Dim, Shape, is_float
 
 Index: TypeAlias = tuple[Affine, ...]
 Scalar: TypeAlias = Any
@@ -359,5 +359,16 @@ _RULES: dict[str, Callable[[Tracer, Op, Index], Scalar]] = {
 }
 INDEX_OPS = frozenset(_RULES)
 # Ops that read integers as positions, with the operands that hold them.
-LOOKUPS = {"embedding": (1,), "gather": (1,), "take_along": (1,), "dynamic_slice": (1,),
+_LOOKUPS = {"embedding": (1,), "gather": (1,), "take_along": (1,), "dynamic_slice": (1,),
            "dynamic_update": (2,)}  # fmt: skip
+
+
+def lookup_reason(op: Op) -> str | None:
+    """None if a kernel may look up what this op of `INDEX_OPS` reads, else the reason why not."""
+    positions = range(1, len(op.operands)) if op.name == "index" else _LOOKUPS.get(op.name, ())
+    if any(is_float(op.operands[i].dtype) for i in positions):
+        return "floating indices"
+    # A place out of range is replaced by the first one, which has to be there.
+    if positions and 0 in op.operands[0].shape and 0 not in op.result.shape:
+        return "a tensor without elements, of which some are read"
+    return None

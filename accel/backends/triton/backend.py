@@ -27,7 +27,7 @@ from accel.ir.fingerprint import region_fingerprint
 from accel.ir.module import Op, Region, clone_region_into
 from accel.ir.op import Trait
 from accel.ir.printer import print_op
-from accel.ir.types import Dim, is_float, symbol
+from accel.ir.types import Dim, symbol
 
 
 @dataclass(frozen=True)
@@ -321,9 +321,9 @@ def _has_own_code(op: Op) -> bool:
 
 
 def _index_reason(op: Op) -> str | None:
-    for position in trace.LOOKUPS.get(op.name, ()):
-        if is_float(op.operands[position].dtype):
-            return "floating indices"
+    reason = trace.lookup_reason(op)
+    if reason is not None:
+        return reason
     if op.name == "arange" and any(isinstance(op.attribute(a), float) for a in ("start", "step")):
         return "a floating arange"
     if op.name == "dynamic_update" and op.attribute("ring"):

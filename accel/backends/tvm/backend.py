@@ -17,7 +17,7 @@ from accel.ir.builder import Builder
 from accel.ir.fingerprint import region_fingerprint
 from accel.ir.module import Op, Region, clone_region_into
 from accel.ir.op import Trait
-from accel.ir.types import SUB_BYTE_BITS, Dim, is_float, product, symbol
+from accel.ir.types import SUB_BYTE_BITS, Dim, product, symbol
 
 
 @dataclass
@@ -187,9 +187,9 @@ def _has_own_code(op: Op) -> bool:
 
 
 def _index_reason(op: Op) -> str | None:
-    for position in trace.LOOKUPS.get(op.name, ()):
-        if is_float(op.operands[position].dtype):
-            return "floating indices"
+    reason = trace.lookup_reason(op)
+    if reason is not None:
+        return reason
     if op.name == "arange" and not all(
         not isinstance(op.attribute(a), float) for a in ("start", "step")
     ):
