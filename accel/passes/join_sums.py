@@ -22,6 +22,7 @@ from typing import ClassVar
 from accel.ir.capability import KernelGenerator
 from accel.ir.module import Function, Module, Op, Region, Value, clone_op
 from accel.ir.op import Trait, definition
+from accel.ir.sums import column_sum
 from accel.ir.types import product
 from accel.passes.base import EXACT, Context, Contract, Pass, register_pass
 
@@ -73,15 +74,10 @@ def _space_of_sums(kernel: Op) -> tuple[int, int] | None:
     region = kernel.regions[0]
     found: set[tuple[int, int]] = set()
     for value in region.results:
-        op = value.op
-        while op is not None and op.name in ("cast", "reshape"):
-            op = op.operands[0].op
-        if op is None or op.name != "sum":
+        op = column_sum(value)
+        if op is None or not op.operands[0].type.is_static:
             return None
         x = op.operands[0]
-        axes = sorted(int(a) % x.type.rank for a in op.attribute("axes"))
-        if axes != list(range(x.type.rank - 1)) or not x.type.is_static:
-            return None
         columns = int(x.shape[-1])
         if value.type.numel() != columns or not value.dtype.is_floating_point:
             return None

@@ -106,6 +106,27 @@ def elementwise_epilogue(op: Op, generator: KernelGenerator, most: int) -> list[
     return found
 
 
+def prologue(
+    ops: Sequence[Op], generator: KernelGenerator, most: int, fits: Callable[[Op], bool]
+) -> list[Op]:
+    """Ops before `ops` that nothing else reads, that have generated code, and that `fits` takes;
+    the nearest first."""
+    found: list[Op] = []
+    taken = set(ops)
+    pending = [v for op in ops for v in op.operands]
+    while pending and len(found) < most:
+        value = pending.pop()
+        made = value.op
+        if made is None or made in taken or value.single_user not in taken:
+            continue
+        if len(made.results) != 1 or not fits(made) or generator.supports(made) is not None:
+            continue
+        taken.add(made)
+        found.append(made)
+        pending.extend(made.operands)
+    return found
+
+
 def is_full(value: Value) -> bool:
     """Whether a value is a scalar constant, which belongs inside of a region."""
     return value.op is not None and value.op.name == "full"

@@ -13,16 +13,15 @@ Contract: exact (the kernel's region is the ops it replaces).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from accel.ir.capability import KernelGenerator
-from accel.ir.module import Op, Value
+from accel.ir.module import Op
 from accel.ir.op import Trait
 from accel.passes.anchored import AnchoredPass
 from accel.passes.base import EXACT, Context, Contract, register_pass
-from accel.passes.outline import elementwise_epilogue
+from accel.passes.outline import elementwise_epilogue, prologue
 
 KIND = "embedding_gradient"
 
@@ -46,29 +45,14 @@ class SelectEmbeddingGradients(AnchoredPass):
         if not context.rewrite(self.name, op):
             return
         after = elementwise_epilogue(op, generator, self.most)
-        inside = [op, *after]
-        beside = self._beside(inside, generator)
-        ops = sorted((*beside, *inside), key=order.__getitem__)
+        beside = prologue(after, generator, self.most, _is_plain)
+        ops = sorted((*beside, op, *after), key=order.__getitem__)
         numbers = [o for o in (v.op for x in ops for v in x.operands) if o and _is_number(o)]
         self._outline(ops, KIND, generator, order, duplicate=numbers)
 
-    def _beside(self, inside: Sequence[Op], generator: KernelGenerator) -> list[Op]:
-        """Elementwise ops and views that nothing but the kernel's own ops read."""
-        found: list[Op] = []
-        taken = set(inside)
-        pending: list[Value] = [v for o in inside[1:] for v in o.operands]
-        while pending and len(found) < self.most:
-            value = pending.pop()
-            made = value.op
-            if made is None or made in taken or value.single_user not in taken:
-                continue
-            plain = made.has(Trait.ELEMENTWISE) or made.has(Trait.VIEW)
-            if not plain or len(made.results) != 1 or generator.supports(made) is not None:
-                continue
-            taken.add(made)
-            found.append(made)
-            pending.extend(made.operands)
-        return found
+
+def _is_plain(op: Op) -> bool:
+    return op.has(Trait.ELEMENTWISE) or op.has(Trait.VIEW)
 
 
 def _is_number(op: Op) -> bool:

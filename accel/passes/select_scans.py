@@ -21,7 +21,7 @@ from accel.ir.op import Trait
 from accel.ir.types import same_shape
 from accel.passes.anchored import AnchoredPass
 from accel.passes.base import EXACT, Context, Contract, register_pass
-from accel.passes.outline import elementwise_epilogue
+from accel.passes.outline import elementwise_epilogue, prologue
 
 SCANS = ("cumsum", "cumprod")
 
@@ -44,20 +44,11 @@ class SelectScans(AnchoredPass):
         if not context.rewrite(self.name, op):
             return
         after = elementwise_epilogue(op, generator, self.most)
-        ops = sorted((*self._before(op, generator), op, *after), key=order.__getitem__)
+        before = prologue([op], generator, self.most, lambda made: _is_like(made, op))
+        ops = sorted((*before, op, *after), key=order.__getitem__)
         self._outline(ops, "scan", generator, order)
 
-    def _before(self, op: Op, generator: KernelGenerator) -> list[Op]:
-        """Elementwise ops that nothing but the scan uses."""
-        found: list[Op] = []
-        pending = [op.operands[0]]
-        while pending and len(found) < self.most:
-            value = pending.pop()
-            made = value.op
-            if made is None or not made.has(Trait.ELEMENTWISE) or value.single_user is None:
-                continue
-            if not same_shape(value.shape, op.result.shape) or generator.supports(made) is not None:
-                continue
-            found.append(made)
-            pending.extend(made.operands)
-        return found
+
+def _is_like(made: Op, scan: Op) -> bool:
+    """Whether an op computes one element for each of the scan's."""
+    return made.has(Trait.ELEMENTWISE) and same_shape(made.result.shape, scan.result.shape)

@@ -21,6 +21,7 @@ from accel.ir.op import Trait
 from accel.ir.types import same_shape
 from accel.passes.anchored import AnchoredPass
 from accel.passes.base import EXACT, Context, Contract, register_pass
+from accel.passes.outline import prologue
 
 KIND = "topk"
 
@@ -56,18 +57,11 @@ class SelectTopK(AnchoredPass):
         found: list[Op] = []
         value = op.operands[0]
         made = value.op
-        if made is not None and made.name == "softmax" and value.single_user is op:
-            last = value.type.rank - 1
-            if int(made.attribute("axis")) % value.type.rank == last:
-                found.append(made)
-                value = made.operands[0]
-        while len(found) <= self.most and (made := value.op) is not None:
-            plain = made.has(Trait.ELEMENTWISE) and len(made.operands) == 1
-            if not plain or value.single_user is None or generator.supports(made) is not None:
-                break
+        whole = made is not None and made.name == "softmax" and value.single_user is op
+        if made is not None and whole and int(made.attribute("axis")) in (-1, value.type.rank - 1):
             found.append(made)
-            value = made.operands[0]
-        return found
+        first = found[-1] if found else op
+        return [*found, *prologue([first], generator, self.most, _is_chained)]
 
     def _after(self, op: Op, generator: KernelGenerator) -> list[Op]:
         """What is done with the values: a division by their sum, elementwise ops."""
@@ -98,3 +92,7 @@ def _normalization(value: Value) -> list[Op]:
         return []
     alone = total.result.single_user is quotient and quotient.operands[1] is total.result
     return [total, quotient] if alone else []
+
+
+def _is_chained(op: Op) -> bool:
+    return op.has(Trait.ELEMENTWISE) and len(op.operands) == 1

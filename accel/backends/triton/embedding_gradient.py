@@ -25,6 +25,7 @@ import torch
 from accel.backends.loops.index import Axis
 from accel.backends.loops.merge import merged
 from accel.backends.loops.phases import Planner
+from accel.backends.loops.places import read_in_place
 from accel.backends.loops.survey import Survey
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
@@ -43,7 +44,6 @@ RUN = 32  # sorted tokens that one program adds up
 _MOST_TOKENS = 1 << 14  # all pairs are compared: 8192 tokens take 8 microseconds, time grows as n^2
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _RANK_TOKENS, _RANK_OTHERS = 32, 256
-_MAX_ROUNDS = 8
 _ORDER, _IDS, _FIRST, _END, _RUNS = range(5)  # scratch buffers
 
 
@@ -90,26 +90,12 @@ class Plan:
 
 def plan(planner: Planner) -> Plan:
     """Plans a region whose results all have the table's shape, and read its gradient in place."""
-    region, indexer = planner.region, planner.indexer
-    op = next(op for op in region.ops if op.name in OPS)
-    shape = op.result.shape
+    op = next(op for op in planner.region.ops if op.name in OPS)
     if any(v.op is not None for v in op.operands):
         raise BackendError("an embedding's gradient of what its own kernel computes")
-    if any(v.shape != shape for v in region.results):
-        raise BackendError("an embedding's gradient with results of several shapes")
-    for _ in range(_MAX_ROUNDS):
-        index, axes = planner.index_of(shape)
-        survey = Survey(indexer, {op.result: None})
-        for value in region.results:
-            survey.element(value, index)
-        if {at for value, at in survey.costly if value is op.result} != {index}:
-            raise BackendError("an embedding's gradient that is read elsewhere")
-        if planner.apply_splits():
-            continue
-        survey.reads.append(indexer.flatten(index, shape))
-        rows = tuple(a for a in axes if a in index[0].axes)
-        return Plan(op, rows, tuple(a for a in axes if a not in rows), index, survey)
-    raise BackendError("an embedding's gradient whose index does not come to rest")
+    index, axes, survey = read_in_place(planner, op)
+    rows = tuple(a for a in axes if a in index[0].axes)
+    return Plan(op, rows, tuple(a for a in axes if a not in rows), index, survey)
 
 
 class EmbeddingGradientGenerator(Generator):

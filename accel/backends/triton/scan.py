@@ -14,6 +14,7 @@ from typing import Any
 from accel.backends.loops.index import Axis
 from accel.backends.loops.merge import merged
 from accel.backends.loops.phases import Planner
+from accel.backends.loops.places import read_in_place
 from accel.backends.loops.survey import Survey
 from accel.backends.loops.trace import Index
 from accel.backends.triton import dtypes
@@ -23,12 +24,10 @@ from accel.backends.triton.kernel import Generator, KernelCode, Slot, index_kind
 from accel.backends.triton.program import Program
 from accel.backends.triton.text import COL, ROW, Block, Expr
 from accel.backends.triton.tiles import next_power, parts_of
-from accel.errors import BackendError
 from accel.ir.module import Op, Region, Value
 from accel.ir.types import Dim, product
 
 OPS = ("cumsum", "cumprod")
-_MAX_ROUNDS = 8
 _MOST_COLUMNS, _TILE = 2048, 4096
 _LONG, _FEW_ROWS = 1 << 15, 16  # elements of a row: fewer rows are torch's
 
@@ -68,29 +67,11 @@ class Plan:
 
 def plan(planner: Planner) -> Plan:
     """Plans a region whose results all have the shape of its one scan, and are read where it is."""
-    region, indexer = planner.region, planner.indexer
-    op = next(op for op in region.ops if op.name in OPS)
+    op = next(op for op in planner.region.ops if op.name in OPS)
     axis = int(op.attribute("axis")) % op.result.type.rank
-    if any(v.shape != op.result.shape for v in region.results):
-        raise BackendError("a scan kernel with results of several shapes")
-    for _ in range(_MAX_ROUNDS):
-        index, axes = planner.index_of(op.result.shape)
-        along = tuple(a for a in axes if a in index[axis].axes)
-        survey = Survey(indexer, {op.result: None})
-        for value in region.results:
-            survey.element(value, index)
-        places = {at for value, at in survey.costly if value is op.result}
-        if places != {index}:
-            raise BackendError("a scan kernel that reads its scan elsewhere")
-        before = Survey(indexer, {})
-        before.element(op.operands[0], index)
-        if planner.apply_splits():
-            continue
-        survey.reads += [*before.reads, indexer.flatten(index, op.result.shape)]
-        survey.fixed |= before.fixed
-        rows = tuple(a for a in axes if a not in along)
-        return Plan(op, rows, along, index, survey)
-    raise BackendError("a scan kernel whose index does not come to rest")
+    index, axes, survey = read_in_place(planner, op, op.operands[0])
+    along = tuple(a for a in axes if a in index[axis].axes)
+    return Plan(op, tuple(a for a in axes if a not in along), along, index, survey)
 
 
 @dataclass(frozen=True)

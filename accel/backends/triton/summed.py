@@ -32,13 +32,13 @@ from accel.backends.triton.tiles import next_power
 from accel.errors import BackendError
 from accel.ir.builder import Builder
 from accel.ir.module import Op, Region, Value, clone_region_into
+from accel.ir.sums import column_sum
 from accel.ir.types import product, same_shape
 
 _SPAN = 256  # elements that a warp reads at once
 _BLOCKS = 4  # of columns that a program has of a row that is reduced
 _STEP = 4  # rows of a program at a time
 _ADDED = (torch.float16, torch.bfloat16, torch.float32)  # all in float32
-_TAIL = ("cast", "reshape")
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,9 @@ def reason(kernel: Op) -> str | None:
 
 
 def sum_below(value: Value) -> Op | None:
-    """The sum over everything but the columns that a result is, casts and reshapes aside."""
-    op = value.op
-    while op is not None and op.name in _TAIL:
-        op = op.operands[0].op
-    if op is None or op.name != "sum":
-        return None
-    x = op.operands[0]
-    axes = sorted(int(a) % x.type.rank for a in op.attribute("axes"))
-    fits = axes == list(range(x.type.rank - 1)) and isinstance(x.shape[-1], int)
-    return op if fits and op.result.dtype in _ADDED else None
+    """The sum over rows that a result is, if it is one that a program can keep in float32."""
+    op = column_sum(value)
+    return op if op is not None and op.result.dtype in _ADDED else None
 
 
 def choose(rows: int, columns: int, reduced: bool, sms: int) -> SummedTile:
