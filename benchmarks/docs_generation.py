@@ -17,14 +17,14 @@ _TITLES = {
 
 def text_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
     """Tokens a second and prefill of each system, the memory's limit, prompt lookup."""
-    systems, limit = data["systems"], data["limit_seconds"]
+    systems = data["systems"]
     peers = [s for n, s in systems.items() if n != "accel"]
     own = systems["accel"]
     lines = [
         [
             _TITLES[name],
             f"{1 / s['token_seconds']:.1f}",
-            f"{limit / s['token_seconds']:.2f}",
+            f"{s['limit_share']:.2f}",
             f"{s['prefill_seconds']:.3f}",
         ]
         for name, s in systems.items()
@@ -33,7 +33,8 @@ def text_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
     lines += [[_TITLES[n], f"not compiled in {s:.0f} s", "", ""] for n, s in late.items()]
     decode = min(p["token_seconds"] for p in peers) / own["token_seconds"]
     prefill = min(p["prefill_seconds"] for p in peers) / own["prefill_seconds"]
-    rate = data["weight_bytes"] / limit / 1e9
+    rates = [data["weight_bytes"] / s["limit_seconds"] / 1e9 for s in systems.values()]
+    shares = own["limit_shares"]
     lookup = data["lookup"]
     counts, seconds = lookup["statistics"], lookup["seconds"]
     head = ["", "tokens a second", "of the memory's limit", f"prefill of {data['long_prompt']} s"]
@@ -47,7 +48,10 @@ def text_lines(data: dict[str, Any], markdown: Markdown) -> list[str]:
         "",
         f"All systems write the same {data['identical_tokens']} greedy tokens. Tokens a second",
         f"after a prompt of {data['prompt']}. The limit: as many bytes as the weights have, read",
-        f"by as many threads from pages as large in the same minutes, {rate:.1f} GB/s. What of the",
+        "by as many threads from pages as large, just before and just after each text "
+        f"({min(rates):.1f} to {max(rates):.1f} GB/s);",
+        f"the median of {len(shares)} rounds (accel's lie between {min(shares):.2f} and "
+        f"{max(shares):.2f}). What of the",
         "weights is still in the caches when the next token comes is not read from memory.",
         "",
         *markdown(head, lines),

@@ -7,10 +7,12 @@ The static cache of transformers also runs with torch.compile: its step as `gene
 GPUs, told to do so on a CPU, over one cache of a fixed size, so that it compiles once. If it is not
 ready within `--limit` seconds, the figures say so.
 
-One process: every system's greedy tokens are compared first, then systems take turns, and between
-them the same number of bytes as the weights have is read by as many threads, from pages as large
-as those of the weights: the limit of decoding one token at a time, but for what of the weights
-stays in the caches from one token to the next. A token's time is the median between two tokens of
+One process: every system's greedy tokens are compared first, then systems take turns. Just before
+and just after each text the same number of bytes as the weights have is read by as many threads,
+from pages as large as those of the weights: the limit of decoding one token at a time, but for what
+of the weights stays in the caches from one token to the next. A machine's memory changes its speed
+within minutes where others share it, so a system's share of the limit is the median of its rounds',
+each beside its own reads. A token's time is the median between two tokens of
 one text, a prefill's the time to its first token. Figures go to
 benchmarks/results/generation.json.
 """
@@ -199,28 +201,40 @@ def measure(systems: dict[str, Generate], model: Any, words: Any, rounds: int) -
     nbytes = sum(b.numel() * b.element_size() for b in blocks)
     tokens: dict[str, list[float]] = {name: [] for name in systems}
     firsts: dict[str, list[float]] = {name: [] for name in systems}
-    reads: list[float] = []
+    reads: dict[str, list[float]] = {name: [] for name in systems}
+    shares: dict[str, list[float]] = {name: [] for name in systems}
+
+    def read() -> list[float]:
+        """Seconds of reading as many bytes as the weights have, a few times."""
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            for block in blocks:
+                block.sum()
+            times.append((time.perf_counter() - start) * count * 4 / nbytes)
+        return times
+
     for _ in range(rounds):
         for name, run in systems.items():
-            for _ in range(4):
-                start = time.perf_counter()
-                for block in blocks:
-                    block.sum()
-                reads.append(time.perf_counter() - start)
+            around = read()
             clock = Clock()
             run(prompt(words, PROMPT), NEW, clock)
+            around += read()
+            reads[name] += around
             tokens[name] += clock.between
+            shares[name].append(statistics.median(around) / statistics.median(clock.between))
             clock = Clock()
             run(prompt(words, LONG), 2, clock)
             firsts[name].append(clock.first)
-    limit = statistics.median(reads) * count * 4 / nbytes
     return {
         "weight_bytes": count * 4,
-        "limit_seconds": limit,
         "systems": {
             name: {
                 "token_seconds": statistics.median(tokens[name]),
                 "prefill_seconds": statistics.median(firsts[name]),
+                "limit_seconds": statistics.median(reads[name]),
+                "limit_share": statistics.median(shares[name]),
+                "limit_shares": shares[name],
             }
             for name in systems
         },

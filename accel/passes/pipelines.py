@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-# Exact clean-up. A user's techniques come after it, when the program is in its plainest form.
-CLEAN_PIPELINE: tuple[str, ...] = (
+_RAISED: tuple[str, ...] = (
     "raise_experts",  # routing, as models write it
     "canonicalize",
     "fold",
@@ -15,13 +14,18 @@ CLEAN_PIPELINE: tuple[str, ...] = (
     "raise_composites",
     "raise_attention",
     "fold",
-    "merge_linears",
-    "fold_pad",
 )
+_JOINED: tuple[str, ...] = ("merge_linears", "fold_pad")
+
+# Exact clean-up. A user's techniques come after it, when the program is in its plainest form.
+CLEAN_PIPELINE: tuple[str, ...] = (*_RAISED, *_JOINED)
 
 # Applied to every program: clean-up, then what only makes it faster to run.
 EXACT_PIPELINE: tuple[str, ...] = (
-    *CLEAN_PIPELINE,
+    *_RAISED,
+    "hoist_slices",  # before queries of one token are merged with keys of all
+    "fold",
+    *_JOINED,
     "layout",
     "canonicalize",
     "cse",

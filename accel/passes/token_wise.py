@@ -30,6 +30,7 @@ _TOKENS = 3
 _LONGER, _MORE = 7, 4  # tokens of texts whose later ones must not matter, and of longer ones
 _BATCH = 2
 _MOST_ELEMENTS = 1 << 26
+_MOST_ELEMENTS_TRIED = 1 << 22  # of an op that may be in a program many times
 
 
 def is_token_wise(op: Op, length: sympy.Symbol) -> bool:
@@ -91,6 +92,32 @@ def is_token_wise_in(
         length,
         axes,
         tuple(needs),
+    )
+
+
+def is_index_wise(op: Op, axis: int, needs: Sequence[int | None]) -> bool:
+    """Whether a range of the result along `axis` follows from that range of each operand along its
+    axis of `needs` (None: from all of it). Sizes other than the axis's are the op's own."""
+    if op.regions or op.definition.evaluate is None or op.has(Trait.RANDOM):
+        return False
+    index = sympy.Symbol("index", integer=True, positive=True)
+
+    def along(type_: TensorType, own: int | None) -> TensorType:
+        shape = [index if i == own else d for i, d in enumerate(type_.shape)]
+        return TensorType(tuple(shape), type_.dtype)
+
+    types = tuple(along(v.type, n) for v, n in zip(op.operands, needs))
+    if sum(_elements(t, index) for t in types) > _MOST_ELEMENTS_TRIED:
+        return False
+    return _token_wise_in(
+        op.definition,
+        types,
+        (along(op.result.type, axis),),
+        tuple(op.attributes.items()),
+        op.segments,
+        index,
+        frozenset((axis,)),
+        tuple(frozenset(() if n is None else (n,)) for n in needs),
     )
 
 
