@@ -10,8 +10,10 @@ from benchmarks.measure import geometric_mean
 TITLES = {
     "bert_b1": "BERT-base, 128 tokens, B1",
     "bert_b32": "BERT-base, 128 tokens, B32",
-    "vit_b1": "ViT-B/16 B1",
-    "vit_b64": "ViT-B/16 B64",
+    "vit_b1": "ViT-B/16 B1, all tokens",
+    "vit_b64": "ViT-B/16 B64, all tokens",
+    "vit_classifier_b1": "ViT-B/16 B1, classes",
+    "vit_classifier_b64": "ViT-B/16 B64, classes",
     "llama1b_step_b1": "1B Llama, one token, no context",
     "resnet50_b1": "ResNet-50 B1",
     "resnet50_b64": "ResNet-50 B64",

@@ -37,10 +37,20 @@ def bert(batch: int) -> Workload:
 
 
 def vit(batch: int) -> Workload:
+    """All 197 tokens are results, and the first one's projection."""
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
     model = ViTModel(ViTConfig()).half().eval()
+    return Workload(model, {"pixel_values": torch.randn(batch, 3, 224, 224).half()})
+
+
+def vit_classifier(batch: int) -> Workload:
+    """The scores of 1000 classes, as from torchvision's `vit_b_16`."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(num_labels=1000)).half().eval()
     return Workload(model, {"pixel_values": torch.randn(batch, 3, 224, 224).half()})
 
 
@@ -102,6 +112,8 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "bert_b32": lambda: bert(32),
     "vit_b1": lambda: vit(1),
     "vit_b64": lambda: vit(64),
+    "vit_classifier_b1": lambda: vit_classifier(1),
+    "vit_classifier_b64": lambda: vit_classifier(64),
     "llama1b_step_b1": lambda: llama_step(1),
     "resnet50_b1": lambda: resnet(1),
     "resnet50_b64": lambda: resnet(64),
