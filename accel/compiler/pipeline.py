@@ -47,7 +47,7 @@ from accel.ir.storage import WeightStore
 from accel.passes.base import Context, Pass
 from accel.passes.ledger import Ledger
 from accel.passes.manager import PassManager
-from accel.passes.pipelines import CLEAN_PIPELINE, EXACT_PIPELINE
+from accel.passes.pipelines import EXACT_PIPELINE, PLAIN_PIPELINE
 from accel.passes.registry import load_passes
 from accel.runtime.plan import FunctionPlan
 
@@ -268,7 +268,7 @@ def tensor_pipeline(options: Options) -> list[str]:
     if options.pipeline is not None:
         return [options.pipeline] if options.pipeline else []
     if options.passes:
-        return [*CLEAN_PIPELINE, options.passes, *EXACT_PIPELINE]
+        return [*PLAIN_PIPELINE, options.passes, *EXACT_PIPELINE]
     return list(EXACT_PIPELINE)
 
 
