@@ -39,8 +39,10 @@ lint: $(STAMP)
 typecheck: $(STAMP)
 	$(BIN)/mypy
 
+# Threads that wait give their core to the other worker. Each worker takes a run of neighbouring tests,
+# so that what a module's tests share is made once, and the one that is done first takes over others.
 unit: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 # The device tests of generated kernels under NVIDIA's compute-sanitizer. Without torch's memory pool
 # each tensor is an allocation of its own, so that the first byte beyond one is found.

@@ -125,11 +125,12 @@ class Block:
         """Names a value. Constants and names stay as they are.
 
         Numbers are named by a local cell, not by TVM's `Bind`: its analyzer substitutes bound
-        values into each other, which takes time exponential in the length of a computation.
+        values into each other, which takes time exponential in the length of a computation. Of
+        whole numbers only those that are chosen (clamped places) grow like that.
         """
         if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)):
             return value
-        if dtype_of(value) in ("int64", "bool"):
+        if dtype_of(value) in ("int64", "bool") and not isinstance(value, tirx.Select):
             variable = tirx.Var(name, value.ty)
             self.statements.append(tirx.Bind(variable, value))
             return variable
