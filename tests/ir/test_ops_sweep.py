@@ -153,8 +153,11 @@ def compare(made: Tensor, wanted: Tensor, exact: Tensor, inner: torch.dtype | No
 
     Each of both may round once to the result's dtype, and lose a few bits of the dtype that it
     computes in, relative to the largest element: results near 0 come from cancellation. Where a
-    kernel rounds to `inner` on the way, that counts a few times too.
+    kernel rounds to `inner` on the way, that counts a few times too. Complex numbers are compared
+    part by part.
     """
+    if wanted.dtype.is_complex:
+        made, wanted, exact = (torch.view_as_real(x) for x in (made, wanted, exact))
     if not wanted.dtype.is_floating_point:
         return "" if torch.equal(made, wanted) else f"{made.tolist()} is not {wanted.tolist()}"
     eps = torch.finfo(wanted.dtype).eps
