@@ -61,7 +61,7 @@ CASES: dict[str, tuple[list[TensorType], Any, TableTile | None]] = {
         [typed(BF16, 33, 320), typed(I64, 33)], alone(20), TableTile(4, 128, 2)
     ),
     "a long key": (
-        [typed(F32, 1100, 1), typed(I64, 1100)], alone(1 << 21), TableTile(1 << 17, 1, 4)
+        [typed(F32, 1100, 1), typed(I64, 1100)], alone(1 << 21), TableTile(1 << 15, 1, 32)
     ),
     "tied": (TIED, tied, None),
 }  # fmt: skip
