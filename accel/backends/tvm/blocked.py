@@ -351,7 +351,7 @@ class BlockedNest:
         (argument,) = (a for a in self.emitter.buffers if a is _stored(self.weight))
         for line in range(lines):
             place = start + step * tir.i64(stride) + tir.i64(line * _LINE)
-            tir.prefetch(emitter.block, emitter.buffers[argument], place, once=tiles == 1)
+            tir.prefetch(emitter.block, emitter.buffers[argument], place)
 
     def _find_rows(self) -> list[list[tuple[tuple[Axis, ...], Expr]]]:
         """Where the rows of the tile are, by loop; rows past the end repeat the last one.

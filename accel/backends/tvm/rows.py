@@ -336,7 +336,7 @@ class RowNest(Nest):
                 place = emitter.addresses.code(read) + tir.i64(_AHEAD // size)
                 for line in range(0, width, _LINE // size):
                     at = place + tir.i64(line)
-                    tir.prefetch(emitter.block, emitter.buffers[value], at, once=True)
+                    tir.prefetch(emitter.block, emitter.buffers[value], at)
         emitter.addresses.unbind(group)
 
     def _lanes(self, group: tuple[Axis, ...], base: Expr, steps: Expr, parts: list[Part]) -> None:

@@ -104,13 +104,14 @@ def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:
     return tirx.call_llvm_pure_intrin(dtype, name, *args)
 
 
-def prefetch(block: Block, buffer: Buffer, place: Expr, *, once: bool = False) -> None:
+def prefetch(block: Block, buffer: Buffer, place: Expr) -> None:
     """Asks for the line of an element, into the second-level cache; never faults.
 
-    `once`: it is read once, and need not push anything else out of the caches.
+    Also for what is read once: with the hint that says so, lines go past the second-level cache on
+    Intel's CPUs, and a stream ran at a fifth of the memory's rate (Xeon with AMX).
     """
     address = tirx.address_of(load(buffer, place))
-    hint = [tirx.const(v, "int32") for v in (0, 0 if once else 2, 1)]  # to read, locality, data
+    hint = [tirx.const(v, "int32") for v in (0, 2, 1)]  # to read, locality, data
     call = tirx.call_llvm_intrin("void", "llvm.prefetch", address, *hint)
     block.statements.append(tirx.Evaluate(call))
 

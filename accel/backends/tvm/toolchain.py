@@ -29,12 +29,17 @@ _COMPILE_SECONDS = 300
 
 @cache
 def llvm_target(cpu: str) -> Any:
-    """TVM's target for an LLVM CPU name; "" or a name LLVM does not know: this machine's CPU."""
+    """TVM's target for an LLVM CPU name; "" or a name LLVM does not know: this machine's CPU.
+
+    Kernels are planned for the widest registers. LLVM would cut their vectors in two on Intel's
+    CPUs with AVX-512, where it takes 512 bits to cost too much clock: a tile's sums spill then.
+    """
     known = tvm.get_global_func("target.llvm_is_valid_cpu")
     triple = tvm.get_global_func("target.llvm_get_system_triple")()
     if not cpu or not known(cpu, triple):
         cpu = tvm.get_global_func("target.llvm_get_system_cpu")()
-    return tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+    wide = {"mattr": ["-prefer-256-bit"]} if "avx512f" in cpu_features() else {}
+    return tvm.target.Target({"kind": "llvm", "mcpu": cpu, **wide})
 
 
 @cache
