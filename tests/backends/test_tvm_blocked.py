@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from accel.backends.tvm import blocked
 from accel.backends.tvm.blocked import Registers, block_columns, registers, tile_rows
 from accel.errors import BackendError
+from accel.runtime.manifest import cpu_features
 from accel.ir import Function, Op, WeightStore, interpret
 from tests.backends.kernels import BACKEND, Runner, f32, function_of, kernel_of, sym
 
@@ -220,3 +223,17 @@ def test_convolutions() -> None:
     for number, (image, (function, _)) in enumerate(zip(IMAGES, made)):
         shapes = [[image.size if d is S else int(d) for d in a.type.shape] for a in function.args]
         check(function, runner, number, [torch.randn(s) for s in shapes])
+
+
+@pytest.mark.skipif("avx512f" not in cpu_features(), reason="needs a CPU with AVX-512")
+@pytest.mark.parametrize("cpu", ["skylake-avx512", "rocketlake", "sapphirerapids", "znver4"])
+def test_sums_stay_in_wide_registers(cpu: str, tmp_path: Path) -> None:
+    """LLVM would halve a tile's vectors where it thinks of the clock, and spill them; and the hint
+    for what is read once is slow on some CPUs."""
+    function, _ = product((1, 576), 4096)
+    library = tmp_path / "kernels.so"
+    library.write_bytes(BACKEND.compile([kernel_of(function, "matmul")], cpu).library)
+    found = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True)
+    added = [line for line in found.stdout.splitlines() if "vfmadd" in line]
+    assert added and all("%zmm" in line for line in added)
+    assert "prefetcht1" in found.stdout and "prefetchnta" not in found.stdout
