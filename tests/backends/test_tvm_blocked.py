@@ -15,8 +15,8 @@ from torch import Tensor
 from accel.backends.tvm import blocked
 from accel.backends.tvm.blocked import Registers, block_columns, registers, tile_rows
 from accel.errors import BackendError
-from accel.runtime.manifest import cpu_features
 from accel.ir import Function, Op, WeightStore, interpret
+from accel.runtime.manifest import cpu_features
 from tests.backends.kernels import BACKEND, Runner, f32, function_of, kernel_of, sym
 
 S = sym("s0")
